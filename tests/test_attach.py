@@ -79,6 +79,8 @@ PLAIN = {
     "torchvision-resnet18": lambda: (torchvision.models.resnet18(num_classes=5), images()),
     "torchvision-vgg11": lambda: (torchvision.models.vgg11(num_classes=5), images()),
 }
+FOLDABLE = ["timm-resnet18", "timm-vit", "timm-vgg11_bn", "torchvision-resnet18", "torchvision-vgg11"]
+FOLDABLE += ["TimmWrapper", "ViT", "BERT"]
 WITH_LOSS = {
     "TimmWrapper": timm_wrapper,
     "ViT": vit,
@@ -164,7 +166,8 @@ def test_models_that_compute_their_loss_receive_the_formulas_gradient(name):
 def test_ctc_takes_the_powered_softmax_for_the_softmax():
     config = transformers.Wav2Vec2Config(
         **SMALL, vocab_size=8, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0, attention_dropout=0.0, pad_token_id=0,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0, attention_dropout=0.0, pad_token_id=0,
         ctc_loss_reduction="mean",
     )  # fmt: skip
     model, inputs, labels = prepare(
@@ -283,7 +286,11 @@ def test_one_compilation_serves_every_alpha(compile_loss):
 
 
 def test_inductor_computes_the_same_gradients():
-    model, inputs, target = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), torch.randn(4, 6), torch.arange(4)
+    model, inputs, target = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)),
+        torch.randn(4, 6),
+        torch.arange(4),
+    )
     expected, _ = by_hand(model, inputs, target)
     with attach_powergrad(model, alpha=ALPHA):
         compiled = torch.compile(lambda x, y: F.cross_entropy(model(x), y), fullgraph=True)
@@ -404,8 +411,7 @@ def test_a_bad_alpha_is_refused_when_attached_and_when_moved(alpha):
     assert handle.alpha == ALPHA
 
 
-@pytest.mark.parametrize("name", ["timm-resnet18", "timm-vit", "timm-vgg11_bn", "torchvision-resnet18", "torchvision-vgg11",
-                                  "TimmWrapper", "ViT", "BERT"])  # fmt: skip
+@pytest.mark.parametrize("name", FOLDABLE)
 def test_folding_scales_the_logits_by_alpha_exactly(name):
     model, inputs, _ = prepare((PLAIN | WITH_LOSS)[name])
     model.eval()

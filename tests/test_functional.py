@@ -80,7 +80,9 @@ def test_every_argument_agrees_with_cross_entropy_of_scaled_logits(shape, reduct
     options["weight"] = torch.rand(7, dtype=torch.float64) if weighted else None
     upstream = torch.rand(index_shape, dtype=torch.float64) if reduction == "none" else 3.0
     for alpha in (0.3, torch.tensor(0.05)):
-        grad, value = gradient_of(lambda z: upstream * powergrad_cross_entropy(z, target, alpha=alpha, **options), logits)
+        grad, value = gradient_of(
+            lambda z: upstream * powergrad_cross_entropy(z, target, alpha=alpha, **options), logits
+        )
         expected, _ = gradient_of(lambda z: upstream * F.cross_entropy(alpha * z, target, **options) / alpha, logits)
         torch.testing.assert_close(grad, expected, rtol=1e-6 if torch.is_tensor(alpha) else 0, atol=1e-12)
         assert torch.equal(value, upstream * F.cross_entropy(logits, target, **options))
@@ -123,7 +125,9 @@ def test_probabilities_that_underflow_still_have_a_gradient():
     logits = torch.tensor([[0.0, -200.0, -400.0]])  # p = (1, 0, 0) in float32; p ** alpha would lose the last two
     grad, _ = gradient_of(lambda z: powergrad_cross_entropy(z, torch.tensor([0]), alpha=0.05), logits)
     assert grad[0, 1] > 0 and grad[0, 2] > 0
-    torch.testing.assert_close(grad.double(), powergrad_gradient(logits, torch.tensor([0]), 0.05), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        grad.double(), powergrad_gradient(logits, torch.tensor([0]), 0.05), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -205,7 +205,7 @@ def test_any_optimizer_can_be_bound():
 
 
 def test_a_step_without_the_transform_is_refused():
-    model, (inputs, _) = network(), batch()
+    model = network()
     optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -34,7 +34,7 @@ class Data(torch.utils.data.Dataset):
 def wrapper(**options):
     torch.manual_seed(0)
     config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=4, model_args={
-        "img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, **options})  # fmt: skip
+        "img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, "qkv_bias": False, **options})  # fmt: skip
     return transformers.TimmWrapperForImageClassification(config)
 
 
@@ -175,7 +175,9 @@ def test_a_model_handed_to_a_plain_optimizer_is_plain_again(tmp_path):
 
 
 def test_our_trainer_can_train_twice(tmp_path):
-    trainer = PowerGradTrainer(wrapper(), arguments(tmp_path, ours=True, optim="sgd", max_steps=1), train_dataset=Data())
+    trainer = PowerGradTrainer(
+        wrapper(), arguments(tmp_path, ours=True, optim="sgd", max_steps=1), train_dataset=Data()
+    )
     trainer.train()
     trainer.args.max_steps = 2
     trainer.train()
@@ -193,7 +195,9 @@ def test_it_trains_under_bf16_and_compilation(tmp_path, precision):
 
 @pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_adamw", "powergrad_lion", "sgd"])
 def test_the_command_line_knows_the_names(tmp_path, name):
-    args = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", name])
+    args = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", name]
+    )
     assert args[0].optim == name
     with pytest.raises(SystemExit):
         HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--optim", "powergrad_nothing"])
@@ -218,7 +222,13 @@ def test_bad_optim_args_name_their_key(tmp_path, optim_args, message):
 
 
 def test_trainers_own_flags_reach_the_optimizer(tmp_path):
-    args = arguments(tmp_path, optim="powergrad_adamw", adam_beta2=0.98, weight_decay=0.1, optim_args="clip_mode=agc,clip_value=0.01")
+    args = arguments(
+        tmp_path,
+        optim="powergrad_adamw",
+        adam_beta2=0.98,
+        weight_decay=0.1,
+        optim_args="clip_mode=agc,clip_value=0.01",
+    )
     optimizer = Trainer(wrapper(), args, train_dataset=Data()).create_optimizer()
     assert optimizer.defaults["betas"] == (0.9, 0.98)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
@@ -241,11 +251,14 @@ def test_an_alpha_given_twice_and_foreign_arguments_are_refused(tmp_path):
 
 
 def test_the_import_brings_nothing_heavy():
-    code = "import sys, pgt_hf; print([m for m in ('timm', 'datasets', 'evaluate', 'transformers.trainer', 'matplotlib', 'sklearn') if m in sys.modules])"
+    heavy = ("timm", "datasets", "evaluate", "transformers.trainer", "matplotlib", "sklearn")
+    code = f"import sys, pgt_hf; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_factory_is_what_the_string_names(tmp_path):
     optimizer = create_optimizer(wrapper(), "powergrad_sgd", lr=LR, alpha=ALPHA)
-    theirs = Trainer(wrapper(), arguments(tmp_path, optim_args=f"alpha={ALPHA}"), train_dataset=Data()).create_optimizer()
+    theirs = Trainer(
+        wrapper(), arguments(tmp_path, optim_args=f"alpha={ALPHA}"), train_dataset=Data()
+    ).create_optimizer()
     assert optimizer.defaults == theirs.defaults

@@ -1,8 +1,8 @@
 """PowerGrad Transform (PGT) for the Hugging Face ecosystem.
 
-PGT changes one thing in training: the backward pass at the softmax uses ``softmax(alpha z)`` in place of ``softmax(z)``
-(Das et al., "Altering Backward Pass Gradients improves Convergence", arXiv 2111.12495). Importing this package also
-makes ``optim="powergrad_sgd"`` known to ``transformers.Trainer``.
+PGT changes one thing in training: the backward pass at the softmax uses ``softmax(alpha z)`` in place of
+``softmax(z)`` (Das et al., "Altering Backward Pass Gradients improves Convergence", arXiv 2111.12495). Importing this
+package also makes ``optim="powergrad_sgd"`` known to ``transformers.Trainer``.
 """
 
 from typing import TYPE_CHECKING, Any

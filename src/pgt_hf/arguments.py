@@ -18,8 +18,8 @@ class PowerGradTrainingArguments(TrainingArguments):
 
     Args:
         alpha: The exponent of PGT, ``0 <= alpha <= 1``; 1 is plain training.
-        clip_mode: None (Trainer's own ``max_grad_norm`` holds), or "norm", "value", "agc": clipping before each step, in
-            place of ``max_grad_norm``, which is then set to 0.
+        clip_mode: None (Trainer's own ``max_grad_norm`` holds), or "norm", "value", "agc": clipping before each step,
+            in place of ``max_grad_norm``, which is then set to 0.
         clip_value: The bound that ``clip_mode`` needs (for AGC its factor, 0.01 in the paper).
         powergrad_head: Dotted name of the module that makes the logits, where it is not found by itself.
 

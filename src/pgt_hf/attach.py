@@ -50,9 +50,8 @@ def attach_powergrad(model: nn.Module, alpha: float, head: nn.Module | str | Non
     """
     check_alpha(alpha)
     if any(True for _ in _find_hooks(model)):
-        raise RuntimeError(
-            f"PGT is attached to this {type(_unwrap(model)).__name__} already; call remove() on the first handle before"
-        )
+        name = type(_unwrap(model)).__name__
+        raise RuntimeError(f"PGT is attached to this {name} already; call remove() on the first handle before")
     return PowerGradHandle(model, find_head(model, head), float(alpha))
 
 
@@ -159,8 +158,8 @@ def check_used(state: PowerGradState) -> None:
 
 def release_powergrad(model: nn.Module) -> None:
     """Makes a model plain again that an optimizer of ours put PGT on; what was attached by hand stays."""
-    for module, key in list(_find_hooks(model)):
-        if module._forward_hooks[key].state.owned:
+    for module, key, hook in list(_find_hooks(model)):
+        if hook.state.owned:
             del module._forward_hooks[key]
 
 
@@ -193,17 +192,15 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> nn.Modul
     for name in _HEAD_NAMES:
         if isinstance(found := getattr(base, name, None), nn.Module):
             return found
-    raise ValueError(
-        f"found no classification head on {type(base).__name__}; pass head=, one of: {_candidates(base)}"
-    )
+    raise ValueError(f"found no classification head on {type(base).__name__}; pass head=, one of: {_candidates(base)}")
 
 
 @torch.no_grad()
 def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     """Multiplies the head's weight and bias by ``alpha``, in place: same top-1, and ``p'`` as probabilities.
 
-    PGT trains ``p' = softmax(alpha z)``, so the raw softmax of a trained model is over-confident. Folding (a temperature
-    of 1/alpha) makes the trained probabilities the ones that the model gives.
+    PGT trains ``p' = softmax(alpha z)``, so the raw softmax of a trained model is over-confident. Folding (a
+    temperature of 1/alpha) makes the trained probabilities the ones that the model gives.
 
     Args:
         model: A trained model, see ``attach_powergrad``.
@@ -213,8 +210,8 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: ``alpha`` is 0, or the head is not a last linear layer that can be scaled exactly: tied to the input
-            embeddings, followed by a soft cap, or unknown. Then divide the logits by a temperature of 1/alpha.
+        ValueError: ``alpha`` is 0, or the head is not a last linear layer that can be scaled exactly: tied to the
+            input embeddings, followed by a soft cap, or unknown. Then divide the logits by a temperature of 1/alpha.
 
     Example:
         >>> model = fold_powergrad(nn.Linear(4, 3), alpha=0.25)
@@ -242,12 +239,12 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     return model
 
 
-def last_linear(model: nn.Module) -> list[nn.Module]:
+def last_linear(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """The linear layers that give the logits, for what must treat them apart (AGC leaves the head unclipped)."""
     return list(_last_linear(_peft_base(_unwrap(model))))
 
 
-def _last_linear(base: nn.Module) -> Iterator[nn.Module]:
+def _last_linear(base: Any) -> Iterator[nn.Linear | nn.Conv2d]:
     base = getattr(base, "timm_model", base)
     if hasattr(base, "get_classifier"):  # timm; a distilled model has two
         found = base.get_classifier()
@@ -270,7 +267,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _peft_base(model: nn.Module) -> nn.Module:
+def _peft_base(model: Any) -> Any:
+    """The model under torch.compile and PEFT; duck-typed from here on."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -279,11 +277,11 @@ def _is_pretrained(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "get_output_embeddings")
 
 
-def _find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+def _find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, "_WrapLogits | _CheckUse"]]:
     for module in model.modules():
         for key, hook in module._forward_hooks.items():
             if isinstance(hook, (_WrapLogits, _CheckUse)):
-                yield module, key
+                yield module, key, hook
 
 
 def _candidates(model: nn.Module) -> str:

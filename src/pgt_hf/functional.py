@@ -57,9 +57,10 @@ def powergrad_cross_entropy(
 ) -> Tensor:
     r"""``torch.nn.functional.cross_entropy`` with PGT's gradient, ``s (softmax(alpha z) - q)``.
 
-    The value is torch's own for the same arguments. ``q`` is the target distribution after smoothing and ``s`` all that
-    stands upstream (1/N of the mean, class weights, a loss scale). Where class weights and smoothing or probabilities
-    meet, ``q`` carries the weights ``w_c`` and ``softmax(alpha z)`` their total, so that each row still sums to 0.
+    The value is torch's own for the same arguments. ``q`` is the target distribution after smoothing and ``s`` all
+    that stands upstream (1/N of the mean, class weights, a loss scale). Where class weights and smoothing or
+    probabilities meet, ``q`` carries the weights ``w_c`` and ``softmax(alpha z)`` their total, so that each row still
+    sums to 0.
 
     Args:
         input: Logits, (C), (N, C) or (N, C, d1, ..., dK), floating.
@@ -134,7 +135,9 @@ def powergrad_linear_cross_entropy(
     """
     alpha = check_alpha(alpha)
     if not torch.compiler.is_compiling() and alpha == 0:
-        raise ValueError("alpha must be above 0 for powergrad_linear_cross_entropy, got 0; use powergrad_cross_entropy")
+        raise ValueError(
+            "alpha must be above 0 for powergrad_linear_cross_entropy, got 0; use powergrad_cross_entropy"
+        )
     if not hasattr(F, "linear_cross_entropy"):
         raise NotImplementedError(
             f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy; "
@@ -262,7 +265,8 @@ class _CrossEntropy(torch.autograd.Function):
         scale = torch.where(valid, scale, 0).unsqueeze(dim)
         hit = row_weight.unsqueeze(dim) * (1 - ctx.label_smoothing)
         if ctx.label_smoothing == 0:
-            # In place, one pass: (p' - onehot) * (w_y * s). Under create_graph softmax's own backward needs its output.
+            # In place, one pass: (p' - onehot) * (w_y * s). Under create_graph softmax's own backward needs its
+            # output.
             powered = powered.clone() if torch.is_grad_enabled() else powered
             grad = powered.scatter_add_(dim, index.unsqueeze(dim), -torch.ones_like(hit)).mul_(hit * scale)
         else:
@@ -326,10 +330,13 @@ def _check_cross_entropy(
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
-                f"target of class probabilities must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+                f"target of class probabilities must have input's shape {tuple(input.shape)}, "
+                f"got {tuple(target.shape)}"
             )
     elif target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"target must hold class indices (int64) or class probabilities (floating), got {target.dtype}")
+        raise TypeError(
+            f"target must hold class indices (int64) or class probabilities (floating), got {target.dtype}"
+        )
     elif target.shape != index_shape:
         raise ValueError(
             f"target of class indices must have shape {tuple(index_shape)} for input {tuple(input.shape)}, "

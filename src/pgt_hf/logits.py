@@ -22,8 +22,8 @@ class PowerGradState:
     """What the logits of one head share: alpha, how often a softmax has used it, and who owns it.
 
     alpha and calls are 0-dim CPU tensors: moved in place, they neither recompile a graph nor wait for a device.
-    A state that an optimizer owns reads alpha through ``before_use``; its copies (an EMA of the model, a pickle) have no
-    owner and no effect, so that nobody trains a copy with PGT without knowing.
+    A state that an optimizer owns reads alpha through ``before_use``; its copies (an EMA of the model, a pickle) have
+    no owner and no effect, so that nobody trains a copy with PGT without knowing.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -68,6 +68,8 @@ class PowerGradLogits(Tensor):
                 result = func(*args, **kwargs)
                 if not torch.compiler.is_compiling():
                     _remember(state, func)
+        if func is Tensor.clone:  # DDP's static graph clones inside a Function, where nothing requires a gradient yet
+            return PowerGradLogits.wrap(result, state)
         return _carry(result, state)
 
 
@@ -84,8 +86,10 @@ def _find_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PowerGradState
 
 
 def _carry(result: Any, state: PowerGradState) -> Any:
-    """Passes the state on to what still depends on the logits: floating, differentiable, not yet a loss. (A second
-    log_softmax of log-probabilities changes neither value nor gradient, so these may carry it too.)"""
+    """Passes the state on to what depends on the logits: floating, differentiable, not yet a loss.
+
+    Log-probabilities may carry it too: a second log_softmax changes neither their value nor their gradient.
+    """
     if isinstance(result, Tensor):
         if result.requires_grad and result.is_floating_point() and result.dim() > 0:
             return PowerGradLogits.wrap(result, state)
@@ -106,7 +110,8 @@ def _logits_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _plain(logits: Tensor) -> Tensor:
-    # An op under DisableTorchFunctionSubclass returns a plain tensor; as_subclass(Tensor) would break a compiled graph.
+    # An op under DisableTorchFunctionSubclass returns a plain tensor; as_subclass(Tensor) would break a compiled
+    # graph.
     return logits.view_as(logits)
 
 
@@ -140,7 +145,7 @@ def _log_softmax(
     if isinstance(_stacklevel, torch.dtype):  # torch.log_softmax(input, dim, dtype)
         dtype = _stacklevel
     if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), 3)
+        dim = 0 if input.dim() in (0, 1, 3) else 1  # torch's deprecated choice
     state.calls.add_(1)
     input = _plain(input)
     return powergrad_log_softmax(input if dtype is None else input.to(dtype), dim, alpha=state.alpha)
@@ -158,8 +163,9 @@ def _ctc_loss(
 ) -> Tensor:
     """CTC over PGT's log-softmax; log_probs (T, N, C) or (T, C).
 
-    torch's own backward hands out ``softmax(z) - q`` rather than the derivative of the loss in log_probs, ``-q`` (q: the
-    posterior of the alignment), which would leave the log-softmax nothing to transform. A term of value 0 puts it right.
+    torch's own backward hands out ``softmax(z) - q`` rather than the derivative of the loss in log_probs, ``-q`` (q:
+    the posterior of the alignment), which would leave the log-softmax nothing to transform. A term of value 0 puts it
+    right.
     """
     log_probs = _plain(log_probs)
     losses = F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none", zero_infinity)

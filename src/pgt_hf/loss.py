@@ -18,7 +18,8 @@ class PowerGradCrossEntropyLoss(nn.Module):
         label_smoothing: In [0, 1].
 
     Shape:
-        As ``torch.nn.CrossEntropyLoss``: input (C), (N, C) or (N, C, d1, ...); target of class indices or probabilities.
+        As ``torch.nn.CrossEntropyLoss``: input (C), (N, C) or (N, C, d1, ...); target of class indices or
+        probabilities.
 
     Example:
         >>> criterion = PowerGradCrossEntropyLoss(alpha=0.25, label_smoothing=0.1)

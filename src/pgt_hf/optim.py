@@ -1,7 +1,7 @@
 """The optimizer factory: every optimizer of timm's factory behind the prefix ``powergrad_``.
 
-PGT acts at the logits, not in the step, so ``powergrad_sgd`` is timm's ``sgd`` plus a transform on the model that lives
-exactly as long as the optimizer. alpha stands in ``param_groups`` as ``powergrad_alpha``, beside lr.
+PGT acts at the logits, not in the step, so ``powergrad_sgd`` is timm's ``sgd`` plus a transform on the model that
+lives exactly as long as the optimizer. alpha stands in ``param_groups`` as ``powergrad_alpha``, beside lr.
 """
 
 import difflib
@@ -9,7 +9,6 @@ import inspect
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -36,8 +35,8 @@ def create_optimizer(
 ) -> Optimizer:
     """``timm.optim.create_optimizer_v2`` plus the PowerGrad Transform on ``model``.
 
-    Works with ``accelerator.prepare`` as any optimizer does. Creating a second one for the same model replaces the first
-    one's transform; when the optimizer is gone, so is the transform.
+    Works with ``accelerator.prepare`` as any optimizer does. Creating a second one for the same model replaces the
+    first one's transform; when the optimizer is gone, so is the transform.
 
     Args:
         model: The model to train (its parameters are grouped as timm does: no weight decay on biases and norms).
@@ -78,7 +77,7 @@ def bind_powergrad(
     clip_value: float | None = None,
     head: nn.Module | str | None = None,
 ) -> Optimizer:
-    """Attaches PGT to ``model`` for the life of ``optimizer``, any optimizer; see ``create_optimizer`` for the rest."""
+    """Attaches PGT to ``model`` for the life of any ``optimizer``; see ``create_optimizer`` for the rest."""
     check_clipping(clip_mode, clip_value)
     stepped = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps one and shares its groups
     release_powergrad(model)

@@ -6,6 +6,7 @@ that ``TrainingArguments.optim`` is checked against, and the handlers that turn 
 
 import ast
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,11 @@ from .optim import PREFIX, allowed_options, create_optimizer
 __all__ = ["TRAINER_OPTIMIZERS", "parse_optim_args", "register"]
 
 # Listed rather than asked from timm, whose import would make `import pgt_hf` slow.
-TRAINER_OPTIMIZERS = tuple(
-    PREFIX + name
-    for name in "sgd momentum sgdw adam adamw nadam nadamw radam adabelief adafactor adagrad adan adopt lamb lars lion "
-    "madgrad muon rmsprop rmsproptf".split()
-)
+_NAMES = """
+    sgd momentum sgdw adam adamw nadam nadamw radam adabelief adafactor adagrad adan adopt lamb lars lion madgrad muon
+    rmsprop rmsproptf
+"""
+TRAINER_OPTIMIZERS = tuple(PREFIX + name for name in _NAMES.split())
 
 
 def register() -> None:
@@ -105,8 +106,6 @@ def _add_member(value: str) -> OptimizerNames:
 
 
 def _make_parse_errors_name_the_item() -> None:
-    import sys
-
     original = trainer_optimizer._parse_optim_args
     if getattr(original, "checks_items", False):
         return
@@ -117,7 +116,9 @@ def _make_parse_errors_name_the_item() -> None:
         for item in (optim_args or "").replace(" ", "").split(",") if optim_args else []:
             key, *rest = item.split("=")
             if len(rest) != 1 or not key or not rest[0]:
-                raise ValueError(f"optim_args must be key=value pairs set apart by commas, got {item!r} in {optim_args!r}")
+                raise ValueError(
+                    f"optim_args must be key=value pairs set apart by commas, got {item!r} in {optim_args!r}"
+                )
             keys.append(key)
         if len(set(keys)) < len(keys):
             raise ValueError(f"optim_args names {max(keys, key=keys.count)!r} twice: {optim_args!r}")

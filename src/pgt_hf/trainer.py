@@ -47,7 +47,9 @@ class PowerGradTrainer(Trainer):
             bind_powergrad(inner, self.model if model is None else model, **self.args.powergrad_options())
             handle = inner.powergrad
         elif self.args.alpha not in (handle.alpha, DEFAULT_ALPHA):
-            raise ValueError(f"the optimizer sets alpha={handle.alpha}, the arguments alpha={self.args.alpha}; keep one")
+            raise ValueError(
+                f"the optimizer sets alpha={handle.alpha}, the arguments alpha={self.args.alpha}; keep one"
+            )
         self.args.alpha = handle.alpha
         self._handle = handle
         return optimizer
@@ -79,7 +81,9 @@ class PowerGradTrainer(Trainer):
 
     def _measure(self, outputs: Any) -> None:
         """Adds up the norms on the device; nothing waits for it before the next log."""
-        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
+        logits = (
+            outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
+        )
         if logits is None:
             return
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)

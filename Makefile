@@ -1,0 +1,65 @@
+# `make` alone lists the targets. Every target that needs the environment builds it first.
+#
+#   PYTHON=python3.12   the interpreter to build the environment with
+#   VENV=path           an environment of your own, used as it is instead of the one built here
+#   ARGS="-k agc -x"    passed on by `test`, `demo` and `bench`
+
+SHELL  := /bin/sh
+# The first interpreter that can build an environment; plain python3 where there is none, for its error message.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+    "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+    && echo "$$python" && exit; done; echo python3)
+ARGS   ?=
+
+ifdef VENV
+BUILD_VENV = @test -x "$(VENV)/bin/python" || { echo "VENV=$(VENV) has no bin/python" >&2; exit 1; }
+else
+VENV := $(shell "$(PYTHON)" .ci/make_venv.py --where)
+$(if $(VENV),,$(error give the interpreter to use with PYTHON=))
+BUILD_VENV = @"$(PYTHON)" .ci/make_venv.py
+endif
+
+# PYTHONPATH makes the present checkout win over the one that the environment was built from.
+RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$(VENV)/bin/python"
+
+DEMO := runs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format typecheck bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: ## Build the environment, unless it is there; its path is printed
+	$(BUILD_VENV)
+	@echo "$(VENV)"
+
+# `accelerate launch --cpu` starts one process whatever --num_processes says. --multi_gpu is what selects torchrun, and
+# ACCELERATE_USE_CPU has its processes form one gloo group on the CPU.
+demo: venv ## Train on scikit-learn's digits with 2 processes, beat 95% test accuracy, show the curve
+	ACCELERATE_USE_CPU=true $(RUN) -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 \
+	    --gpu_ids all --main_process_port 0 --mixed_precision no --dynamo_backend no \
+	    recipes/imagenet.py --dataset-name digits --output-dir $(DEMO) $(ARGS) </dev/null
+	@$(RUN) .ci/check_demo.py $(DEMO)
+
+test: venv ## Run the test suite
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+lint: venv ## Check format, style and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: venv ## Rewrite the files in the project's format
+	$(RUN) -m ruff check --fix --exit-zero --quiet .
+	$(RUN) -m ruff format .
+
+typecheck: venv ## Check the types alone
+	$(RUN) -m mypy
+
+bench: venv ## Run the benchmarks
+	$(RUN) -m benchmarks $(ARGS)
+
+clean: ## Delete what runs and tools leave in the checkout; the environment stays
+	rm -rf runs dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

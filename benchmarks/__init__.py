@@ -1,0 +1,1 @@
+"""Paired measurements against named peers; ``python -m benchmarks`` runs those that need no data."""

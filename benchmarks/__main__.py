@@ -1,0 +1,5 @@
+"""Runs the benchmarks that need nothing but this machine."""
+
+from .loss import main
+
+main()

@@ -1,0 +1,83 @@
+"""Two gloo processes on the CPU: DDP and FSDP2 give the gradients of one process with the whole batch."""
+
+import os
+import socket
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import transformers
+from reference import powergrad_gradient
+from torch import nn
+
+from pgt_hf import attach_powergrad, create_optimizer
+
+ALPHA = 0.25
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "plain":
+        return timm.create_model("resnet10t", num_classes=5, norm_layer=nn.Identity).double().train()
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config).double().train()
+
+
+def logits_of(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=generator), torch.arange(8) % 5
+
+
+def worker(rank, port, kind, wrapper, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = build(kind)
+    images, target = (tensor[rank * 4 : rank * 4 + 4] for tensor in batch())
+    if wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        handle = attach_powergrad(model, alpha=ALPHA)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        module = model
+    elif wrapper == "attached after DDP":
+        module = nn.parallel.DistributedDataParallel(model)
+        handle = attach_powergrad(module, alpha=ALPHA)
+    elif wrapper == "optimizer before DDP":
+        optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA)
+        handle = optimizer.powergrad
+        module = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    F.cross_entropy(logits_of(module(images)), target).backward()
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    if rank == 0:
+        torch.save((grads, handle.calls), path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["plain", "transformers"])
+@pytest.mark.parametrize("wrapper", ["optimizer before DDP", "attached after DDP", "fsdp2"])
+def test_two_processes_give_the_gradient_of_one(tmp_path, kind, wrapper):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (port, kind, wrapper, tmp_path / "gradients.pt"), nprocs=2, join=True)
+    ours, calls = torch.load(tmp_path / "gradients.pt")
+    assert calls == 1
+
+    model, (images, target) = build(kind), batch()
+    logits = logits_of(model(images))
+    logits.backward(powergrad_gradient(logits, target, ALPHA))
+    for grad, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-10)
