@@ -78,7 +78,7 @@ def peak_bytes(side: Callable[[Tensor, Tensor], None], logits: Tensor, target: T
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         side(logits, target)
     total = peak = 0
-    for event in trace.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in trace.profiler.kineto_results.events():
         if event.name() == "[memory]":
             total += event.nbytes()
             peak = max(peak, total)

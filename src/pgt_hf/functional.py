@@ -97,7 +97,9 @@ def powergrad_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    return _CrossEntropy.apply(input, target, weight, alpha, ignore_index, reduction, label_smoothing)
+    reuse = not target.is_floating_point() and label_smoothing == 0 and _may_reuse_buffers(input)
+    buffers: list[Tensor] | None = [] if reuse else None
+    return _CrossEntropy.apply(input, target, weight, alpha, ignore_index, reduction, label_smoothing, buffers)
 
 
 def powergrad_linear_cross_entropy(
@@ -170,8 +172,14 @@ def check_alpha(alpha: float | Tensor) -> float | Tensor:
     return float(alpha)
 
 
-def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    """p' = softmax(alpha z), in float32 at least: half precision would round alpha z before the exponential."""
+def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, buffers: list[Tensor] | None = None) -> Tensor:
+    """p' = softmax(alpha z), in float32 at least: half precision would round alpha z before the exponential.
+
+    ``buffers`` may hold log p, which serves as z (a softmax does not see a shift) and is overwritten.
+    """
+    if buffers and not torch.is_grad_enabled():
+        log_probs = buffers.pop()
+        return torch.softmax(log_probs.mul_(alpha), dim, out=log_probs)
     dtype = torch.promote_types(input.dtype, torch.float32)
     return torch.softmax(input.to(dtype) * alpha, dim)
 
@@ -213,7 +221,12 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         reduction: str,
         label_smoothing: float,
+        buffers: list[Tensor] | None,
     ) -> Tensor:
+        if buffers is not None:
+            # What F.cross_entropy does, with the log-softmax kept for the backward pass to turn into the gradient.
+            buffers.append(F.log_softmax(input, _class_dim(input)))
+            return F.nll_loss(buffers[0], target, weight, ignore_index=ignore_index, reduction=reduction)
         return F.cross_entropy(
             input,
             target,
@@ -225,7 +238,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, target, weight, ctx.alpha, ctx.ignore_index, ctx.reduction, ctx.label_smoothing = inputs
+        input, target, weight, ctx.alpha, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.buffers = inputs
         ctx.has_weight = weight is not None
         ctx.save_for_backward(input, target, *_tensors(weight), *_tensors(ctx.alpha))
 
@@ -237,7 +250,7 @@ class _CrossEntropy(torch.autograd.Function):
         dim = _class_dim(input)
         classes = input.size(dim)
         smooth = ctx.label_smoothing / max(classes, 1)
-        powered = _powered_softmax(input, alpha, dim)
+        powered = _powered_softmax(input, alpha, dim, ctx.buffers)
         grad_output = grad_output.to(powered.dtype)
         if weight is not None:
             weight = weight.to(powered.dtype)
@@ -255,7 +268,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_target = -scale * (1 - ctx.label_smoothing) * log_probs
                 grad_target = (grad_target if weight is None else grad_target * shaped_weight).to(target.dtype)
             grad = (powered * q.sum(dim, keepdim=True) - q) * scale
-            return grad.to(input.dtype), grad_target, None, None, None, None, None
+            return grad.to(input.dtype), grad_target, None, None, None, None, None, None
 
         valid = target != ctx.ignore_index
         index = torch.where(valid, target, 0).long()
@@ -273,7 +286,7 @@ class _CrossEntropy(torch.autograd.Function):
             q = torch.full_like(powered, smooth) if weight is None else (smooth * shaped_weight).expand_as(powered)
             q = q.scatter_add(dim, index.unsqueeze(dim), hit)
             grad = (powered * q.sum(dim, keepdim=True) - q) * scale
-        return grad.to(input.dtype), None, None, None, None, None, None
+        return grad.to(input.dtype), None, None, None, None, None, None, None
 
 
 class _Rescale(torch.autograd.Function):
@@ -300,6 +313,12 @@ def _is_plain(alpha: float | Tensor) -> bool:
             return False
         alpha = alpha.item()
     return alpha == 1
+
+
+def _may_reuse_buffers(input: Tensor) -> bool:
+    """In eager mode, where log p is as exact as z: a compiler plans its own memory, vmap has no in-place softmax."""
+    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return eager and input.dtype in (torch.float32, torch.float64)
 
 
 def _prepare(input: Tensor) -> Tensor:
