@@ -189,6 +189,16 @@ def test_a_second_optimizer_replaces_the_first_ones_transform():
     assert isinstance(model(inputs), PowerGradLogits)
 
 
+def test_a_plain_optimizer_beside_a_living_one_is_refused():
+    model, (inputs, target) = network(), batch()
+    first = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA)
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="plain SGD steps on a model.*PGT"):
+        step(model, second, inputs, target)
+    first.powergrad.remove()
+    step(model, second, inputs, target)
+
+
 def test_a_copy_of_a_model_under_an_optimizer_is_plain():
     model, (inputs, _) = network(), batch()
     optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA)

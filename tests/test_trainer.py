@@ -100,7 +100,7 @@ def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, 
         trainer.train()
         results.append(weights(model))
     for result in results[1:]:
-        assert_same(results[0], result)
+        assert_same(results[0], result, atol=1e-5)  # LAMB divides by norms, which differ by rounding between groupings
 
 
 def test_our_trainer_logs_alpha_the_true_loss_and_the_logit_norm(tmp_path):

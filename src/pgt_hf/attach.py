@@ -85,7 +85,7 @@ class PowerGradHandle:
     @property
     def attached(self) -> bool:
         """Whether the hooks are still on the model."""
-        return bool(self._hooks)
+        return any(getattr(hook, "state", None) is self.state for hook in self.head._forward_hooks.values())
 
     def remove(self) -> None:
         """Detaches the transform; the model is plain again. Harmless when called twice."""

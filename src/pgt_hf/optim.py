@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .attach import PowerGradHandle, attach_powergrad, check_used, last_linear, release_powergrad
 from .clipping import ClipGradients, check_clipping
@@ -21,6 +22,9 @@ __all__ = ["DEFAULT_ALPHA", "PREFIX", "bind_powergrad", "create_optimizer", "lis
 PREFIX = "powergrad_"
 ALPHA_KEY = "powergrad_alpha"
 DEFAULT_ALPHA = 0.25
+
+_handles: "weakref.WeakKeyDictionary[Optimizer, PowerGradHandle]" = weakref.WeakKeyDictionary()
+_watching = False
 
 
 def create_optimizer(
@@ -95,6 +99,7 @@ def bind_powergrad(
     stepped.register_load_state_dict_post_hook(lambda _: follow())
     stepped.register_step_post_hook(lambda *_: follow())  # a compiled forward does not look at the groups itself
     weakref.finalize(stepped, handle.remove)
+    _watch(stepped, handle)
     return optimizer
 
 
@@ -154,6 +159,30 @@ class _CheckStep:
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.handle.attached:
             check_used(self.handle.state)
+
+
+def _watch(optimizer: Optimizer, handle: PowerGradHandle) -> None:
+    """Registers ``_refuse_foreign_step`` with torch, once for all optimizers of ours."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_pre_hook(_refuse_foreign_step)
+        _watching = True
+    _handles[optimizer] = handle
+
+
+def _refuse_foreign_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before any optimizer's step: an older optimizer that is still there must not bring PGT in unnoticed."""
+    if any(ALPHA_KEY in group for group in optimizer.param_groups):
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for bound, handle in list(_handles.items()):
+        shared = any(id(parameter) in stepped for group in bound.param_groups for parameter in group["params"])
+        if shared and handle.attached:
+            raise RuntimeError(
+                f"a plain {type(optimizer).__name__} steps on a model that another optimizer trains with PGT "
+                f"(alpha={handle.alpha}); call powergrad.remove() on that optimizer, or delete it, "
+                "before the forward pass, or use pgt_hf.bind_powergrad on this one"
+            )
 
 
 def _base_name(opt: str) -> str:
