@@ -203,7 +203,7 @@ class _LogSoftmax(torch.autograd.Function):
         input, *alpha = ctx.saved_tensors
         powered = _powered_softmax(input, alpha[0] if alpha else ctx.alpha, ctx.dim)
         grad_output = grad_output.to(powered.dtype)
-        grad = grad_output - powered * grad_output.sum(ctx.dim, keepdim=True)
+        grad = torch.addcmul(grad_output, powered, grad_output.sum(ctx.dim, keepdim=True), value=-1)
         return grad.to(input.dtype), None, None
 
 
