@@ -30,7 +30,7 @@ from pgt_hf.models import create_model, load
 from pgt_hf.plots import plot_training_curve, require_matplotlib
 from pgt_hf.transforms import ImageTransform, collate
 
-CPUS_PER_PROCESS = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+CPUS_PER_PROCESS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 # The paper's setting (arXiv 2111.12495); whatever is given on the command line wins.
 DEFAULTS: dict[str, Any] = {
@@ -106,16 +106,19 @@ def main() -> None:
     if args.process_index > 0:
         logging.getLogger("pgt_hf").setLevel(logging.ERROR)
 
-    with args.main_process_first(desc="loading the data set"):
-        dataset = load_image_dataset(
-            data_args.dataset_name,
-            image_column=data_args.image_column,
-            label_column=data_args.label_column,
-            max_train_samples=data_args.max_train_samples,
-            max_eval_samples=data_args.max_eval_samples,
-            seed=args.seed,
-        )
-    model = build_model(model_args, data_args, class_names(dataset["train"]))
+    try:
+        with args.main_process_first(desc="loading the data set"):
+            dataset = load_image_dataset(
+                data_args.dataset_name,
+                image_column=data_args.image_column,
+                label_column=data_args.label_column,
+                max_train_samples=data_args.max_train_samples,
+                max_eval_samples=data_args.max_eval_samples,
+                seed=args.seed,
+            )
+        model = build_model(model_args, data_args, class_names(dataset["train"]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     preprocessing = model.config.pretrained_cfg
     augmentation = {
         "scale": (data_args.min_crop, 1.0),
@@ -158,15 +161,11 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {package: version(package) for package in ("torch", "transformers", "timm", "accelerate")},
     }
-    more = (
-        f"--max-steps {2 * args.max_steps}"
-        if args.max_steps > 0
-        else f"--num-train-epochs {2 * args.num_train_epochs:g}"
-    )
     tell(report)
     if not data_args.eval_only:
         write(report, trainer.state.log_history, Path(args.output_dir))
-        tell_what_next(args.output_dir, more)
+        length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+        tell_what_next(args.output_dir, more=f"--{length.replace('_', '-')} {2 * getattr(args, length):g}")
 
 
 def parse() -> tuple[ModelArguments, DataArguments, PowerGradTrainingArguments]:
@@ -197,6 +196,10 @@ def global_batch(args: PowerGradTrainingArguments) -> int:
 
 def build_model(model_args: ModelArguments, data_args: DataArguments, names: list[str]) -> Any:
     if not Path(model_args.model_name, "config.json").is_file():
+        if data_args.eval_only and not model_args.pretrained:
+            raise ValueError(
+                f"--eval-only needs a trained model; --model-name is no folder of one: {model_args.model_name}"
+            )
         return create_model(
             model_args.model_name,
             names,
@@ -207,7 +210,7 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, names: lis
         )
     model = load(model_args.model_name)
     if list(model.config.id2label.values()) != names:
-        sys.exit(f"error: {model_args.model_name} was trained on other classes than those of {data_args.dataset_name}")
+        raise ValueError(f"{model_args.model_name} was trained on other classes than {data_args.dataset_name} has")
     return model
 
 

@@ -107,6 +107,13 @@ def test_gated_data_set_stops_the_recipe_before_anything_is_written(tmp_path):
     assert not list(home.rglob("*.safetensors"))
 
 
+def test_evaluating_a_network_that_was_never_trained_is_an_error(tmp_path):
+    run = python(IMAGENET, "--dataset-name", "digits", "--eval-only", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "error: --eval-only needs a trained model" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_explains_the_recipes_own_options_and_the_trainers():
     text = python(IMAGENET, "--help", cwd=ROOT).stdout
     for option in ("--dataset-name", "--norm-free", "--base-lr", "--alpha", "--learning-rate"):
