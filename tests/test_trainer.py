@@ -75,7 +75,7 @@ def test_the_string_alone_makes_a_plain_trainer_train_with_the_formulas_gradient
     assert trainer.state.log_history[0]["loss"] == pytest.approx(true_loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_adamw", "powergrad_lamb"])
+@pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_adamw"])
 def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, name):
     options = "momentum=0.9" if name == "powergrad_sgd" else ""
     plain_args = ",".join(filter(None, [f"alpha={ALPHA}", options]))
@@ -100,7 +100,7 @@ def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, 
         trainer.train()
         results.append(weights(model))
     for result in results[1:]:
-        assert_same(results[0], result, atol=1e-5)  # LAMB divides by norms, which differ by rounding between groupings
+        assert_same(results[0], result, atol=1e-5)  # Adam divides by what may differ in rounding
 
 
 def test_our_trainer_logs_alpha_the_true_loss_and_the_logit_norm(tmp_path):
