@@ -76,6 +76,18 @@ def test_two_processes_count_every_image_once(trained):
     assert metrics["top5"] == pytest.approx(hits.any(dim=1).sum().item() / EVAL_IMAGES, abs=1e-6)
 
 
+def test_two_processes_evaluate_the_very_model_that_is_saved(tmp_path):
+    evaluation = ["--max-eval-samples", "40", "--per-device-eval-batch-size", "20"]
+    python(*TWO, IMAGENET, *SHORT, *evaluation, cwd=tmp_path)
+    folder = tmp_path / "runs" / "digits"
+    model = load(folder).eval()
+    images = load_image_dataset("digits", max_eval_samples=40, seed=42)["validation"]
+    images = images.with_transform(ImageTransform(model.config.pretrained_cfg, training=False))
+    with torch.no_grad():
+        loss = model(**collate([images[index] for index in range(40)])).loss
+    assert json.loads((folder / "metrics.json").read_text())["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_report_is_printed_once_and_its_evaluate_command_gives_the_same_figures(trained):
     folder, printed = trained
     assert printed.count("What next") == 1

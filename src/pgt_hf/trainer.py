@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -68,6 +69,12 @@ class PowerGradTrainer(Trainer):
         if model.training:
             self._measure(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.
+        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
+            broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._handle is not None:
