@@ -156,6 +156,11 @@ class ImageTrainer(PowerGradTrainer):
             inputs["labels"] = labels
         return inputs
 
+    def bad_images(self) -> int:
+        """How many images of the training and evaluation data could not be read so far, over all processes."""
+        counted = sum(getattr(dataset, "bad_images", 0) for dataset in (self.train_dataset, self.eval_dataset))
+        return int(self.accelerator.reduce(torch.tensor(counted, device=self.args.device), "sum").item())
+
     # --- loss, schedule
 
     def _cross_entropy(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
