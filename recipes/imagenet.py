@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
-from pgt_hf.metrics import compute_metrics, keep_top_k
+from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
 from pgt_hf.plots import plot_training_curve, require_matplotlib
 from pgt_hf.transforms import ImageTransform, collate
@@ -125,14 +125,15 @@ def main() -> None:
         "hflip": data_args.hflip,
         "color_jitter": data_args.color_jitter,
     }
+    metrics = ClassificationMetrics(alpha=args.alpha)
     trainer = PowerGradTrainer(
         model,
         args,
         train_dataset=dataset["train"].with_transform(ImageTransform(preprocessing, training=True, **augmentation)),
         eval_dataset=dataset["validation"].with_transform(ImageTransform(preprocessing, training=False)),
         data_collator=collate,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=keep_top_k,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.preprocess,
     )
 
     if not data_args.eval_only:
