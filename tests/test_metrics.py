@@ -10,7 +10,6 @@ from pgt_hf.metrics import (
     ClassificationMetrics,
     ProbabilityScores,
     TopKAccuracy,
-    fit_temperature,
     reliability,
     score_logits,
 )
@@ -100,19 +99,6 @@ def test_calibrated_probabilities_have_almost_no_calibration_error_and_sharpened
     assert evaluate_in_batches(ClassificationMetrics(), 4 * logits, labels, 20_000)["ece"] > 0.1
 
 
-def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_at():
-    generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(20_000, 4, generator=generator)
-    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
-    assert fit_temperature(logits / 3, labels) == pytest.approx(1 / 3, rel=0.03)
-
-
-def test_no_other_temperature_gives_a_smaller_loss_than_the_fitted_one(scores):
-    fitted = reference(*scores, 1 / fit_temperature(*scores))["nll"]
-    assert all(fitted <= reference(*scores, 1 / t)["nll"] + 1e-9 for t in np.geomspace(0.05, 50, 200))
-
-
 def test_bins_are_open_below_and_closed_above():
     bins = reliability([0.2, 0.2 + 1e-9, 1.0, 0.0], [1, 0, 1, 0], bins=5)
     assert bins.count.tolist() == [2, 1, 0, 0, 1]
@@ -197,7 +183,6 @@ def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
         (lambda: reliability([0.5, 0.6], [1]), r"shape \(N,\), got \(2,\) and \(1,\)"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0, 3])), r"labels must lie in \[0, 3\) .* got 0 to 3"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0])), r"got \(2, 3\) and \(1,\)"),
-        (lambda: fit_temperature(torch.zeros(1, 3), torch.tensor([-100])), "got 0 labelled images"),
         (lambda: ProbabilityScores().compute(predictions=np.zeros((1, 3)), references=[0], bins=0), "bins must be"),
     ],
 )

@@ -4,7 +4,6 @@
 ``ClassificationMetrics`` keeps a few numbers of each image as the batches pass, and scores them at the end.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,6 @@ __all__ = [
     "ProbabilityScores",
     "Reliability",
     "TopKAccuracy",
-    "fit_temperature",
     "reliability",
     "score_logits",
 ]
@@ -89,7 +87,7 @@ class ProbabilityScores(evaluate.Metric):
         ValueError: There is nothing to score, or ``bins`` is below 1.
 
     Example:
-        >>> scores = ProbabilityScores().compute(predictions=[[math.log(0.75), 0.75, 0.625]], references=[1])
+        >>> scores = ProbabilityScores().compute(predictions=[[np.log(0.75), 0.75, 0.625]], references=[1])
         >>> {name: round(value, 4) for name, value in scores.items()}
         {'nll': 0.2877, 'ece': 0.25, 'brier': 0.125}
     """
@@ -256,35 +254,6 @@ class ClassificationMetrics:
     @property
     def _scales(self) -> dict[str, float]:
         return {"": 1.0} if self.alpha is None or self.alpha == 1 else {"": 1.0, "_folded": self.alpha}
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
-
-    The NLL is convex in 1/T, so there is one minimum; it lies at 0.01 where every image is right (no T is too small).
-
-    Args:
-        logits: Shape (N, C), of images that are not scored afterwards.
-        labels: Shape (N); images with the label -100 are left out.
-
-    Raises:
-        ValueError: No image is left to fit on, or the logits are not finite.
-
-    Example:
-        >>> round(fit_temperature(torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])), 2)
-        2.73
-    """
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]  # scikit-learn brings it
-
-    counted = labels != IGNORED
-    logits, labels = logits[counted].double(), labels[counted]
-    if not len(labels) or not logits.isfinite().all():
-        raise ValueError(f"logits must be finite and at least one image labelled, got {len(labels)} labelled images")
-
-    def nll(log_temperature: float) -> float:
-        return torch.nn.functional.cross_entropy(logits * math.exp(-log_temperature), labels).item()
-
-    return math.exp(minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
 def _describe(metric: evaluate.Metric, **features: Any) -> evaluate.MetricInfo:
