@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import get_token
 
@@ -33,8 +33,8 @@ DEFAULT_DATASET = "ILSVRC/imagenet-1k"
 DIGITS = "digits"
 GATED = (DEFAULT_DATASET,)
 
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _SEEN = "the accuracy reported is that of images seen in training"
 _EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 
@@ -56,9 +56,11 @@ def load_image_dataset(
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
-            a folder of Parquet files or of images as ``datasets`` lays them out, or a Hub id.
-        image_column: The column with the images; by default image or img, or the only column of images.
-        label_column: The column with the classes; by default label, labels or fine_label.
+            a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
+            after the splits), one Parquet file, or a Hub id. A CSV file names its images by path, from where it lies.
+        image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
+            the only column of images.
+        label_column: The column with the classes; by default label, labels, fine_label or class.
         max_train_samples: Keep so many training images, drawn by ``seed``.
         max_eval_samples: The same for validation.
         seed: For every draw.
@@ -80,6 +82,7 @@ def load_image_dataset(
     check_access(name)
     splits = _digits(seed) if name == DIGITS else _load(name)
     splits = DatasetDict({key: _image_and_label(split, image_column, label_column) for key, split in splits.items()})
+    splits = DatasetDict({key: _as_images(split, name) for key, split in splits.items()})
     splits = _train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     return DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
@@ -123,7 +126,11 @@ def _is_cached(name: str) -> bool:
 
 
 def _load(name: str) -> DatasetDict:
+    tables = _tables(name)
     try:
+        if tables:
+            kind = next(iter(tables.values())).suffix[1:]
+            return datasets.load_dataset(kind, data_files={split: str(file) for split, file in tables.items()})
         return datasets.load_dataset(name)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
@@ -136,6 +143,17 @@ def _load(name: str) -> DatasetDict:
         raise ConnectionError(
             f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
         ) from error
+
+
+def _tables(name: str) -> dict[str, Path]:
+    """The CSV or Parquet file of each split, where ``name`` is such a file or a folder of CSV files."""
+    path = Path(name)
+    if path.is_file() and path.suffix in (".csv", ".parquet"):
+        return {"train": path}
+    found = sorted(path.glob("*.csv")) if path.is_dir() else []
+    if not found or any(file.stem == "metadata" for file in found):  # `datasets` reads metadata.csv with the images
+        return {}
+    return {file.stem: file for file in found} if len(found) > 1 else {"train": found[0]}
 
 
 def _digits(seed: int) -> DatasetDict:
@@ -158,7 +176,22 @@ def _image_and_label(split: Dataset, image_column: str | None, label_column: str
     for old, new in ((image, "image"), (label, "label")):
         if old != new:
             split = split.rename_column(old, new)
-    return split if isinstance(split.features["image"], Image) else split.cast_column("image", Image())
+    return split
+
+
+def _as_images(split: Dataset, name: str) -> Dataset:
+    """Paths become images; those of a local table count from where it lies."""
+    if isinstance(split.features["image"], Image):
+        return split
+    if isinstance(split.features["image"], Value) and Path(name).exists():
+        folder = Path(name).resolve()
+        folder = folder if folder.is_dir() else folder.parent
+        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder)})
+    return split.cast_column("image", Image())
+
+
+def _locate(image: str, folder: str) -> dict[str, str]:
+    return {"image": str(Path(folder, image))}  # an absolute path stays as it is
 
 
 def _find_column(split: Dataset, what: str, wanted: str | None, usual: tuple[str, ...], typed: list[str]) -> str:
