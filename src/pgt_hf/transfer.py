@@ -143,7 +143,10 @@ def parameter_groups(
         raise ValueError(f"head_lr_scale must be above 0, got {head_lr_scale}")
     base = _base(model)
     network = getattr(base, "timm_model", base)
-    options = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(network, "no_weight_decay", set)()}
+    options: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "no_weight_decay_list": getattr(network, "no_weight_decay", set)(),
+    }
     if layer_decay is None:
         groups = param_groups_weight_decay(network, **options)
     else:
@@ -205,7 +208,11 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     ]
     whole = [name for name, module in names.items() if any(module is head for head in heads)]
     config = LoraConfig(
-        r=rank, lora_alpha=scale * rank, lora_dropout=dropout, target_modules=adapted, modules_to_save=whole
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=dropout,
+        target_modules=adapted,
+        modules_to_save=whole,
     )
     return _evaluate_frozen_layers(get_peft_model(model, config))
 
@@ -264,7 +271,7 @@ class _EvaluateFrozen:
 
 def _evaluate_frozen_layers(model: nn.Module) -> Any:
     """A hook, since Trainer puts the whole model into training mode before each step."""
-    frozen = []
+    frozen: list[nn.Module] = []
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
