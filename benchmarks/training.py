@@ -22,7 +22,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from pgt_hf.image_dataset import ImageDataset
 from timm.data import create_loader
 from torch.profiler import ProfilerActivity, profile
 from torchvision import transforms as tv
@@ -32,6 +31,7 @@ from transformers.utils import logging
 from benchmarks.images import labelled_images
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
 from pgt_hf.data import class_names
+from pgt_hf.image_dataset import ImageDataset
 from pgt_hf.models import create_model
 from pgt_hf.transforms import ImageTransform, collate, to_rgb
 
