@@ -39,6 +39,10 @@ _Box = tuple[int, int, int, int]  # left, top, right, bottom
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
 _ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
 
+# How much larger than needed JPEG is decoded. In training a slightly other sharpness does no harm; evaluation should
+# agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
+_TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
+
 _ON_TENSORS = (
     MaybePILToTensor,
     transforms.CenterCrop,
@@ -56,7 +60,8 @@ class ImageTransform:
     """Turns one image into a tensor of the model's input size.
 
     Bytes are decoded here: JPEG at the smallest of libjpeg's sizes (1, 1/2, 1/4, 1/8) that is not below what is
-    needed. EXIF orientation is applied; grey, 16-bit, palette, CMYK and transparent images become RGB.
+    needed, in evaluation not below twice that. EXIF orientation is applied; grey, 16-bit, palette, CMYK and
+    transparent images become RGB.
 
     Args:
         config: The model's ``config.pretrained_cfg``: input size, mean, std, interpolation, crop.
@@ -142,7 +147,7 @@ class ImageTransform:
 
         reduction = 1
         if isinstance(image, bytes) and isinstance(source, JpegImageFile) and size is not None:
-            reduction = _reduction(box, size)
+            reduction = _reduction(box, size, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
             source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
         _check_pixels(source.width * source.height, f"{width} x {height} pixels, decoded at 1/{reduction}")
         if orientation != 1:
@@ -298,10 +303,11 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _reduction(box: _Box, size: tuple[int, int]) -> int:
-    """The most that libjpeg may shrink the image by, with the box still no smaller than the size."""
+def _reduction(box: _Box, size: tuple[int, int], margin: int) -> int:
+    """The most that libjpeg may shrink the image by, with the box still ``margin`` times the size."""
     left, top, right, bottom = box
-    return next((by for by in (8, 4, 2) if bottom - top >= by * size[0] and right - left >= by * size[1]), 1)
+    least = margin * size[0], margin * size[1]
+    return next((by for by in (8, 4, 2) if bottom - top >= by * least[0] and right - left >= by * least[1]), 1)
 
 
 def _scaled(box: _Box, reduction: int) -> _Box:
