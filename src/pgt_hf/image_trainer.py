@@ -220,7 +220,7 @@ class ImageTrainer(PowerGradTrainer):
                 prefix = f"{metric_key_prefix}_{EMA_FOLDER}"
                 again = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
             output.metrics.update(again.metrics)
-        # Trainer repeats a process's mean loss for every image of the batch, padded ones too; the metrics count images.
+        # Trainer repeats a mean loss for each image of a batch, padded ones too; the metrics count images.
         for key in [key for key in output.metrics if key.endswith("_nll")]:
             output.metrics[key.removesuffix("nll") + "loss"] = output.metrics[key]
         return output
