@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
+from pgt_hf.data import DEFAULT_DATASET, DIGITS, ImageDataset, check_access, class_names, load_image_dataset
 from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
 from pgt_hf.plots import plot_training_curve, require_matplotlib
@@ -99,6 +99,13 @@ class DataArguments:
     eval_only: bool = field(default=False, metadata={"help": "Evaluate --model-name (a trained folder) and stop."})
 
 
+class SetEpoch(TrainerCallback):
+    """With several processes, Accelerate's loader tells the epoch to its sampler alone, not to the data set."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
 def main() -> None:
     started = time.perf_counter()
     model_args, data_args, args = parse()
@@ -129,9 +136,12 @@ def main() -> None:
     trainer = PowerGradTrainer(
         model,
         args,
-        train_dataset=dataset["train"].with_transform(ImageTransform(preprocessing, training=True, **augmentation)),
-        eval_dataset=dataset["validation"].with_transform(ImageTransform(preprocessing, training=False)),
+        train_dataset=ImageDataset(
+            dataset["train"], ImageTransform(preprocessing, training=True, **augmentation), seed=args.seed
+        ),
+        eval_dataset=ImageDataset(dataset["validation"], ImageTransform(preprocessing, training=False)),
         data_collator=collate,
+        callbacks=[SetEpoch()],
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.preprocess,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgt_hf.data import load_image_dataset
+from pgt_hf.data import ImageDataset, load_image_dataset
 from pgt_hf.models import load
 from pgt_hf.transforms import ImageTransform, collate
 
@@ -65,7 +65,7 @@ def test_two_processes_count_every_image_once(trained):
     folder = trained[0] / "runs" / "digits"
     model = load(folder).eval()
     images = load_image_dataset("digits", max_eval_samples=EVAL_IMAGES, seed=42)["validation"]
-    images = images.with_transform(ImageTransform(model.config.pretrained_cfg, training=False))
+    images = ImageDataset(images, ImageTransform(model.config.pretrained_cfg, training=False))
     batch = collate([images[index] for index in range(EVAL_IMAGES)])
     with torch.no_grad():
         best = model(batch["pixel_values"]).logits.topk(5).indices
@@ -82,7 +82,7 @@ def test_two_processes_evaluate_the_very_model_that_is_saved(tmp_path):
     folder = tmp_path / "runs" / "digits"
     model = load(folder).eval()
     images = load_image_dataset("digits", max_eval_samples=40, seed=42)["validation"]
-    images = images.with_transform(ImageTransform(model.config.pretrained_cfg, training=False))
+    images = ImageDataset(images, ImageTransform(model.config.pretrained_cfg, training=False))
     with torch.no_grad():
         loss = model(**collate([images[index] for index in range(40)])).loss
     assert json.loads((folder / "metrics.json").read_text())["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
