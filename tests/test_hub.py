@@ -1,122 +1,12 @@
 """Push, load back and fail, against the Hub of hub_server.py over a socket; the client is another interpreter."""
+# ruff: noqa: F811  fixtures are imported
 
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
-from hub_server import HubServer, User
+from hub_client import READER, ROOT, STRANGER, TOKEN, client, no_faults, server  # noqa: F401  fixtures
 from huggingface_hub import ModelCard
-
-ROOT = Path(__file__).parents[1]
-TOKEN, READER, STRANGER = "hf_canaryTokenOfAlice", "hf_readOnlyToken", "hf_tokenOfMallory"
-USERS = {
-    TOKEN: User("alice", organizations=("lab",)),
-    READER: User("alice", role="read"),
-    STRANGER: User("mallory"),
-}
-# Runs what it is sent, one program after another, so that torch and transformers are imported once.
-LOOP = """
-import contextlib, io, json, logging, sys, traceback
-channel, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
-    printed, error = io.StringIO(), None
-    handler = logging.StreamHandler(printed)
-    logging.getLogger("pgt_hf").addHandler(handler)
-    with contextlib.redirect_stdout(printed):
-        try:
-            exec(compile(json.loads(line), "<program>", "exec"), {"__name__": "__main__"})
-        except BaseException:
-            error = traceback.format_exc()
-    logging.getLogger("pgt_hf").removeHandler(handler)
-    print(json.dumps({"printed": printed.getvalue(), "error": error}), file=channel, flush=True)
-"""
-COMMON = """
-import json, logging, os, shutil
-from pathlib import Path
-import torch
-from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.hub import *
-from pgt_hf.models import create_model, load
-
-NAMES = ["ant", "bee", "cat", "dog"]
-DATA = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 4} for i in range(8)]
-
-def trainer(folder, model=None, **options):
-    defaults = dict(alpha=0.25, optim="powergrad_sgd", learning_rate=0.01, per_device_train_batch_size=4, max_steps=4,
-                    report_to="none", use_cpu=True, logging_steps=1, save_strategy="steps", save_steps=2,
-                    eval_strategy="steps", eval_steps=2, disable_tqdm=True, save_total_limit=1, hub_timeout=60)
-    model = model or create_model("resnet10t", NAMES, image_size=32)
-    return PowerGradTrainer(model, PowerGradTrainingArguments(str(folder), **defaults | options),
-                            train_dataset=DATA, eval_dataset=DATA)
-
-def logits(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        output = model.eval()(torch.randn(2, 3, 32, 32))
-    return getattr(output, "logits", output)
-"""
-
-
-class Client:
-    """An interpreter that knows the local Hub only."""
-
-    def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
-        settings = {
-            "PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home),
-            "USER": "canaryuser", "LOGNAME": "canaryuser", "HOME": "/home/canary",
-            "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }  # fmt: skip
-        self.environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
-        self.environment |= settings | environment
-        home.mkdir(exist_ok=True)
-        self.errors = open(home / "stderr", "w")  # noqa: SIM115  open as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, env=self.environment, cwd=home,
-        )  # fmt: skip
-
-    def run(self, program: str, common: str = COMMON) -> str:
-        """What the program printed or logged; an AssertionError with its traceback if it failed."""
-        printed, error = self.attempt(program, common)
-        assert error is None, f"{printed}\n{error}"
-        return printed
-
-    def attempt(self, program: str, common: str = COMMON) -> tuple[str, str | None]:
-        self.process.stdin.write(json.dumps(common + textwrap.dedent(program)) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["printed"], answer["error"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.errors.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub"), USERS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    client = Client(server.url, tmp_path_factory.mktemp("client"))
-    yield client
-    client.close()
-
-
-@pytest.fixture(autouse=True)
-def no_faults(request):
-    yield
-    if "server" in request.fixturenames:
-        request.getfixturevalue("server").faults.clear()
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +202,80 @@ def test_access_that_is_missing_is_found_before_anything_is_done(server, client,
 
 def test_organization_a_token_may_write_to_is_accepted(client):
     assert client.run(f"print(check_push_access('lab/model', {TOKEN!r}))").strip() == "lab/model"
+
+
+def push_with_faults(client, folder, repo_id):
+    printed, error = client.attempt(f"push_run({str(folder)!r}, {repo_id!r}, token={TOKEN!r}, fold=True)")
+    assert TOKEN not in printed + (error or "")
+    return (error or "").strip().splitlines()[-1:]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"pattern": "PUT /lfs/", "status": 503, "times": 1},
+        {"pattern": "PUT /lfs/", "drop_after": 100_000, "times": 1},
+        {"pattern": "POST .*/preupload/", "status": 429, "times": 1, "headers": {"Retry-After": "0"}},
+    ],
+    ids=["503", "connection cut in the middle of the weights", "429"],
+)
+def test_push_survives_a_passing_failure(server, client, run, fault):
+    name = f"alice/passing-{fault.get('status', 'cut')}"
+    fault = server.fail(**fault)
+    assert push_with_faults(client, run, name) == []
+    assert fault.times == 0
+    assert "model.safetensors" in server.files(name)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"pattern": "PUT /lfs/", "status": 507}, "507"),
+        ({"pattern": "POST .*/commit/", "drop_after": 50}, "broke off"),
+        ({"pattern": "POST .*/commit/", "status": 500}, "500"),
+        ({"pattern": "whoami", "status": 503}, "answered HTTP 503"),
+        ({"pattern": "whoami", "drop_after": 0}, "could not be reached"),
+    ],
+    ids=["disk full", "cut in the middle of the commit", "500", "down for maintenance", "no connection"],
+)
+def test_push_that_fails_leaves_the_repository_as_it_was(server, client, run, pushed, fault, message):
+    before, titles = server.files("alice/ants"), server.titles("alice/ants")
+    server.fail(**fault)
+    _, error = client.attempt(f"push_run({str(run)!r}, 'alice/ants', token={TOKEN!r}, fold=True)")
+    assert re.search(f"Error: .*{message}", error), error
+    assert (server.files("alice/ants"), server.titles("alice/ants")) == (before, titles)
+
+
+def test_file_that_would_reveal_a_token_or_a_path_is_not_pushed(server, client, run, tmp_path):
+    for secret, what in ((TOKEN, "a token or password"), (str(tmp_path), "a path of this machine")):
+        _, error = client.attempt(f"""
+            os.environ["HF_TOKEN"] = {TOKEN!r}
+            copy = {str(tmp_path / "copy")!r}
+            shutil.copytree({str(run)!r}, copy, dirs_exist_ok=True)
+            config = json.loads(Path(copy, "config.json").read_text())
+            Path(copy, "config.json").write_text(json.dumps(config | {{"pretrained_file": {secret!r} + "/copy"}}))
+            try:
+                push_run(copy, "alice/leaky")
+            finally:
+                del os.environ["HF_TOKEN"]
+        """)
+        assert f"ValueError: config.json holds {what}, so nothing was published" in error
+    assert server.files("alice/leaky") == {}
+
+
+def test_command_line_tells_its_errors_in_one_line(client, tmp_path):
+    for program, message in (
+        ("main(['push', 'nowhere', '--repo-id', 'alice/x'])", "error: there is no model in nowhere"),
+        ("main(['export', 'nowhere', 'out'])", "error: there is no model in nowhere"),
+        ("main(['pull', 'alice/absent', 'out'])", "error: "),
+    ):
+        _, error = client.attempt(f"from pgt_hf.hub import main\n{program}")
+        assert f"SystemExit: {message}" in error
+
+
+def test_export_writes_what_a_push_would_bring(client, run, pushed, tmp_path):
+    client.run(f"""
+        from pgt_hf.hub import main
+        main(["export", {str(run)!r}, {str(tmp_path / "release")!r}, "--repo-id", "alice/ants"])
+    """)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "release").iterdir()} == pushed

@@ -23,7 +23,8 @@ class PowerGradTrainingArguments(TrainingArguments):
         clip_value: The bound that ``clip_mode`` needs (for AGC its factor, 0.01 in the paper).
         powergrad_head: Dotted name of the module that makes the logits, where it is not found by itself.
         hub_fold: Publish weights with alpha multiplied into the head, whose softmax gives calibrated probabilities.
-        hub_timeout: Seconds that the end of training waits for an upload to the Hub.
+        hub_timeout: Seconds that the end of training waits for an upload to the Hub. The other processes wait as well,
+            so keep it well below ``ddp_timeout``.
 
     Raises:
         TypeError, ValueError: One of these is not allowed; nothing has been built by then.
@@ -37,7 +38,7 @@ class PowerGradTrainingArguments(TrainingArguments):
     clip_value: float | None = field(default=None, metadata={"help": "The bound for clip_mode."})
     powergrad_head: str | None = field(default=None, metadata={"help": "Dotted name of the head, if not found."})
     hub_fold: bool = field(default=False, metadata={"help": "Publish weights with alpha in the head."})
-    hub_timeout: float = field(default=1800.0, metadata={"help": "Seconds to wait for an upload at the end."})
+    hub_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for an upload at the end."})
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)

@@ -383,13 +383,13 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of settings as one level; ``versions`` stays a mapping, and the first of two equal keys wins."""
+    """Sections of settings as one level, the outer one's values before those of the sections in it."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if key == "versions" or not isinstance(value, Mapping):
+        if key in ("versions", "card") or not isinstance(value, Mapping):
             flat.setdefault(key, value)
-    for value in settings.values():
-        if isinstance(value, Mapping):
+    for key, value in settings.items():
+        if key not in flat:
             flat = _flatten(value) | flat
     return flat
 

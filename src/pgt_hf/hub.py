@@ -20,23 +20,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from .card import CONFIG, CURVE, WEIGHTS, is_hub_id, model_card, read_run
-from .weights import rewrite_safetensors
+from .training_state import unpack_checkpoint
+from .weights import read_header, rewrite_safetensors
 
-__all__ = ["check_push_access", "prepare_release", "push_release", "push_run"]
+__all__ = ["check_push_access", "prepare_release", "pull_checkpoint", "push_release", "push_run"]
 
-EMA = "ema"
+EMA, LAST_CHECKPOINT = "ema", "last-checkpoint"
 # What besides the weights belongs to a model, for processors and tokenizers of any kind.
 _MODEL_FILES = (
     CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "adapter_config.json",
 )  # fmt: skip
-_TEXT = (".json", ".md", ".html", ".txt")
+_TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
 _PREFIX = "timm_model."  # what transformers puts before the names that timm gave a network's weights; it reads both
 
 
@@ -244,6 +245,38 @@ def push_run(
         return push_release(release_folder, full, token=token, private=private, revision=revision, message=message)
 
 
+def pull_checkpoint(
+    repo_id: str,
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str = LAST_CHECKPOINT,
+    token: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Fetches a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to go on from it here.
+
+    Args:
+        repo_id: The repository.
+        run: The run's folder on this machine; the checkpoint goes there as ``checkpoint-N``.
+        checkpoint: The checkpoint's folder in the repository.
+        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        revision: A branch, tag or commit; by default "main".
+
+    Returns:
+        The folder for ``trainer.train(resume_from_checkpoint=...)``.
+
+    Raises:
+        FileNotFoundError: The repository holds no such checkpoint.
+        FileExistsError: The run has that checkpoint already.
+        OSError: The Hub could not be reached or refused.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=pull_checkpoint("alice/digits", "runs/digits"))
+    """
+    snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    return unpack_checkpoint(Path(snapshot, checkpoint), run)
+
+
 def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
     """The shell command that pushes a run later.
 
@@ -259,7 +292,7 @@ def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -
 
 
 def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
-    """Raises if a text file in a folder holds a token or a path of this machine.
+    """Raises if a text file, or the header of a safetensors file, holds a token or a path of this machine.
 
     Raises:
         ValueError: One does; the message names the file, not the secret.
@@ -268,10 +301,13 @@ def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
     tokens |= {value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|API_KEY)$", name)}
     secrets = {"a token or password": [token for token in tokens if token and len(token) >= 8]}
     secrets["a path of this machine"] = [path for path in {str(Path.home()), *private_paths} if len(path) > 1]
-    for path in folder.rglob("*"):
-        if path.suffix not in _TEXT or not path.is_file():
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            text = json.dumps(read_header(path))
+        elif path.suffix in _TEXT:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        else:
             continue
-        text = path.read_text(encoding="utf-8", errors="replace")
         for what, values in secrets.items():
             if any(value in text for value in values):
                 raise ValueError(f"{path.relative_to(folder)} holds {what}, so nothing was published")
@@ -319,6 +355,33 @@ def _offers_xet(repo_id: str, revision: str | None, token: str | None) -> bool:
     return get_session().get(url, headers=build_hf_headers(token=token)).status_code == 200
 
 
+def _release_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "fold": options.fold,
+        "ema": not options.no_ema,
+        "license": options.license,
+        "base_model": options.base_model,
+    }
+
+
+def _export(options: argparse.Namespace) -> Path:
+    name = options.repo_id or f"you/{Path(options.run).resolve().name}"
+    return prepare_release(options.run, options.target, name, **_release_options(options))
+
+
+def _push(options: argparse.Namespace) -> str:
+    private = options.private or None  # else the owner's settings hold
+    where = {"private": private, "revision": options.revision, "message": options.message}
+    return push_run(options.run, options.repo_id, **where, **_release_options(options)).commit_url
+
+
+def _pull(options: argparse.Namespace) -> Path:
+    return pull_checkpoint(options.repo_id, options.run, checkpoint=options.checkpoint, revision=options.revision)
+
+
+_COMMANDS = {"push": _push, "export": _export, "pull": _pull}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line.
 
@@ -340,21 +403,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     push.add_argument("--revision", help="branch to push to; made where it does not exist")
     push.add_argument("--message", default="Upload model", help="title of the commit")
     export.add_argument("target", help="the folder to write")
+    pull = commands.add_parser("pull", help="fetch a checkpoint that was pushed, to go on from it")
+    pull.add_argument("repo_id", help="owner/name")
+    pull.add_argument("run", help="the run's folder on this machine")
+    pull.add_argument("--checkpoint", default=LAST_CHECKPOINT, help="its folder in the repository")
+    pull.add_argument("--revision", help="branch, tag or commit")
     options = parser.parse_args(arguments)
-    release = {
-        "fold": options.fold,
-        "ema": not options.no_ema,
-        "license": options.license,
-        "base_model": options.base_model,
-    }
     try:
-        if options.command == "export":
-            name = options.repo_id or f"you/{Path(options.run).resolve().name}"
-            print(prepare_release(options.run, options.target, name, **release))
-        else:
-            private = options.private or None  # else the owner's settings hold
-            where = {"private": private, "revision": options.revision, "message": options.message}
-            print(push_run(options.run, options.repo_id, **where, **release).commit_url)
+        print(_COMMANDS[options.command](options))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -20,13 +20,15 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from .arguments import PowerGradTrainingArguments
 from .card import model_card, read_run
-from .hub import check_push_access, prepare_release, push_command, push_release
+from .hub import LAST_CHECKPOINT, check_push_access, prepare_release, push_command, push_release
+from .training_state import pack_checkpoint
 
 __all__ = ["HubTrainer"]
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("pgt_hf", "torch", "transformers", "timm", "accelerate", "datasets")
+_STAGE = "_hub-"  # folders of what is being uploaded, in the output folder
 _FIRST_ANSWER = 60.0  # seconds that the Hub may take before training starts without it
 
 
@@ -59,6 +61,8 @@ class HubTrainer(Trainer):
                 f"push_to_hub needs a transformers model, got a {type(self.model).__name__}, which could not be "
                 "loaded from the Hub; pgt_hf.models.create_model makes one of any timm network"
             )
+        for stage in Path(self.args.output_dir).glob(f"{_STAGE}*"):  # of a program that was killed while it pushed
+            shutil.rmtree(stage, ignore_errors=True)
         self.hub_model_id = self._repo_id()
         private = self.args.hub_private_repo if private is None else private
         asking = _Background(lambda: check_push_access(self._repo_id(), token or self.args.hub_token, private=private))
@@ -170,10 +174,11 @@ class HubTrainer(Trainer):
             "revision": revision or self.args.hub_revision,
             "private": self.args.hub_private_repo if private is None else private,
         }
-        stage = Path(tempfile.mkdtemp(prefix="_hub-", dir=folder))
+        stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
         try:
             if checkpoint is not None:
                 self._record({}, None)
+                self._add_checkpoint(checkpoint, stage)
             prepare_release(folder, stage, self._repo_id(), checkpoint=checkpoint, fold=self.args.hub_fold)
         except Exception as error:  # a full disk, a model that cannot be folded: no reason to stop either
             shutil.rmtree(stage, ignore_errors=True)
@@ -196,6 +201,13 @@ class HubTrainer(Trainer):
             return info
 
         self._push = _Background(upload)
+
+    def _add_checkpoint(self, checkpoint: Path, stage: Path) -> None:
+        """What training resumes from, where ``hub_strategy`` asks for it."""
+        names = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        name = names.get(self.args.hub_strategy)
+        if name is not None:
+            pack_checkpoint(checkpoint, stage / name)
 
     def _note_failure(self, what: str, error: Exception) -> None:
         self.unpushed = f"{what} to {self._repo_id()} ({type(error).__name__}: {error})"

@@ -4,8 +4,9 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
-__all__ = ["ALIGNMENT", "rewrite_safetensors"]
+__all__ = ["ALIGNMENT", "read_header", "rewrite_safetensors"]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 
@@ -31,34 +32,48 @@ def rewrite_safetensors(
     Example:
         >>> rewrite_safetensors("runs/digits/model.safetensors", "model.safetensors", remove_prefix="timm_model.")
     """
-    with open(source, "rb") as file:
+    tensors = read_header(source)
+    metadata = tensors.pop("__metadata__", {"format": "pt"})
+    spans = {name: tensor["data_offsets"] for name, tensor in tensors.items()}
+
+    def rank(name: str) -> tuple[bool, bool, str]:
+        begin, end = spans[name]
+        return bool((end - begin) % ALIGNMENT), len(tensors[name]["shape"]) < 2, name
+
+    order = sorted(tensors, key=rank)
+    header, offset = {"__metadata__": metadata}, 0
+    for name in order:
+        size = spans[name][1] - spans[name][0]
+        header[name.removeprefix(remove_prefix)] = tensors[name] | {"data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+
+    partial = Path(f"{os.fspath(target)}.partial")
+    with open(source, "rb") as file, open(partial, "wb") as output:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+        output.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.seek(start + spans[name][0])
+            output.write(file.read(spans[name][1] - spans[name][0]))
+    os.replace(partial, target)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The names, types, shapes and places of a safetensors file's tensors, and its ``__metadata__``.
+
+    Raises:
+        ValueError: It is not a safetensors file.
+
+    Example:
+        >>> read_header("model.safetensors")["fc.weight"]["shape"]
+        [10, 512]
+    """
+    with open(path, "rb") as file:
         try:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > os.path.getsize(source):
+            if length > os.path.getsize(path):
                 raise ValueError("the header is longer than the file")
-            tensors = json.loads(file.read(length))
-            metadata = tensors.pop("__metadata__", {"format": "pt"})
-            spans = {name: tensor["data_offsets"] for name, tensor in tensors.items()}
-        except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
-            raise ValueError(f"{source} is not a safetensors file: {error}") from error
-
-        def rank(name: str) -> tuple[bool, bool, str]:
-            begin, end = spans[name]
-            return bool((end - begin) % ALIGNMENT), len(tensors[name]["shape"]) < 2, name
-
-        order = sorted(tensors, key=rank)
-        header, offset = {"__metadata__": metadata}, 0
-        for name in order:
-            size = spans[name][1] - spans[name][0]
-            header[name.removeprefix(remove_prefix)] = tensors[name] | {"data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
-
-        partial = Path(f"{os.fspath(target)}.partial")
-        with open(partial, "wb") as output:
-            output.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                file.seek(8 + length + spans[name][0])
-                output.write(file.read(spans[name][1] - spans[name][0]))
-    os.replace(partial, target)
+            return dict(json.loads(file.read(length)))
+        except (TypeError, ValueError, struct.error) as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
