@@ -41,6 +41,7 @@ HYPERPARAMETERS = (
     "auto_augment", "drop_path", "drop_path_rate", "ema_decay", "model_ema_decay", "image_size", "min_crop", "hflip",
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
+_KEPT = ("versions", "packages", "card")  # sections of the settings that are read as such
 TASKS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
@@ -101,12 +102,15 @@ class Run:
         return name if is_hub_id(name) else Path(name).name
 
 
-def read_run(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Run:
+def read_run(
+    folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool = False
+) -> Run:
     """Reads what a run left behind: config.json, run.json, trainer_run.json, metrics.json, the history.
 
     Args:
         folder: The run's folder.
         checkpoint: A checkpoint in it, to describe the run as it was then: metrics and history are the checkpoint's.
+        ema: Take the metrics of the moving average, where it was evaluated as well.
 
     Raises:
         FileNotFoundError: There is no config.json, hence no model.
@@ -129,6 +133,8 @@ def read_run(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] 
         (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
     )
     found = {key.removeprefix("eval_"): value for key, value in (evaluated | metrics).items()}
+    if ema:
+        found = {key.removeprefix("ema_"): value for key, value in found.items() if key.startswith("ema_")} or found
     return Run(config, settings, {key: found[key] for key in METRICS if _is_number(found.get(key))}, history)
 
 
@@ -318,7 +324,7 @@ def _training(run: Run, files: set[str]) -> str:
     shown = {key: _public(run.settings.get(key)) for key in HYPERPARAMETERS}
     rows = [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
     table = ["| setting | value |", "|---|---|", *rows] if rows else ["No settings have been recorded."]
-    versions = run.settings.get("versions")
+    versions = run.settings.get("versions") or run.settings.get("packages")
     known = ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "not recorded"
     lines = [*table, "", f"Versions: {known}."]
     if CURVE in files:
@@ -386,7 +392,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of settings as one level, the outer one's values before those of the sections in it."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in ("versions", "card") or not isinstance(value, Mapping):
+        if key in _KEPT or not isinstance(value, Mapping):
             flat.setdefault(key, value)
     for key, value in settings.items():
         if key not in flat:

@@ -30,7 +30,8 @@ from .weights import read_header, rewrite_safetensors
 
 __all__ = ["check_push_access", "prepare_release", "pull_checkpoint", "push_release", "push_run"]
 
-EMA, LAST_CHECKPOINT = "ema", "last-checkpoint"
+EMA = "ema"  # where ImageTrainer keeps the averaged model
+LAST_CHECKPOINT = "last-checkpoint"
 # What besides the weights belongs to a model, for processors and tokenizers of any kind.
 _MODEL_FILES = (
     CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -125,7 +126,7 @@ def prepare_release(
     source = Path(checkpoint or folder)
     averaged = ema and (source / EMA / CONFIG).is_file()
     model = source / EMA if averaged else source
-    run = read_run(run_folder, checkpoint)
+    run = read_run(run_folder, checkpoint, ema=averaged)
     target.mkdir(parents=True, exist_ok=True)
 
     settings = run.settings.get("card") or {}
