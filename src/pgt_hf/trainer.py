@@ -79,6 +79,9 @@ class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                logs |= getattr(callback, "take_logs", dict)()
         if "loss" in logs and self._handle is not None:
             logs["powergrad_alpha"] = self._handle.alpha
             if self._logit_norm is not None:
