@@ -55,6 +55,8 @@ class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
             )
         self.args.alpha = handle.alpha
         self._handle = handle
+        if hasattr(self.model, "config"):  # who loads the model later needs alpha to read its probabilities
+            self.model.config.powergrad_alpha, self.model.config.powergrad_folded = handle.alpha, False
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
