@@ -201,10 +201,9 @@ def main() -> None:
         sys.exit(SIGTERM_STATUS)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
-    trainer.model.config.powergrad_alpha = args.alpha
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
-        trainer.model.config.powergrad_alpha = metrics.alpha = 1.0
+        metrics.alpha = None  # the model's probabilities are the folded ones
     predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
     trainer.save_model()
     bad_images = trainer.bad_images()

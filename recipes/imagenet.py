@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pgt_hf.image_dataset import ImageDataset, ImageStream
 from transformers import HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
+from pgt_hf.image_dataset import ImageDataset, ImageStream
 from pgt_hf.image_trainer import ImageTrainer
 from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = PAPER | {
     "output_dir": "runs/imagenet",
     "model_name": "resnet50",
     "alpha": 0.25,
+    "learning_rate": None,  # from base_lr and the batch
     "max_grad_norm": 0.0,
     "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 256,
@@ -186,11 +187,10 @@ def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingA
         (ModelArguments, DataArguments, RunArguments, ImageTrainingArguments), description=__doc__
     )
     try:
-        settings = preset_and_config(parser)
-        check_access(settings["dataset_name"])
-        require_matplotlib()
-        parser.set_defaults(**settings)
+        parser.set_defaults(**preset_and_config(parser))
         namespace = parser.parse_args()
+        check_access(namespace.dataset_name)
+        require_matplotlib()
         config = {key: plain(value) for key, value in vars(namespace).items() if key not in ("config", "resume")}
         fit_batch(namespace)
         model_args, data_args, run_args, args = parser.parse_dict(vars(namespace))
@@ -336,13 +336,11 @@ def summarize(
 
 
 def tell(report: dict[str, Any]) -> None:
-    shares = {"top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded"}
-    told = [*sorted(shares & set(report)), "loss", "ema_loss", "train_loss", "nll_folded", "bad_images", "seconds"]
+    shares = ("top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded")
     print(f"\n{report['model']} on {report['dataset']}, {report['eval_images']:,} evaluation images")
-    for key in told:
-        value = report.get(key)
-        if value is not None:
-            print(f"  {key:12}{f'{value:.2%}' if key in shares else f'{value:.4g}':>10}")
+    for key in (*shares, "nll", "nll_folded", "train_loss", "bad_images", "seconds"):
+        if report.get(key):
+            print(f"  {key:12}{f'{report[key]:.2%}' if key in shares else f'{report[key]:.4g}':>10}")
     if report["published_top1"]:
         print(f"  {'published':12}{report['published_top1'] / 100:>10.2%}   (top-1 of this preset)")
 

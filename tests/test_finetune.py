@@ -311,7 +311,7 @@ def test_transformers_model_on_a_csv_of_photos_with_everything_switched_on(here,
     assert right / 24 == pytest.approx(metrics["top1"])
     assert metrics["top1"] > 0.9
     assert metrics["epochs"] < 20  # nothing is left to improve
-    assert metrics["folded"] and read(folder / "config.json")["powergrad_alpha"] == 1.0
+    assert metrics["folded"] and read(folder / "config.json")["powergrad_folded"]
     assert "top1" in capsys.readouterr().out
 
 

@@ -167,7 +167,9 @@ def test_run_that_is_killed_and_resumed_ends_with_the_bits_of_the_one_that_was_n
 
 
 def test_sigterm_saves_a_checkpoint_and_stops_all_processes(tmp_path):
-    options = "--dataset-name digits --max-train-samples 320 --num-train-epochs 50 --logging-steps 1 --save-strategy no"
+    options = (
+        "--dataset-name digits --max-train-samples 320 --num-train-epochs 50 --logging-steps 1 --save-strategy no"
+    )
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [*TWO, RECIPE, *options.split()],

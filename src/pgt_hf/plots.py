@@ -163,7 +163,7 @@ def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title:
     named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
     for number, ((name, norms), colour) in enumerate(zip(layers.items(), colours, strict=True)):
         label = _shorten(name) if number in named else None
-        axes.plot(data["step"], norms, color=colour, linewidth=1.1, label=label)
+        axes.plot(data["step"], np.where(norms > 0, norms, np.nan), color=colour, linewidth=1.1, label=label)
     if any((norms > 0).any() for norms in layers.values()):
         axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -284,7 +284,7 @@ def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: str | os.P
     figure, grid = _figure(1, len(panels), (3.4 * len(panels), 3.2))
     for axes, (key, label) in zip(grid[0], panels, strict=True):
         points = sorted((run["alpha"], run[key]) for run in runs.values() if key in run)
-        axes.plot(*zip(*points, strict=True), "C0o-", markersize=4, linewidth=1.2)
+        axes.plot(*zip(*points, strict=True), "C0o:", markersize=5, linewidth=0.8)
         axes.set_xlabel("alpha")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
