@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attach import last_linear
+from .models import fit_image_size
 
 __all__ = [
     "add_lora",
@@ -85,9 +86,7 @@ def set_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
         raise ValueError(f"the image size can be set for timm models, got {side} for a {type(model).__name__}")
     if list(model.config.pretrained_cfg["input_size"]) == [3, side, side]:
         return model
-    if hasattr(network, "set_input_size"):  # position embeddings and windows depend on it
-        network.set_input_size(img_size=side)
-        model.config.model_args = dict(model.config.model_args or {}) | {"img_size": side}
+    model.config.model_args = dict(model.config.model_args or {}) | fit_image_size(network, side)
     model.config.pretrained_cfg = dict(model.config.pretrained_cfg) | {"input_size": [3, side, side]}
     return model
 
