@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "draw_runs",
+    "plot_adaptation",
     "plot_against_alpha",
     "plot_confusion",
     "plot_filter_norms",
@@ -400,6 +401,43 @@ def plot_mistakes(
     for axes, image, (true, predicted) in zip(grid.flat, images, captions, strict=False):
         axes.imshow(np.asarray(image), cmap="gray")
         axes.set_title(f"{_shorten(true)}\nnot {_shorten(predicted)}", fontsize=7)
+    _save(figure, path, title)
+
+
+def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
+
+    Args:
+        rows: Of each run: alpha, seed, target, method, accuracy on the source, accuracy on the target.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are no rows.
+
+    Example:
+        >>> plot_adaptation([[1.0, 0, "contrast:3", "bn", 0.9, 0.8], [0.5, 0, "contrast:3", "bn", 0.9, 0.7]], "bn.png")
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one run, got none")
+    targets, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (2, 3))
+    columns = min(3, len(targets))
+    lines = math.ceil(len(targets) / columns)
+    figure, grid = _figure(lines, columns, (1 + 3.6 * columns, 3.2 * lines), sharex=True)
+    for axes, target in zip(grid.flat, targets, strict=False):
+        for method in methods:
+            accuracies: dict[float, list[float]] = {}
+            for alpha, _, its_target, its_method, _, accuracy in rows:
+                if (its_target, its_method) == (target, method):
+                    accuracies.setdefault(alpha, []).append(100 * accuracy)
+            alphas = sorted(accuracies)
+            axes.plot(alphas, [np.mean(accuracies[alpha]) for alpha in alphas], "o-", markersize=4, label=method)
+        axes.set_title(_shorten(str(target)), fontsize=10)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("top-1 on the target (%)")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    _finish(grid, len(targets), "alpha")
     _save(figure, path, title)
 
 
