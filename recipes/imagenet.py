@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Any] = PAPER | {
     "ddp_find_unused_parameters": False,
     "remove_unused_columns": False,
     "channels_last": True,
+    "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # the paper's runs were in mixed precision
 }
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     DIGITS: {
