@@ -57,7 +57,9 @@ def main() -> None:
                 seed=args.seed,
             )["validation"]
             model = load_classifier(args.model, args.weights)
-        alpha = getattr(model.config, "powergrad_alpha", None) if args.alpha is None else args.alpha
+        alpha = args.alpha
+        if alpha is None and not getattr(model.config, "powergrad_folded", False):
+            alpha = getattr(model.config, "powergrad_alpha", None)
         to_class = match_labels(class_names(split), list(model.config.id2label.values()))
         transform = preprocessing(model, args.model, args.image_size)
     except (OSError, ValueError) as error:

@@ -258,7 +258,7 @@ def test_pretrained_efficientnet_knows_imagenets_photos():
     if not folder.is_dir():
         pytest.skip("the ImageNet sample is not there")
     model = load_classifier("tf_efficientnet_lite0", weights.get_model_file_path())
-    split = load_dataset(str(folder), split="validation[::40]")
+    split = load_dataset(str(folder), split="validation[:25]")
     to_class = match_labels(split.features["label"].names, list(model.config.id2label.values()))
     images = ImageDataset(split, preprocessing(model, "tf_efficientnet_lite0"))
     batch = collate(images.__getitems__(range(len(images))))

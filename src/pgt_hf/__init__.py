@@ -5,9 +5,10 @@ PGT changes one thing in training: the backward pass at the softmax uses ``softm
 package also makes ``optim="powergrad_sgd"`` known to ``transformers.Trainer``.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .arguments import PowerGradTrainingArguments
+from .arguments import ImageTrainingArguments, PowerGradTrainingArguments
 from .attach import PowerGradHandle, attach_powergrad, fold_powergrad
 from .functional import powergrad_cross_entropy, powergrad_linear_cross_entropy, powergrad_log_softmax
 from .logits import PowerGradLogits
@@ -16,11 +17,14 @@ from .optim import bind_powergrad, create_optimizer, list_optimizers
 from .registration import register
 
 if TYPE_CHECKING:
+    from .image_trainer import ImageTrainer
     from .trainer import PowerGradTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ImageTrainer",
+    "ImageTrainingArguments",
     "PowerGradCrossEntropyLoss",
     "PowerGradHandle",
     "PowerGradLogits",
@@ -39,9 +43,11 @@ __all__ = [
 register()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "PowerGradTrainer":  # transformers.Trainer is slow to import
-        from .trainer import PowerGradTrainer
+# transformers.Trainer is slow to import, and these are built on it.
+_LAZY = {"PowerGradTrainer": "trainer", "ImageTrainer": "image_trainer"}
 
-        return PowerGradTrainer
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

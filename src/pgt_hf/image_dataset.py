@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import datasets
+import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from datasets import Image
@@ -181,6 +182,8 @@ class ImageStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if workers > _MOST_WORKERS:
             raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {workers}")
+        if info:
+            fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise, as datasets says of its own
         epoch = self.epoch
         passed = int(self._passed[1]) if self._passed[0] == epoch else 0
         share = range(worker, self.batches, workers)  # DataLoader takes a batch from each worker in turn
