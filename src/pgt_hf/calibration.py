@@ -114,6 +114,4 @@ def _score(temperatures: tuple[float, ...], scores: Tensor, hits: NDArray[np.boo
     rows = scores.cpu().numpy()
     values = ProbabilityScores().compute(predictions=rows, references=hits, bins=bins)
     confidence = rows[:, 1]
-    return Calibration(
-        temperatures, **values, confidence=confidence, reliability=reliability(confidence, hits, bins)
-    )
+    return Calibration(temperatures, **values, confidence=confidence, reliability=reliability(confidence, hits, bins))
