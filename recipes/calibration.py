@@ -2,7 +2,7 @@
 
     python recipes/calibration.py                                        # digits, 3 seeds at each of 5 alphas
     python recipes/calibration.py --smoke                                # a minute
-    accelerate launch recipes/calibration.py --dataset-name zh-plus/tiny-imagenet --epochs 10 --min-crop 0.35 --hflip 0.5
+    accelerate launch recipes/calibration.py --dataset-name zh-plus/tiny-imagenet --min-crop 0.35 --hflip 0.5
 
 raw: softmax(z). folded: softmax(alpha z), what PGT trained. fitted: softmax(z / T), where each half of the validation
 images is scored at the temperature T fitted to the other half. Writes table.csv, table.md and reliability.png to
@@ -32,7 +32,7 @@ from pgt_hf.plots import plot_reliability, require_matplotlib
 from pgt_hf.transforms import ImageTransform, collate
 
 KINDS = ("raw", "folded", "fitted")
-SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 2.0, "max_train_samples": 400}
+SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def parse() -> Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--model-name", default="resnet10t", help="timm network")
     add("--image-size", type=int, default=32)
-    add("--epochs", type=float, default=12.0)
+    add("--epochs", type=float, default=8.0)
     add("--learning-rate", type=float, default=0.05, help="the same at every alpha")
     add("--batch-size", type=int, default=64, help="per process")
     add("--min-crop", type=float, default=0.7)
