@@ -66,7 +66,8 @@ def test_one_repository_serves_timm_transformers_and_pipelines_bit_for_bit(clien
 
 
 def test_repository_holds_safetensors_card_and_pictures_and_nothing_that_unpickles(pushed):
-    assert set(pushed) == {"README.md", "config.json", "model.safetensors", "training_curve.png"}
+    files = {"README.md", "config.json", "model.safetensors", "training_curve.png", "report.html"}
+    assert set(pushed) == files
 
 
 def test_no_token_host_user_or_local_path_is_among_the_pushed_bytes(pushed, run):
@@ -75,7 +76,7 @@ def test_no_token_host_user_or_local_path_is_among_the_pushed_bytes(pushed, run)
         found = [canary for canary in canaries if canary.encode() in content]
         assert not found, f"{name} holds {found}"
     host = rf"\b{re.escape(socket.gethostname())}\b".encode()  # may be too short to look for in weights
-    assert not [name for name in ("README.md", "config.json") if re.search(host, pushed[name])]
+    assert not [name for name in ("README.md", "config.json", "report.html") if re.search(host, pushed[name])]
 
 
 def test_code_in_the_card_runs_as_it_stands(client, pushed, tmp_path):
@@ -100,7 +101,7 @@ def test_card_says_what_was_run_in_the_hubs_own_terms(pushed):
     assert card.data.eval_results[0].dataset_type == "digits"
     assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
     says = ["alpha = 0.25", "| optim | powergrad_sgd |", "CC BY 4.0", "![Training curve](training_curve.png)", "360"]
-    says += ["softmax(0.25 * logits", "0.3 raw, 0.1 with the factor", "@article{das2021altering"]
+    says += ["error was 0.3 for `softmax(z)`", "take `softmax(0.25 * z)`", "@article{das2021altering"]
     assert not [text for text in says if text not in card.text]
 
 

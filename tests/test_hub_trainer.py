@@ -33,7 +33,7 @@ def test_training_pushes_its_checkpoints_and_its_end(server, client, tmp_path):
     titles = server.titles("alice/steps")
     assert titles[0] == "End of training" and titles[-2] == "Training in progress, step 2"
     files = server.files("alice/steps")
-    assert set(files) == {"README.md", "config.json", "model.safetensors"}
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "training_curve.png", "report.html"}
     card = files["README.md"].decode()
     for text in ("license: mit", "alpha = 0.25", "CC BY 4.0", "| learning_rate | 0.01 |", "| batch | 4 |", "torch 2"):
         assert text in card, text
