@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from .card import CONFIG, CURVE, EMA, REPORT, WEIGHTS, Run, dataset_terms, is_hub_id, model_card, read_run
@@ -69,12 +69,11 @@ def check_push_access(repo_id: str, token: str | None = None, *, private: bool |
     """
     api = HfApi(token=token)
     advice = "make a token with write access at https://huggingface.co/settings/tokens and run `hf auth login`"
+    if token is None and get_token() is None:
+        raise PermissionError(f"no Hugging Face token was found for pushing to {repo_id!r}; {advice}")
     try:
-        api.whoami()
         found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(found, write=True)
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"no Hugging Face token was found for pushing to {repo_id!r}; {advice}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 402, 403, 404):
