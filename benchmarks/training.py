@@ -7,8 +7,8 @@
     python -m benchmarks.training --profile                    # where the time of ours goes
 
 All sides train the same network on the same images with the same batch and threads, in one process, in turns; each
-figure is a median over the rounds, each ratio the median of the rounds' ratios. On the CPU without workers the clock is
-the processor's time of this process, which other programs on the machine do not stretch.
+figure is a median over the rounds, each ratio the median of the rounds' ratios. On the CPU without workers the clock
+is the processor's time of this process, which other programs on the machine do not stretch.
 """
 
 import argparse
@@ -263,9 +263,8 @@ def main() -> None:
     print("| side | median images/s | ours against it |\n|---|---|---|")
     for name in args.sides:
         ratios = [a / b for a, b in zip(rates.get(PEERS.get(name, ""), ()), rates[name], strict=False)]
-        print(
-            f"| {name} | {statistics.median(rates[name]):.1f} | {f'{statistics.median(ratios):.2f}' if ratios else '-'} |"
-        )
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
+        print(f"| {name} | {statistics.median(rates[name]):.1f} | {ratio} |")
 
 
 if __name__ == "__main__":
