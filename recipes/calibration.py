@@ -26,6 +26,7 @@ from transformers import set_seed
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.calibration import Calibration, compare_calibration
 from pgt_hf.data import ImageDataset, class_names, load_image_dataset
+from pgt_hf.functional import check_alpha
 from pgt_hf.metrics import reliability
 from pgt_hf.models import create_model
 from pgt_hf.plots import plot_reliability, require_matplotlib
@@ -84,6 +85,14 @@ def parse() -> Namespace:
     add("--num-workers", type=int, default=0)
     add("--smoke", action="store_true", help=f"a minute on a laptop: {SMOKE}")
     args = parser.parse_args()
+    try:
+        for alpha in args.alphas:
+            check_alpha(alpha)
+    except ValueError as error:
+        parser.error(f"--alphas: {error}")
+    for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     return Namespace(**vars(args) | (SMOKE if args.smoke else {}))
 
 
