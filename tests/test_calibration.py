@@ -32,6 +32,11 @@ def test_no_other_temperature_gives_a_smaller_loss_than_the_fitted_one():
     assert all(fitted <= loss(logits / t, labels) + 1e-9 for t in np.geomspace(0.05, 50, 100))
 
 
+def test_temperature_of_images_that_are_all_right_is_small_and_that_is_a_warning(caplog):
+    assert fit_temperature(torch.eye(5), torch.arange(5)) < 0.05
+    assert "fitted to 5 images that are all right says nothing of others" in caplog.text
+
+
 def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha():
     logits, labels = drawn(5000)
     scores = compare_calibration(logits / 0.25, labels, alpha=0.25)
