@@ -387,7 +387,7 @@ h2 {{ margin: 0 0 .75rem; font-size: 1.3rem }}
 h3 {{ margin: 0 0 .5rem; font-size: 1rem }}
 section {{ margin-top: 2.5rem; padding-top: 1.5rem; border-top: 1px solid var(--line) }}
 section p {{ color: var(--soft); margin: 0 0 1rem }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .75rem;
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
          margin-top: 1.5rem }}
 .tile {{ background: var(--tile); border-radius: .6rem; padding: .8rem 1rem }}
 .tile b {{ display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }}
