@@ -5,6 +5,7 @@ PGT changes one thing in training: the backward pass at the softmax uses ``softm
 package also makes ``optim="powergrad_sgd"`` known to ``transformers.Trainer``.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .arguments import PowerGradTrainingArguments
@@ -14,13 +15,17 @@ from .logits import PowerGradLogits
 from .loss import PowerGradCrossEntropyLoss
 from .optim import bind_powergrad, create_optimizer, list_optimizers
 from .registration import register
+from .schedules import AlphaScheduler
 
 if TYPE_CHECKING:
+    from .callbacks import AlphaScheduleCallback
     from .trainer import PowerGradTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AlphaScheduleCallback",
+    "AlphaScheduler",
     "PowerGradCrossEntropyLoss",
     "PowerGradHandle",
     "PowerGradLogits",
@@ -39,9 +44,10 @@ __all__ = [
 register()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "PowerGradTrainer":  # transformers.Trainer is slow to import
-        from .trainer import PowerGradTrainer
+_SLOW_TO_IMPORT = {"AlphaScheduleCallback": ".callbacks", "PowerGradTrainer": ".trainer"}
 
-        return PowerGradTrainer
+
+def __getattr__(name: str) -> Any:
+    if name in _SLOW_TO_IMPORT:
+        return getattr(importlib.import_module(_SLOW_TO_IMPORT[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
