@@ -159,7 +159,7 @@ def test_an_optimizer_without_alpha_is_refused_by_name():
 
 
 def make_trainer(path, ours, **options):
-    args = arguments(path, ours, save_strategy="steps", save_steps=3, **options)
+    args = arguments(path, ours, save_strategy="steps", save_steps=5, **options)
     schedule = AlphaScheduleCallback("cosine", end_alpha=0.9, warmup_steps=0.25)
     return (PowerGradTrainer if ours else Trainer)(wrapper(), args, train_dataset=Data(), callbacks=[schedule])
 
@@ -170,7 +170,7 @@ def logged(trainer, key="powergrad_alpha"):
 
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+        if state.global_step == 5:
             control.should_training_stop = control.should_save = True
 
 
@@ -183,7 +183,7 @@ def test_in_a_trainer_a_resumed_run_has_the_very_same_alphas_and_weights(tmp_pat
     stopped.train()
     other_alpha = {"alpha": 0.7} if ours else {"optim_args": "alpha=0.7,momentum=0.9,nesterov=true"}
     resumed = make_trainer(tmp_path / "stopped", ours, **other_alpha)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-5"))
     for a, b in zip(weights(whole.model), weights(resumed.model), strict=True):
         assert torch.equal(a, b)
     if ours:  # 8 steps: 2 of warm-up from 1 to 0.25, then 6 of cosine to 0.9, each alpha beside its own step's loss
