@@ -3,8 +3,8 @@
     python -m benchmarks.large_vocabulary                       # CPU, float32
     python -m benchmarks.large_vocabulary --device cuda --dtype bfloat16 --tokens 8192 --features 2048
 
-All sides run in one process, alternated; each figure is a median, each ratio the median of the paired ratios. Memory is
-the peak above the features and the head's weight, whose gradient (one weight in size) every side has to make.
+All sides run in one process, alternated; each figure is a median, each ratio the median of the paired ratios. Memory
+is the peak above the features and the head's weight; every side has to make the weight's gradient, of the same size.
 """
 
 import argparse
@@ -53,6 +53,14 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], weight: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def run(hidden: Tensor, target: Tensor) -> None:
+        weight.grad = None
+        loss(hidden, weight, target).backward()
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -73,19 +81,15 @@ def main() -> None:
         weight = (torch.randn(words, args.features, **options) / args.features**0.5).requires_grad_()
         target = torch.randint(words, (args.tokens,), device=args.device)
 
-        def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], weight: Tensor = weight):
-            def run(hidden: Tensor, target: Tensor) -> None:
-                weight.grad = None
-                loss(hidden, weight, target).backward()
-
-            return run
-
-        steps = {name: step(loss) for name, loss in sides.items()}
+        steps = {name: step(loss, weight) for name, loss in sides.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.rounds):
             for name, run in steps.items():
                 times[name].append(seconds(run, hidden, target, 1))
-        memory = {name: peak_bytes(run, hidden, target) for name, run in steps.items()}
+        memory = {}
+        for name, run in steps.items():
+            weight.grad = None
+            memory[name] = peak_bytes(run, hidden, target)
         first = next(iter(steps))
         for name in steps:
             ratio = statistics.median(a / b for a, b in zip(times[name], times[first], strict=True))

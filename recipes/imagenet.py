@@ -1,10 +1,14 @@
 """Train a timm network with the PowerGrad Transform on ImageNet, or on any data set shaped like it.
 
     accelerate launch recipes/imagenet.py                                       # ILSVRC/imagenet-1k, ResNet-50
+    accelerate launch recipes/imagenet.py --preset list                         # the published runs, by name
+    accelerate launch recipes/imagenet.py --preset resnet50_cosine_pgt
     accelerate launch recipes/imagenet.py --dataset-name digits                 # a minute on a laptop, no download
-    accelerate launch recipes/imagenet.py --dataset-name path/to/folder --model-name resnet18 --alpha 0.25
+    accelerate launch recipes/imagenet.py --config runs/imagenet/run.json       # the same run again
+    accelerate launch recipes/imagenet.py --resume auto                         # go on where it was stopped
 
-``--help`` lists every option; those of ``transformers.TrainingArguments`` are among them.
+A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option; those
+of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
 """
 
 import json
@@ -13,37 +17,35 @@ import os
 import shlex
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
+from pgt_hf import ImageTrainingArguments
+from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
-from pgt_hf.metrics import compute_metrics, keep_top_k
+from pgt_hf.image_dataset import ImageDataset, ImageStream
+from pgt_hf.image_trainer import ImageTrainer
+from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
-from pgt_hf.plots import plot_training_curve, require_matplotlib
+from pgt_hf.plots import require_matplotlib
+from pgt_hf.presets import PAPER, PRESETS, preset_table
+from pgt_hf.run_folder import RunFolder, describe_data
 from pgt_hf.transforms import ImageTransform, collate
 
 CPUS_PER_PROCESS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
 
-# The paper's setting (arXiv 2111.12495); whatever is given on the command line wins.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = PAPER | {
     "output_dir": "runs/imagenet",
+    "model_name": "resnet50",
     "alpha": 0.25,
-    "optim": "powergrad_sgd",
-    "optim_args": "momentum=0.9,nesterov=true",
-    "learning_rate": None,  # from base_lr and the batch
-    "weight_decay": 5e-4,
     "max_grad_norm": 0.0,
-    "num_train_epochs": 100,
-    "warmup_steps": 0.05,  # a share of all steps
-    "lr_scheduler_type": "cosine",
     "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 256,
     "eval_strategy": "epoch",
@@ -53,8 +55,10 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "dataloader_num_workers": min(8, CPUS_PER_PROCESS),
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "dataloader_drop_last": True,
     "ddp_find_unused_parameters": False,
-    "remove_unused_columns": False,  # the transform needs the image
+    "remove_unused_columns": False,
+    "channels_last": True,
 }
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     DIGITS: {
@@ -64,8 +68,9 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "min_crop": 0.7,
         "hflip": 0.0,  # a mirrored 2 is no 2
         "base_lr": 0.8,
+        "global_batch": 64,
+        "warmup_epochs": 0.6,
         "num_train_epochs": 12,
-        "per_device_train_batch_size": 32,
         "logging_steps": 5,
         "dataloader_num_workers": 0,
     },
@@ -78,9 +83,7 @@ class ModelArguments:
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
     norm_free: bool = field(default=False, metadata={"help": "Remove the normalisation layers (ResNets)."})
     small_images: bool = field(default=False, metadata={"help": "A stem that keeps the image's size (ResNets)."})
-    base_lr: float = field(
-        default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours; --learning-rate overrides."}
-    )
+    drop_path: float = field(default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."})
 
 
 @dataclass
@@ -90,18 +93,37 @@ class DataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if not found by itself."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if not found by itself."})
-    image_size: int = field(default=224, metadata={"help": "Side of the training and evaluation images in pixels."})
+    streaming: bool = field(default=False, metadata={"help": "Read the training images without downloading them."})
+    train_images: int | None = field(default=None, metadata={"help": "Images per epoch, where a stream cannot tell."})
+    image_size: int = field(default=224, metadata={"help": "Side of the training images in pixels."})
+    eval_image_size: int | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
+    crop_pct: float | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
     min_crop: float = field(default=0.08, metadata={"help": "Smallest random crop, as a share of the image's area."})
     hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     color_jitter: float = field(default=0.4, metadata={"help": "Strength of the colour jitter in training."})
+    auto_augment: str | None = field(default=None, metadata={"help": "timm's RandAugment, as rand-m9-mstd0.5-inc1."})
+    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip' and count what cannot be read."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    eval_only: bool = field(default=False, metadata={"help": "Evaluate --model-name (a trained folder) and stop."})
+
+
+@dataclass
+class RunArguments:
+    preset: str | None = field(default=None, metadata={"help": "A published run by name; 'list' prints them."})
+    config: str | None = field(default=None, metadata={"help": "The run.json of a run to repeat."})
+    resume: str | None = field(default=None, metadata={"help": "A checkpoint, or 'auto': the newest one, if any."})
+    global_batch: int = field(
+        default=1024, metadata={"help": "Images per update, over all processes; accumulation is worked out."}
+    )
+    base_lr: float = field(
+        default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours; --learning-rate overrides."}
+    )
+    smoke: bool = field(default=False, metadata={"help": "A few steps on digits, to see that everything works."})
 
 
 def main() -> None:
     started = time.perf_counter()
-    model_args, data_args, args = parse()
+    model_args, data_args, run_args, args, config = parse()
     set_seed(args.seed)
     if args.process_index > 0:
         logging.getLogger("pgt_hf").setLevel(logging.ERROR)
@@ -115,136 +137,238 @@ def main() -> None:
                 max_train_samples=data_args.max_train_samples,
                 max_eval_samples=data_args.max_eval_samples,
                 seed=args.seed,
+                streaming=data_args.streaming,
             )
-        model = build_model(model_args, data_args, class_names(dataset["train"]))
+        model = build_model(model_args, data_args, class_names(dataset["validation"]))
+        train, validation = build_data(dataset, data_args, model.config.pretrained_cfg, args)
+        resume = find_checkpoint(run_args.resume, args.output_dir)
+        metrics = ClassificationMetrics(alpha=args.alpha)
+        data = describe_data(data_args.dataset_name, dataset)
+        title = f"{model_args.model_name}, alpha = {args.alpha}"
+        record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
+        stop = StopOnSigterm()
+        trainer = ImageTrainer(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=collate,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=metrics.preprocess,
+            callbacks=[record, stop],
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    preprocessing = model.config.pretrained_cfg
-    augmentation = {
-        "scale": (data_args.min_crop, 1.0),
-        "hflip": data_args.hflip,
-        "color_jitter": data_args.color_jitter,
-    }
-    trainer = PowerGradTrainer(
-        model,
-        args,
-        train_dataset=dataset["train"].with_transform(ImageTransform(preprocessing, training=True, **augmentation)),
-        eval_dataset=dataset["validation"].with_transform(ImageTransform(preprocessing, training=False)),
-        data_collator=collate,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=keep_top_k,
-    )
 
-    if not data_args.eval_only:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
+    trainer.train(resume_from_checkpoint=resume)
+    if stop.stopped:
+        if trainer.is_world_process_zero():
+            again = shlex.join([*sys.argv, "--resume", "auto"])
+            print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: accelerate launch {again}")
+        sys.exit(SIGTERM_STATUS)
+    trainer.save_model()
     results = trainer.evaluate()
-    if not trainer.is_world_process_zero():
-        return
-
-    report = {
-        "dataset": data_args.dataset_name,
-        "model": model_args.model_name,
-        "train_images": dataset["train"].num_rows,
-        "eval_images": dataset["validation"].num_rows,
-        "top1": results["eval_top1"],
-        "top5": results.get("eval_top5"),
-        "eval_loss": results["eval_loss"],
-        "train_loss": last(trainer.state.log_history, "train_loss"),
-        "alpha": args.alpha,
-        "seed": args.seed,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "learning_rate": args.learning_rate,
-        "batch": global_batch(args),
-        "world_size": args.world_size,
-        "seconds": round(time.perf_counter() - started, 1),
-        "versions": {package: version(package) for package in ("torch", "transformers", "timm", "accelerate")},
-    }
-    tell(report)
-    if not data_args.eval_only:
-        write(report, trainer.state.log_history, Path(args.output_dir))
-        length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
-        tell_what_next(args.output_dir, more=f"--{length.replace('_', '-')} {2 * getattr(args, length):g}")
+    results["bad_images"] = trainer.bad_images()
+    if trainer.is_world_process_zero():
+        seconds = round(time.perf_counter() - started, 1)
+        report = summarize(results, model_args, data, args, run_args, trainer.state, seconds)
+        record.finish(report)
+        tell(report)
+        tell_what_next(args, data_args)
 
 
-def parse() -> tuple[ModelArguments, DataArguments, PowerGradTrainingArguments]:
-    """The command line over the data set's defaults over the paper's; stops here if the data cannot be had."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, PowerGradTrainingArguments), description=__doc__)
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset-name", "--dataset_name", default=DEFAULT_DATASET)
-    dataset_name = first.parse_known_args()[0].dataset_name
-    parser.set_defaults(**DEFAULTS | DATASET_DEFAULTS.get(dataset_name, {}))
-    parser.parse_known_args()  # --help ends here
+def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingArguments, dict[str, Any]]:
+    """Flags over --config over --preset over defaults; stops here if anything asked for cannot be had.
+
+    The last value is the resolved configuration, which ``--config`` takes.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RunArguments, ImageTrainingArguments), description=__doc__
+    )
     try:
-        check_access(dataset_name)
+        settings = preset_and_config(parser)
+        check_access(settings["dataset_name"])
         require_matplotlib()
-    except (PermissionError, ImportError) as error:
+        parser.set_defaults(**settings)
+        namespace = parser.parse_args()
+        config = {key: plain(value) for key, value in vars(namespace).items() if key not in ("config", "resume")}
+        fit_batch(namespace)
+        model_args, data_args, run_args, args = parser.parse_dict(vars(namespace))
+    except (OSError, ImportError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
-    if args.learning_rate is None:
-        args.learning_rate = model_args.base_lr * global_batch(args) / 1024
-    if args.resume_from_checkpoint == "auto":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    return model_args, data_args, args
+    return model_args, data_args, run_args, args, config
 
 
-def global_batch(args: PowerGradTrainingArguments) -> int:
-    """Images per optimizer step, over all processes."""
-    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+def preset_and_config(parser: ArgumentParser) -> dict[str, Any]:
+    """The defaults of this command line, from the data set, the preset and the configuration that it names."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--dataset-name", "--preset", "--config"):
+        first.add_argument(name, name.replace("-", "_").replace("__", "--"))
+    first.add_argument("--smoke", action="store_true")
+    early = first.parse_known_args()[0]
+    if early.preset == "list":
+        print(preset_table())
+        sys.exit()
+    saved = json.loads(Path(early.config).read_text(encoding="utf-8"))["arguments"] if early.config else {}
+    if unknown := set(saved) - {action.dest for action in parser._actions}:
+        raise ValueError(f"--config {early.config} names arguments that do not exist: {', '.join(sorted(unknown))}")
+    preset = early.preset or saved.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset must be 'list' or one of {', '.join(PRESETS)}, got {preset!r}")
+    if early.smoke:
+        saved |= {"dataset_name": DIGITS, "max_steps": 20, "max_eval_samples": 100}
+    dataset_name = early.dataset_name or saved.get("dataset_name", DEFAULT_DATASET)
+    chosen = PRESETS[preset].settings if preset else {}
+    return DEFAULTS | DATASET_DEFAULTS.get(dataset_name, {}) | chosen | saved | {"dataset_name": dataset_name}
+
+
+def fit_batch(settings: Namespace) -> None:
+    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    each, rest = divmod(settings.global_batch, processes)
+    if rest or each < 1:
+        raise ValueError(f"--global-batch {settings.global_batch} cannot be divided over {processes} processes")
+    largest = settings.per_device_train_batch_size
+    steps = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= largest)
+    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = each // steps, steps
+    if settings.learning_rate is None:
+        settings.learning_rate = settings.base_lr * settings.global_batch / 1024
 
 
 def build_model(model_args: ModelArguments, data_args: DataArguments, names: list[str]) -> Any:
-    if not Path(model_args.model_name, "config.json").is_file():
-        if data_args.eval_only and not model_args.pretrained:
-            raise ValueError(
-                f"--eval-only needs a trained model; --model-name is no folder of one: {model_args.model_name}"
-            )
-        return create_model(
-            model_args.model_name,
-            names,
-            image_size=data_args.image_size,
-            pretrained=model_args.pretrained,
-            norm_free=model_args.norm_free,
-            small_images=model_args.small_images,
-        )
-    model = load(model_args.model_name)
-    if list(model.config.id2label.values()) != names:
-        raise ValueError(f"{model_args.model_name} was trained on other classes than {data_args.dataset_name} has")
+    if Path(model_args.model_name, "config.json").is_file():
+        model = load(model_args.model_name)
+        if list(model.config.id2label.values()) != names:
+            raise ValueError(f"{model_args.model_name} was trained on other classes than {data_args.dataset_name} has")
+        return model
+    model = create_model(
+        model_args.model_name,
+        names,
+        image_size=data_args.eval_image_size or data_args.image_size,
+        pretrained=model_args.pretrained,
+        norm_free=model_args.norm_free,
+        small_images=model_args.small_images,
+        **({"drop_path_rate": model_args.drop_path} if model_args.drop_path else {}),
+    )
+    if data_args.crop_pct is not None:
+        model.config.pretrained_cfg["crop_pct"] = data_args.crop_pct
     return model
 
 
-def last(history: list[dict[str, Any]], key: str) -> Any:
-    return next((entry[key] for entry in reversed(history) if key in entry), None)
+def build_data(dataset: Any, data_args: DataArguments, preprocessing: dict[str, Any], args: Any) -> tuple[Any, Any]:
+    """Training and evaluation images, uint8: the trainer normalises them on the device."""
+    side = data_args.image_size
+    augment = ImageTransform(
+        preprocessing | {"input_size": (3, side, side)},
+        training=True,
+        normalize=False,
+        scale=(data_args.min_crop, 1.0),
+        hflip=data_args.hflip,
+        color_jitter=data_args.color_jitter,
+        auto_augment=data_args.auto_augment,
+    )
+    options = {"seed": args.seed, "on_bad_image": data_args.on_bad_image}
+    validation = ImageDataset(
+        dataset["validation"], ImageTransform(preprocessing, training=False, normalize=False), **options
+    )
+    if not data_args.streaming:
+        return ImageDataset(dataset["train"], augment, **options), validation
+    images = data_args.train_images or data_args.max_train_samples or stream_length(dataset["train"])
+    train = ImageStream(
+        dataset["train"],
+        augment,
+        batch_size=args.per_device_train_batch_size,
+        num_samples=images,
+        rank=args.process_index,
+        world_size=args.world_size,
+        **options,
+    )
+    return train, validation
+
+
+def stream_length(stream: Any) -> int:
+    """What the data set's own description says of its size."""
+    splits = stream.info.splits or {}
+    if stream.split is None or str(stream.split) not in splits or not splits[str(stream.split)].num_examples:
+        raise ValueError("this stream does not say how many images it has; give --train-images")
+    return splits[str(stream.split)].num_examples
+
+
+def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
+    if resume in (None, "auto"):
+        return latest_checkpoint(output_dir) if resume else None
+    if not Path(resume, "trainer_state.json").is_file():
+        raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {resume!r}")
+    return resume
+
+
+def summarize(
+    results: dict[str, Any],
+    model_args: ModelArguments,
+    data: dict[str, Any],
+    args: ImageTrainingArguments,
+    run_args: RunArguments,
+    state: Any,
+    seconds: float,
+) -> dict[str, Any]:
+    """What metrics.json holds: the results, and what is needed to read them."""
+    preset = PRESETS.get(run_args.preset or "")
+    train_loss = next((entry["train_loss"] for entry in reversed(state.log_history) if "train_loss" in entry), None)
+    timing = ("runtime", "per_second", "preparation_time", "epoch")
+    return {
+        "model": model_args.model_name,
+        "dataset": data["name"],
+        "train_images": data["train"]["images"],
+        "eval_images": data["validation"]["images"],
+        **{key.removeprefix("eval_"): value for key, value in results.items() if not key.endswith(timing)},
+        "train_loss": train_loss,
+        "published_top1": preset.top1 if preset else None,
+        "alpha": args.alpha,
+        "seed": args.seed,
+        "epochs": state.epoch,
+        "steps": state.global_step,
+        "learning_rate": args.learning_rate,
+        "batch": run_args.global_batch,
+        "world_size": args.world_size,
+        "seconds": seconds,
+    }
 
 
 def tell(report: dict[str, Any]) -> None:
-    rows = {key: f"{report[key]:.2%}" for key in ("top1", "top5") if report[key] is not None}
-    rows |= {key: f"{report[key]:.4g}" for key in ("eval_loss", "train_loss", "seconds") if report[key] is not None}
+    shares = {"top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded"}
+    told = [*sorted(shares & set(report)), "loss", "ema_loss", "train_loss", "nll_folded", "bad_images", "seconds"]
     print(f"\n{report['model']} on {report['dataset']}, {report['eval_images']:,} evaluation images")
-    print("\n".join(f"  {key:12}{value:>10}" for key, value in rows.items()))
+    for key in told:
+        value = report.get(key)
+        if value is not None:
+            print(f"  {key:12}{f'{value:.2%}' if key in shares else f'{value:.4g}':>10}")
+    if report["published_top1"]:
+        print(f"  {'published':12}{report['published_top1'] / 100:>10.2%}   (top-1 of this preset)")
 
 
-def write(report: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    plot_training_curve(history, folder / "training_curve.png", f"{report['model']}, alpha = {report['alpha']}")
-
-
-def tell_what_next(output_dir: str, more: str) -> None:
-    same, where = shlex.join(sys.argv), shlex.quote(output_dir)
+def tell_what_next(args: ImageTrainingArguments, data_args: DataArguments) -> None:
+    where, data = shlex.quote(args.output_dir), shlex.quote(data_args.dataset_name)
+    same = shlex.join(sys.argv)
+    ema = "\n  ema/                 the averaged model, in the same form" if args.ema_decay is not None else ""
     print(f"""
-Written to {output_dir}
+Written to {args.output_dir}
   metrics.json         these numbers, and what they were made with
+  run.json             arguments, code, data, seed, environment; --config repeats the run
+  history.jsonl        everything that was logged, a line each
   training_curve.png   loss, accuracy and learning rate
-  model.safetensors    the model, with config.json: transformers' auto classes and pipelines read it
+  model.safetensors    the model, with config.json: transformers' auto classes and pipelines read it{ema}
   checkpoint-*         to go on from
 
 What next
-  evaluate   python {same} --model-name {where} --eval-only
-  go on      accelerate launch {same} --resume-from-checkpoint auto {more}
-  compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(output_dir + "-plain")}
-  publish    hf upload <you>/<name of the model> {where} . --exclude "checkpoint-*"
+  evaluate   python recipes/evaluate.py {where} --dataset-name {data}
+  go on      accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}
+  compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + "-plain")}
+  publish    hf upload <you>/<name of the model> {where} . --exclude "checkpoint-*" --exclude "*.bin"
 """)
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 if __name__ == "__main__":

@@ -248,3 +248,12 @@ def test_a_hand_attached_model_is_refused():
     attach_powergrad(model, alpha=ALPHA)
     with pytest.raises(RuntimeError, match="already"):
         create_optimizer(model, "powergrad_sgd", lr=0.1)
+
+
+def test_binding_an_optimizer_again_replaces_its_hooks():
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        bind_powergrad(optimizer, model, alpha=0.5, clip_mode="norm", clip_value=1.0)
+    assert len(optimizer._optimizer_step_pre_hooks) == 2  # the check and the clipping
+    assert len(optimizer._optimizer_step_post_hooks) == 1

@@ -5,10 +5,10 @@ PGT changes one thing in training: the backward pass at the softmax uses ``softm
 package also makes ``optim="powergrad_sgd"`` known to ``transformers.Trainer``.
 """
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .arguments import PowerGradTrainingArguments
+from .arguments import ImageTrainingArguments, PowerGradTrainingArguments
 from .attach import PowerGradHandle, attach_powergrad, fold_powergrad
 from .functional import powergrad_cross_entropy, powergrad_linear_cross_entropy, powergrad_log_softmax
 from .logits import PowerGradLogits
@@ -19,6 +19,7 @@ from .schedules import AlphaScheduler
 
 if TYPE_CHECKING:
     from .callbacks import AlphaScheduleCallback
+    from .image_trainer import ImageTrainer
     from .trainer import PowerGradTrainer
 
 __version__ = "0.1.0.dev0"
@@ -26,6 +27,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AlphaScheduleCallback",
     "AlphaScheduler",
+    "ImageTrainer",
+    "ImageTrainingArguments",
     "PowerGradCrossEntropyLoss",
     "PowerGradHandle",
     "PowerGradLogits",
@@ -44,10 +47,11 @@ __all__ = [
 register()
 
 
-_SLOW_TO_IMPORT = {"AlphaScheduleCallback": ".callbacks", "PowerGradTrainer": ".trainer"}
+# transformers.Trainer is slow to import, and these are built on it.
+_LAZY = {"AlphaScheduleCallback": "callbacks", "ImageTrainer": "image_trainer", "PowerGradTrainer": "trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SLOW_TO_IMPORT:
-        return getattr(importlib.import_module(_SLOW_TO_IMPORT[name], __name__), name)
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

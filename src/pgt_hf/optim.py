@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .attach import PowerGradHandle, attach_powergrad, check_used, last_linear, release_powergrad
 from .clipping import ClipGradients, check_clipping
@@ -24,6 +25,7 @@ ALPHA_KEY = "powergrad_alpha"
 DEFAULT_ALPHA = 0.25
 
 _handles: "weakref.WeakKeyDictionary[Optimizer, PowerGradHandle]" = weakref.WeakKeyDictionary()
+_hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
 _watching = False
 
 
@@ -92,12 +94,16 @@ def bind_powergrad(
 
     follow = _Follow(handle, weakref.ref(stepped))
     handle.state.owned, handle.state.before_use = True, follow
-    stepped.register_step_pre_hook(_CheckStep(handle))
+    for hook in _hooks.pop(stepped, []):  # of an earlier binding of the same optimizer
+        hook.remove()
+    _hooks[stepped] = [
+        stepped.register_step_pre_hook(_CheckStep(handle)),
+        stepped.register_load_state_dict_post_hook(lambda _: follow()),
+        stepped.register_step_post_hook(lambda *_: follow()),  # a compiled forward does not look at the groups itself
+    ]
     if clip_mode is not None and clip_value is not None:
         exclude = [parameter for layer in last_linear(model) for parameter in layer.parameters()]
-        stepped.register_step_pre_hook(ClipGradients(clip_mode, clip_value, exclude))
-    stepped.register_load_state_dict_post_hook(lambda _: follow())
-    stepped.register_step_post_hook(lambda *_: follow())  # a compiled forward does not look at the groups itself
+        _hooks[stepped].append(stepped.register_step_pre_hook(ClipGradients(clip_mode, clip_value, exclude)))
     weakref.finalize(stepped, handle.remove)
     _watch(stepped, handle)
     return optimizer

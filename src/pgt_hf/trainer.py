@@ -5,22 +5,22 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import Trainer
 
 from .arguments import PowerGradTrainingArguments
 from .attach import PowerGradHandle
+from .checkpoints import AtomicCheckpoints
 from .optim import DEFAULT_ALPHA, bind_powergrad
 
 __all__ = ["PowerGradTrainer"]
 
 
-class PowerGradTrainer(Trainer):
+class PowerGradTrainer(AtomicCheckpoints):
     """Trainer whose every softmax cross-entropy is differentiated as PGT asks.
 
     Takes what Trainer takes; ``args`` is a ``PowerGradTrainingArguments``. The optimizer may come from ``optim``, from
     ``optimizers=(yours, scheduler)`` or from ``optimizer_cls_and_kwargs``. The logs gain ``powergrad_alpha`` and
     ``logit_norm`` (mean L2 norm of the training logits since the last log); ``loss`` is the true training loss. When
-    ``train()`` ends the model is plain again.
+    ``train()`` ends the model is plain again. Checkpoints are whole or absent.
 
     Raises:
         TypeError: ``args`` is not a ``PowerGradTrainingArguments``.

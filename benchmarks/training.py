@@ -1,0 +1,253 @@
+"""Images per second of whole training: ours, a plain timm-style loop, and transformers' image-classification example.
+
+    python -m benchmarks.training                              # ../shared/data/imagenet-sample, resnet18, 160 pixels, CPU
+    python -m benchmarks.training --data FOLDER --workers 2
+    accelerate launch --num_processes 2 -m benchmarks.training --sides ours
+    python -m benchmarks.training --overhead                   # a step with PGT against the same step without
+    python -m benchmarks.training --profile                    # where the time of ours goes
+
+All sides train the same network on the same images with the same batch and threads, in one process, in turns; each figure
+is a median over the rounds, each ratio the median of the rounds' ratios.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_loader
+from torch.profiler import ProfilerActivity, profile
+from torchvision import transforms as tv
+from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from benchmarks.images import labelled_images
+from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
+from pgt_hf.data import class_names
+from pgt_hf.image_dataset import ImageDataset
+from pgt_hf.models import create_model
+from pgt_hf.transforms import ImageTransform, collate, to_rgb
+
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+Side = Callable[[Any, argparse.Namespace], float]
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends; the first step (start-up, first batch) is not counted."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def rate(self, batch: int) -> float:
+        return batch * (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
+
+
+def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": args.batch,
+        "dataloader_num_workers": args.workers,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": args.device != "cpu",
+        "max_steps": args.steps + 1,
+        "learning_rate": SGD["lr"],
+        "weight_decay": SGD["weight_decay"],
+        "lr_scheduler_type": "constant",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": args.device == "cpu",
+        "bf16": args.bf16,
+    }
+
+
+def ours(dataset: Any, args: argparse.Namespace) -> float:
+    model = create_model(args.model, class_names(dataset), image_size=args.size)
+    transform = ImageTransform(model.config.pretrained_cfg, training=True, normalize=False, color_jitter=0.4)
+    settings = trainer_settings(args) | {"alpha": 0.25, "channels_last": True, "max_grad_norm": 0.0}
+    arguments = ImageTrainingArguments(**settings, optim="powergrad_sgd", optim_args="momentum=0.9,nesterov=true")
+    clock = Clock()
+    trainer = ImageTrainer(
+        model, arguments, train_dataset=ImageDataset(dataset, transform), data_collator=collate, callbacks=[clock]
+    )
+    trainer.train()
+    return clock.rate(args.batch * arguments.world_size)
+
+
+class PilImages(torch.utils.data.Dataset):
+    """What timm's own data set classes yield: a PIL image, transformed, and its label."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        example = self.dataset[index]
+        return self.transform(to_rgb(example["image"])), example["label"]
+
+
+def timm_loop(dataset: Any, args: argparse.Namespace) -> float:
+    """timm's loader with its prefetcher and transforms, its model, torch's loss and optimizer, and a loop."""
+    loader = create_loader(
+        PilImages(dataset),
+        input_size=(3, args.size, args.size),
+        batch_size=args.batch,
+        is_training=True,
+        color_jitter=0.4,
+        re_prob=0.0,
+        num_workers=args.workers,
+        device=torch.device(args.device),
+        pin_memory=args.device != "cpu",
+        persistent_workers=False,
+    )
+    model = timm.create_model(args.model, num_classes=len(class_names(dataset))).to(args.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    ends: list[float] = []
+    for images, target in loader:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            loss = F.cross_entropy(model(images), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        ends.append(time.perf_counter())
+        if len(ends) > args.steps:
+            break
+    return args.batch * (len(ends) - 1) / (ends[-1] - ends[0])
+
+
+def transformers_example(dataset: Any, args: argparse.Namespace) -> float:
+    """examples/pytorch/image-classification: AutoImageProcessor's size, mean and std, torchvision, ``Trainer``."""
+    model = create_model(args.model, class_names(dataset), image_size=args.size)
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    config = processor.data_config
+    augment = tv.Compose(
+        [
+            tv.RandomResizedCrop(config["input_size"][-1]),
+            tv.RandomHorizontalFlip(),
+            tv.ToTensor(),
+            tv.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": [augment(image.convert("RGB")) for image in batch["image"]], "label": batch["label"]}
+
+    def stack(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+            "labels": torch.tensor([example["label"] for example in examples]),
+        }
+
+    clock = Clock()
+    arguments = TrainingArguments(**trainer_settings(args))
+    Trainer(
+        model, arguments, train_dataset=dataset.with_transform(transform), data_collator=stack, callbacks=[clock]
+    ).train()
+    return clock.rate(args.batch * arguments.world_size)
+
+
+SIDES: dict[str, Side] = {"ours": ours, "timm": timm_loop, "transformers": transformers_example}
+
+
+def measure_overhead(args: argparse.Namespace) -> None:
+    """One network, one batch: a step with PGT attached, a step without, in turn; the processor's time is compared."""
+    model = timm.create_model(args.model).to(args.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    target = torch.randint(1000, (args.batch,), device=args.device)
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+
+    def step() -> float:
+        start = clock()
+        F.cross_entropy(model(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return clock() - start
+
+    step()
+    ratios, plain = [], []
+    for turn in range(args.rounds):
+        seconds = {}
+        for attached in (True, False) if turn % 2 else (False, True):
+            if attached:
+                with attach_powergrad(model, alpha=0.25):
+                    seconds[True] = step()
+            else:
+                seconds[False] = step()
+        ratios.append(seconds[True] / seconds[False])
+        plain.append(seconds[False])
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"{args.model}, {args.size} pixels, batch {args.batch}: step {1e3 * statistics.median(plain):.1f} ms, with PGT "
+        f"{100 * (statistics.median(ratios) - 1):+.2f}% (quartiles {100 * (low - 1):+.2f}%, {100 * (high - 1):+.2f}%) "
+        f"over {args.rounds} pairs"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a folder that datasets.load_dataset reads; else the ImageNet sample, or made images")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if args.overhead:
+        measure_overhead(args)
+        return
+    dataset = labelled_images(args.data, minimum=args.batch * (args.steps + 1))
+    if args.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            ours(dataset, args)
+        print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+        return
+
+    rates: dict[str, list[float]] = {name: [] for name in args.sides}
+    for turn in range(args.rounds):
+        for name in args.sides if turn % 2 else reversed(args.sides):
+            rates[name].append(SIDES[name](dataset, args))
+    if int(os.environ.get("RANK", "0")):
+        return
+    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, {platform.machine()}, {where}, "
+        f"{os.environ.get('WORLD_SIZE', '1')} process(es), {args.workers} worker(s); {args.model}, {args.size} pixels, "
+        f"batch {args.batch}, {args.rounds} rounds of {args.steps} steps\n"
+    )
+    print("| side | median images/s | ours against it |\n|---|---|---|")
+    for name in args.sides:
+        ratio = [a / b for a, b in zip(rates[args.sides[0]], rates[name], strict=True)]
+        print(f"| {name} | {statistics.median(rates[name]):.1f} | {statistics.median(ratio):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
