@@ -101,9 +101,7 @@ def describe_code() -> dict[str, Any]:
     checkout = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        status = subprocess.run(
-            [*checkout, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
+        status = subprocess.run([*checkout, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # installed from a wheel, or no git on this machine
         return {"version": __version__}
     return {"version": __version__, "commit": commit.strip(), "modified": bool(status.strip())}
