@@ -98,13 +98,14 @@ def describe_code() -> dict[str, Any]:
     """
     from . import __version__
 
-    checkout = ["git", "-C", str(Path(__file__).parent)]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        status = subprocess.run([*checkout, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return {"version": __version__, "commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "-s"))}
     except (OSError, subprocess.CalledProcessError):  # installed from a wheel, or no git on this machine
         return {"version": __version__}
-    return {"version": __version__, "commit": commit.strip(), "modified": bool(status.strip())}
 
 
 def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
