@@ -1,68 +1,191 @@
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction
+from sklearn.metrics import log_loss
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
-from pgt_hf.metrics import TopKAccuracy, compute_metrics, keep_top_k
-from pgt_hf.plots import plot_training_curve
+from pgt_hf import fold_powergrad
+from pgt_hf.metrics import (
+    ClassificationMetrics,
+    ProbabilityScores,
+    TopKAccuracy,
+    reliability,
+    score_logits,
+)
 
-HISTORY = [
-    {"epoch": 0.5, "loss": 2.0, "learning_rate": 0.1},
-    {"epoch": 1.0, "eval_loss": 1.8, "eval_top1": 0.4, "eval_top5": 0.8},
-    {"epoch": 1.0, "loss": 1.5, "learning_rate": 0.05},
-    {"epoch": 1.0, "train_runtime": 3.0},
-]
+CLASSES = 12
 
 
 @pytest.fixture
-def scores() -> tuple[torch.Tensor, np.ndarray]:
+def scores() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(200, 12, generator=generator), torch.randint(12, (200,), generator=generator).numpy()
+    logits = 3 * torch.randn(200, CLASSES, generator=generator)
+    # Labels that the logits know something about, so that no figure is trivial.
+    return logits, torch.multinomial((0.5 * logits).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def reference(logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0, bins: int = 15) -> dict[str, float]:
+    """Guo et al.'s and Brier's formulas in float64, as plainly as can be."""
+    z, y = logits.double().numpy() * scale, labels.numpy()
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == y
+    ece = 0.0
+    for m in range(bins):
+        inside = (confidence > m / bins) & (confidence <= (m + 1) / bins)
+        if inside.any():
+            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    one_hot = np.eye(p.shape[1])[y]
+    return {
+        "nll": log_loss(y, p, labels=range(p.shape[1])),
+        "ece": ece,
+        "brier": ((p - one_hot) ** 2).sum(axis=1).mean(),
+    }
+
+
+def evaluate_in_batches(metrics: ClassificationMetrics, logits, labels, size: int) -> dict[str, float]:
+    kept = [metrics.preprocess(logits[i : i + size], labels[i : i + size]) for i in range(0, len(labels), size)]
+    return metrics(EvalPrediction(tuple(torch.cat(parts).numpy() for parts in zip(*kept)), labels.numpy()))
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_top_k_accuracy_counts_what_numpy_counts(k, scores):
     logits, labels = scores
     better = (logits.numpy() > logits.numpy()[np.arange(200), labels][:, None]).sum(axis=1)
-    result = TopKAccuracy().compute(predictions=keep_top_k(logits).numpy(), references=labels, k=(k,))
+    ranked = logits.topk(5).indices
+    result = TopKAccuracy().compute(predictions=ranked, references=labels, k=(k,))
     assert result == {f"top{k}": pytest.approx((better < k).mean())}
 
 
-def test_batches_added_one_by_one_count_like_all_at_once(scores):
+@pytest.mark.parametrize("bins", [1, 7, 15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_raw_and_folded_scores_are_those_of_the_formulas(scores, bins, dtype):
     logits, labels = scores
-    kept = keep_top_k(logits).numpy()
-    metric = TopKAccuracy()
-    for start in range(0, 200, 64):
-        metric.add_batch(predictions=kept[start : start + 64], references=labels[start : start + 64])
-    assert metric.compute() == TopKAccuracy().compute(predictions=kept, references=labels)
+    result = evaluate_in_batches(ClassificationMetrics(alpha=0.25, bins=bins), logits.to(dtype), labels, 200)
+    folded = {f"{name}_folded": value for name, value in reference(logits, labels, 0.25, bins).items()}
+    expected = reference(logits, labels, bins=bins) | folded
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_five_numbers_per_image_are_kept_and_the_best_comes_first(scores):
-    kept = keep_top_k((scores[0], "hidden states"))
-    assert kept.shape == (200, 5)
-    assert torch.equal(kept[:, 0], scores[0].argmax(dim=1))
+def test_batches_score_like_all_images_at_once(scores):
+    metrics = ClassificationMetrics(alpha=0.5)
+    assert evaluate_in_batches(metrics, *scores, 64) == pytest.approx(evaluate_in_batches(metrics, *scores, 200))
+
+
+@pytest.mark.parametrize("alpha", [None, 1, 1.0])
+def test_without_an_alpha_to_fold_there_are_no_folded_scores(alpha, scores):
+    result = evaluate_in_batches(ClassificationMetrics(alpha), *scores, 50)
+    assert set(result) == {"top1", "top5", "nll", "ece", "brier"}
+
+
+def test_folded_scores_are_those_of_the_folded_model():
+    model = torch.nn.Linear(8, 5)
+    inputs, labels = 4 * torch.randn(300, 8), torch.randint(5, (300,))
+    before = evaluate_in_batches(ClassificationMetrics(alpha=0.25), model(inputs).detach(), labels, 300)
+    after = evaluate_in_batches(
+        ClassificationMetrics(), fold_powergrad(model, alpha=0.25)(inputs).detach(), labels, 300
+    )
+    assert before["top1"] == after["top1"]
+    for name in ("nll", "ece", "brier"):
+        assert before[f"{name}_folded"] == pytest.approx(after[name], rel=1e-5)
+
+
+def test_calibrated_probabilities_have_almost_no_calibration_error_and_sharpened_ones_do():
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(100_000, 4, generator=generator)
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    assert evaluate_in_batches(ClassificationMetrics(), logits, labels, 20_000)["ece"] < 0.005
+    assert evaluate_in_batches(ClassificationMetrics(), 4 * logits, labels, 20_000)["ece"] > 0.1
+
+
+def test_bins_are_open_below_and_closed_above():
+    bins = reliability([0.2, 0.2 + 1e-9, 1.0, 0.0], [1, 0, 1, 0], bins=5)
+    assert bins.count.tolist() == [2, 1, 0, 0, 1]
+    assert bins.accuracy[0] == 0.5 and np.isnan(bins.accuracy[2])
+
+
+def test_images_without_a_label_count_nowhere_and_are_reported(scores):
+    logits, labels = scores
+    metrics = ClassificationMetrics(alpha=0.25)
+    expected = evaluate_in_batches(metrics, logits[:150], labels[:150], 150)
+    labels = labels.clone()
+    labels[150:] = -100
+    assert evaluate_in_batches(metrics, logits, labels, 64) == pytest.approx(expected | {"skipped": 50})
+
+
+def test_few_numbers_per_image_are_kept_and_the_best_class_comes_first(scores):
+    logits, labels = scores
+    best, raw = ClassificationMetrics().preprocess((logits, "hidden states"), labels)
+    assert (best.shape, raw.shape) == ((200, 5), (200, 3))
+    assert torch.equal(best[:, 0], logits.argmax(dim=1))
+
+
+def test_half_precision_logits_are_scored_in_single_precision(scores):
+    logits, labels = scores
+    rounded = logits.bfloat16()
+    assert torch.equal(score_logits(rounded, labels), score_logits(rounded.float(), labels))
+
+
+def test_confident_logits_give_finite_scores():
+    logits = torch.tensor([[0.0, 1e4], [1e4, 0.0]])
+    result = evaluate_in_batches(ClassificationMetrics(), logits, torch.tensor([1, 1]), 2)
+    assert (result["nll"], result["ece"], result["brier"]) == (5000, 0.5, 1)
 
 
 def test_with_fewer_classes_than_five_the_figure_is_named_after_their_number():
-    prediction = EvalPrediction(predictions=np.array([[1, 2, 0], [0, 1, 2]]), label_ids=np.array([2, 0]))
-    assert compute_metrics(prediction) == {"top1": 0.5, "top3": 1.0}
+    result = evaluate_in_batches(ClassificationMetrics(), torch.eye(3), torch.tensor([0, 1, 1]), 3)
+    assert result["top1"] == pytest.approx(2 / 3)
+    assert result["top3"] == 1
 
 
-def test_k_below_one_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"k must be at least 1, got \(0, 5\)"):
-        TopKAccuracy().compute(predictions=[[0, 1]], references=[0], k=(0, 5))
+class Images(Dataset):
+    """40 images of noise, two of them without a label."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        pixels = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": -100 if index in (3, 17) else index % 6}
 
 
-def test_training_curve_is_a_picture_of_what_the_history_has(tmp_path):
-    pytest.importorskip("matplotlib")
-    plot_training_curve(HISTORY, tmp_path / "all.png", "a title")
-    plot_training_curve(HISTORY[1:2], tmp_path / "accuracy.png")
-    everything, part = (tmp_path / name for name in ("all.png", "accuracy.png"))
-    assert everything.read_bytes().startswith(b"\x89PNG")
-    assert everything.stat().st_size > part.stat().st_size > 0
+def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=6)
+    model, metrics = ResNetForImageClassification(config), ClassificationMetrics(alpha=0.5)
+    trainer = Trainer(
+        model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=16, report_to="none"),
+        eval_dataset=Images(),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.preprocess,
+    )
+    results = trainer.evaluate()
+    examples = [example for index in range(40) if (example := Images()[index])["labels"] >= 0]
+    with torch.no_grad():
+        logits = model.eval()(torch.stack([example["pixel_values"] for example in examples])).logits
+    labels = torch.tensor([example["labels"] for example in examples])
+    expected = {f"eval_{name}": value for name, value in reference(logits, labels).items()}
+    expected["eval_top1"] = (logits.argmax(1) == labels).double().mean().item()
+    assert results["eval_skipped"] == 2
+    assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert results["eval_loss"] == pytest.approx(results["eval_nll"], rel=0.1)
 
 
-def test_history_without_anything_to_draw_is_an_error(tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_training_curve(HISTORY[3:], tmp_path / "none.png")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TopKAccuracy().compute(predictions=[[0, 1]], references=[0], k=(0, 5)), r"k must be .* got \(0, 5\)"),
+        (lambda: ClassificationMetrics(top_k=0), "top_k must be at least 1, got 0"),
+        (lambda: ClassificationMetrics(bins=0), "bins must be at least 1, got 0"),
+        (lambda: ClassificationMetrics(alpha=-1), "alpha must lie in"),
+        (lambda: reliability([0.5], [1], bins=0), "bins must be at least 1, got 0"),
+        (lambda: reliability([0.5, 0.6], [1]), r"shape \(N,\), got \(2,\) and \(1,\)"),
+        (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0, 3])), r"labels must lie in \[0, 3\) .* got 0 to 3"),
+        (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0])), r"got \(2, 3\) and \(1,\)"),
+        (lambda: ProbabilityScores().compute(predictions=np.zeros((1, 3)), references=[0], bins=0), "bins must be"),
+    ],
+)
+def test_what_cannot_be_scored_is_an_error_that_names_it(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
