@@ -7,8 +7,8 @@
     accelerate launch recipes/imagenet.py --config runs/imagenet/run.json       # the same run again
     accelerate launch recipes/imagenet.py --resume auto                         # go on where it was stopped
 
-A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option; those
-of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
+A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option;
+those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
 """
 
 import json
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pgt_hf.image_dataset import ImageDataset, ImageStream
 from transformers import HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
-from pgt_hf.image_dataset import ImageDataset, ImageStream
 from pgt_hf.image_trainer import ImageTrainer
 from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
@@ -202,8 +202,9 @@ def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingA
 def preset_and_config(parser: ArgumentParser) -> dict[str, Any]:
     """The defaults of this command line, from the data set, the preset and the configuration that it names."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--dataset-name", "--preset", "--config"):
-        first.add_argument(name, name.replace("-", "_").replace("__", "--"))
+    first.add_argument("--dataset-name", "--dataset_name")
+    first.add_argument("--preset")
+    first.add_argument("--config")
     first.add_argument("--smoke", action="store_true")
     early = first.parse_known_args()[0]
     if early.preset == "list":

@@ -1,8 +1,9 @@
 """The published ImageNet runs, one row each, as settings of ``recipes/imagenet.py``; and a modern one beside them.
 
 From Das et al., arXiv 2111.12495v3, tables 1 to 3: 100 epochs, global batch 1024 unless said, SGD with Nesterov
-momentum 0.9, weight decay 5e-4, 5 epochs of warm-up from a thousandth of the peak rate, 0.4 at batch 1024. The paper does
-not say how the rate follows the batch (here: linearly), nor how AGC and gradient clipping were set (here: 0.01, 1.0).
+momentum 0.9, weight decay 5e-4, 5 epochs of warm-up from a thousandth of the peak rate, 0.4 at batch 1024. The paper
+does not say how the rate follows the batch (here: linearly), nor how AGC and gradient clipping were set (here: 0.01
+and 1.0).
 """
 
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def preset_table() -> str:
     ]
     for name, preset in PRESETS.items():
         get = preset.settings.get
-        model = get("model_name") + (" without norm" if get("norm_free") else "")
+        model = preset.settings["model_name"] + (" without norm" if get("norm_free") else "")
         clipping = f"{get('clip_mode')} {get('clip_value')}" if get("clip_mode") else "-"
         rate = preset.settings["base_lr"] * preset.settings["global_batch"] / 1024
         published = [f"{value:g}" if value else "-" for value in (preset.train_top1, preset.top1)]
