@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from pgt_hf import create_optimizer, fold_powergrad  # PGT 1. plain: from timm.optim import create_optimizer_v2
-from pgt_hf.data import load_image_dataset
+from pgt_hf.data import ImageDataset, load_image_dataset
 from pgt_hf.transforms import ImageTransform, collate
 
 EPOCHS, BATCH, LR = 5, 64, 0.05
@@ -23,8 +23,8 @@ def main() -> None:
 
     digits = load_image_dataset("digits")
     size = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    train = digits["train"].with_transform(ImageTransform(size, training=True, hflip=0.0, scale=(0.7, 1.0)))
-    test = digits["validation"].with_transform(ImageTransform(size, training=False))
+    train = ImageDataset(digits["train"], ImageTransform(size, training=True, hflip=0.0, scale=(0.7, 1.0)))
+    test = ImageDataset(digits["validation"], ImageTransform(size, training=False))
     train_loader = DataLoader(train, BATCH, shuffle=True, collate_fn=collate)
     test_loader = DataLoader(test, BATCH, collate_fn=collate)
 
@@ -38,6 +38,7 @@ def main() -> None:
 
     for epoch in range(EPOCHS):
         model.train()
+        train.set_epoch(epoch)
         for batch in train_loader:
             loss = cross_entropy(model(batch["pixel_values"]), batch["labels"])
             accelerator.backward(loss)

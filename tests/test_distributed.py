@@ -38,6 +38,12 @@ def batch():
     return torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=generator), torch.arange(8) % 5
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def worker(rank, port, kind, wrapper, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
@@ -69,10 +75,7 @@ def worker(rank, port, kind, wrapper, path):
 @pytest.mark.parametrize("kind", ["plain", "transformers"])
 @pytest.mark.parametrize("wrapper", ["optimizer before DDP", "attached after DDP", "fsdp2"])
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind, wrapper):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, kind, wrapper, tmp_path / "gradients.pt"), nprocs=2, join=True)
+    mp.spawn(worker, (free_port(), kind, wrapper, tmp_path / "gradients.pt"), nprocs=2, join=True)
     ours, calls = torch.load(tmp_path / "gradients.pt")
     assert calls == 1
 
@@ -81,3 +84,38 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind, wrapper):
     logits.backward(powergrad_gradient(logits, target, ALPHA))
     for grad, parameter in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+def train(rank, port, wrapper, path):
+    """Three updates of a network with batch norm left out, each process on its half of the batch."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = module = build("plain")
+    if wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        module = nn.parallel.DistributedDataParallel(model)
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+    optimizer = create_optimizer(model, "powergrad_sgd", lr=0.05, alpha=ALPHA, **options)
+    images, target = (tensor[rank * 4 : rank * 4 + 4] for tensor in batch())
+    for _ in range(3):
+        F.cross_entropy(module(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    if rank == 0:
+        torch.save([weight.detach() for weight in weights], path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_fsdp2_trains_as_ddp_does(tmp_path):
+    for wrapper in ("fsdp2", "ddp"):
+        mp.spawn(train, (free_port(), wrapper, tmp_path / f"{wrapper}.pt"), nprocs=2, join=True)
+    sharded, whole = (torch.load(tmp_path / f"{wrapper}.pt") for wrapper in ("fsdp2", "ddp"))
+    for ours, theirs in zip(sharded, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

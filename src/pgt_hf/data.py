@@ -14,7 +14,18 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import get_token
 
-__all__ = ["DEFAULT_DATASET", "DIGITS", "GATED", "check_access", "class_names", "load_image_dataset"]
+from .image_dataset import ImageDataset, ImageStream
+
+__all__ = [
+    "DEFAULT_DATASET",
+    "DIGITS",
+    "GATED",
+    "ImageDataset",
+    "ImageStream",
+    "check_access",
+    "class_names",
+    "load_image_dataset",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,33 @@
+"""How the tests start a program: as a user would, in a process of its own or two, on the CPU and without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
+PYTHON = [sys.executable]
+ONE = [*LAUNCH, "--num_processes", "1"]
+TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--gpu_ids", "all"]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    ours = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return os.environ | ours | settings
+
+
+def run(*command: str, cwd: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(**settings),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0 or not check, done.stderr[-4000:]
+    return done
