@@ -16,6 +16,7 @@ from .loss import PowerGradCrossEntropyLoss
 from .optim import bind_powergrad, create_optimizer, list_optimizers
 from .registration import register
 from .schedules import AlphaScheduler
+from .search import powergrad_hp_space
 
 if TYPE_CHECKING:
     from .callbacks import AlphaScheduleCallback
@@ -40,6 +41,7 @@ __all__ = [
     "fold_powergrad",
     "list_optimizers",
     "powergrad_cross_entropy",
+    "powergrad_hp_space",
     "powergrad_linear_cross_entropy",
     "powergrad_log_softmax",
 ]
