@@ -46,9 +46,9 @@ FIRST_CONFIRM_SEED = 1000
 SMOKE: dict[str, Any] = {
     "dataset_name": DIGITS,
     "alphas": [0.1, 0.5],
-    "lr_low": 0.02,
+    "lr_low": 0.05,
     "lr_high": 0.2,
-    "lr_points": 2,
+    "lr_points": 1,
     "seeds": 1,
     "confirm_seeds": 2,
     "epochs": 1,

@@ -25,7 +25,7 @@ DOCSTRINGS = "docstrings"
 STDLIB = "stdlib"
 
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "pandas", "sklearn", "torch", "transformers")
-_PER_LIBRARY = {"train": 400, "validation": 100}
+_PER_LIBRARY = {"train": 250, "validation": 50}
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 _TEXT_COLUMNS = ("text", "sentence", "content", "review")
