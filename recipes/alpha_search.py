@@ -16,6 +16,7 @@ import csv
 import json
 import logging
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -93,7 +94,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
     for side, study in studies.items():
-        run(study, args.trials, lambda trial, side=side: search_objective(trial, side, data, args), rank, side)
+        grid = grid_of(side, args) if args.sampler == "grid" else None
+        run(study, args.trials, lambda trial, side=side: search_objective(trial, side, data, args), rank, side, grid)
     points = {
         side: sorted(search_points(study, args.trials), key=lambda p: -p.mean) for side, study in studies.items()
     }
@@ -101,9 +103,10 @@ def main() -> None:
         sys.exit("error: no trial was trained to its end; every one failed or was pruned")
     best = {side: points[side][0] for side in SIDES}
 
-    confirm = open_confirmation(storage, best, args)
-    budget = 2 * args.confirm_seeds
-    run(confirm, budget, lambda trial: confirm_objective(trial, best, data, args), rank, "confirm")
+    confirm = open_confirmation(storage, best)
+    seeds = range(FIRST_CONFIRM_SEED, FIRST_CONFIRM_SEED + args.confirm_seeds)
+    grid = [{"side": side, "seed": seed} for seed in seeds for side in SIDES]
+    run(confirm, len(grid), lambda trial: confirm_objective(trial, best, data, args), rank, "confirm", grid)
     if rank == 0:
         report(points, confirmed_points(confirm, best), args)
 
@@ -185,7 +188,7 @@ def open_storage(name: str | None, output_dir: str) -> Any:
     for attempt in range(10):
         try:
             return optuna.storages.RDBStorage(url)
-        except OperationalError:  # another worker is making the very same tables
+        except DBAPIError:  # another worker is making the very same tables
             if attempt == 9:
                 raise
             time.sleep(1)
@@ -193,11 +196,8 @@ def open_storage(name: str | None, output_dir: str) -> Any:
 
 def open_study(storage: Any, side: str, args: Namespace) -> optuna.Study:
     # No seeds: workers, and a search that goes on, must not draw the same settings again.
-    sampler = {
-        "grid": lambda: optuna.samplers.GridSampler(search_grid(side, args)),
-        "random": lambda: optuna.samplers.RandomSampler(),
-        "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
-    }[args.sampler]()
+    tpe = optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
+    sampler = tpe if args.sampler == "tpe" else optuna.samplers.RandomSampler()
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5) if args.pruner == "median" else optuna.pruners.NopPruner()
     study = optuna.create_study(
         storage=storage,
@@ -216,40 +216,44 @@ def open_study(storage: Any, side: str, args: Namespace) -> optuna.Study:
     return study
 
 
-def search_grid(side: str, args: Namespace) -> dict[str, list[float]]:
+def grid_of(side: str, args: Namespace) -> list[dict[str, float]]:
     """As many settings for the baseline, in learning rates alone, as for PGT in learning rates and alphas."""
     count = args.lr_points if side == "pgt" else args.trials
     ratio = args.lr_high / args.lr_low
-    rates = [args.lr_low * ratio ** (i / max(1, count - 1)) for i in range(count)]
-    return {"alpha": args.alphas if side == "pgt" else [1.0], "learning_rate": [min(r, args.lr_high) for r in rates]}
+    rates = [min(args.lr_high, args.lr_low * ratio ** (i / max(1, count - 1))) for i in range(count)]
+    alphas = args.alphas if side == "pgt" else [1.0]
+    return [{"alpha": alpha, "learning_rate": rate} for rate in rates for alpha in alphas]
 
 
-def open_confirmation(storage: Any, best: dict[str, Point], args: Namespace) -> optuna.Study:
-    seeds = [FIRST_CONFIRM_SEED + i for i in range(args.confirm_seeds)]
+def open_confirmation(storage: Any, best: dict[str, Point]) -> optuna.Study:
     chosen = " ".join(f"{best[side].alpha:.6g},{best[side].learning_rate:.6g}" for side in SIDES)
-    return optuna.create_study(
-        storage=storage,
-        study_name=f"alpha_search/confirm {chosen}",
-        sampler=optuna.samplers.GridSampler({"side": list(SIDES), "seed": seeds}),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    name = f"alpha_search/confirm {chosen}"
+    return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
-def run(study: optuna.Study, budget: int, objective: Any, rank: int, name: str) -> None:
-    """Trains until ``budget`` trials are done, by this worker and the others, and waits for the others' last ones."""
+def run(study: optuna.Study, budget: int, objective: Any, rank: int, name: str, grid: Any = None) -> None:
+    """Trains until ``budget`` trials are done, by this worker and the others, and waits for the others' last ones.
+
+    With a ``grid``, each trial is one of its settings that is neither done nor being trained.
+    """
+    sampler = study.sampler
     with tqdm(total=budget, desc=name, disable=rank > 0) as bar:
         while True:
             trials = study.get_trials(deepcopy=False)
-            done = sum(trial.state in FINISHED for trial in trials)
-            bar.update(done - bar.n)
-            running = [trial for trial in trials if trial.state == TrialState.RUNNING and not give_up(study, trial)]
-            if done >= budget:
+            done = [trial.params for trial in trials if trial.state in FINISHED]
+            running = [t.params for t in trials if t.state == TrialState.RUNNING and not give_up(study, t)]
+            if grid is not None:
+                done = [setting for setting in grid if setting in done]
+            bar.update(len(done) - bar.n)
+            if len(done) >= budget:
                 return
-            if done + len(running) < budget:
-                study.optimize(objective, n_trials=1)
-            else:
+            if len(done) + len(running) >= budget:
                 time.sleep(1)
+                continue
+            if grid is not None:
+                left = [setting for setting in grid if setting not in done and setting not in running]
+                study.sampler = optuna.samplers.PartialFixedSampler(random.choice(left), sampler)
+            study.optimize(objective, n_trials=1)
 
 
 def give_up(study: optuna.Study, trial: Any) -> bool:
@@ -366,11 +370,14 @@ class Watch(TrainerCallback):
 
 
 def search_points(study: optuna.Study, budget: int) -> list[Point]:
-    """The settings that were trained to the end, of the first ``budget`` trials: no side gets more."""
-    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state in FINISHED][:budget]
+    """The settings that were trained to the end, of the first ``budget`` different ones: no side gets more."""
+    finished: dict[tuple[float, float], Any] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state in FINISHED:
+            finished.setdefault((trial.params["alpha"], trial.params["learning_rate"]), trial)
     return [
-        Point(trial.params["alpha"], trial.params["learning_rate"], tuple(trial.user_attrs["scores"]))
-        for trial in finished
+        Point(*setting, tuple(trial.user_attrs["scores"]))
+        for setting, trial in list(finished.items())[:budget]
         if trial.state == TrialState.COMPLETE
     ]
 

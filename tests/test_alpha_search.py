@@ -11,6 +11,8 @@ from launch import ROOT, TWO, run
 from optuna.trial import TrialState
 from PIL import Image
 
+from pgt_hf import powergrad_hp_space
+
 sys.path.insert(0, str(ROOT / "recipes"))
 import alpha_search  # noqa: E402
 
@@ -44,7 +46,8 @@ def test_both_sides_get_the_same_number_of_trials_and_the_confirmation_new_seeds
     done = {name: [trial for trial in study.trials if trial.state.is_finished()] for name, study in search.items()}
     assert {len(trials) for trials in done.values()} <= {2, 3}  # two workers may begin a last one at once
     assert {trial.params["alpha"] for trial in done["alpha_search/baseline"]} == {1.0}
-    assert {trial.params["alpha"] for trial in done["alpha_search/pgt"]} <= {0.1, 0.5}
+    assert {trial.params["alpha"] for trial in done["alpha_search/pgt"]} == {0.1, 0.5}
+    assert {round(trial.params["learning_rate"], 6) for trial in done["alpha_search/baseline"]} == {0.05, 0.2}
     assert {trial.params["seed"] for trial in confirm.trials} == {1000, 1001}
 
 
@@ -90,12 +93,15 @@ def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_p
     storage = alpha_search.open_storage(journal[-1], str(tmp_path))
     monkeypatch.setattr(sys, "argv", [RECIPE, *journal])
     study = alpha_search.open_study(storage, "pgt", alpha_search.parse())
+    study.sampler = optuna.samplers.PartialFixedSampler({"alpha": 0.5, "learning_rate": 0.05}, study.sampler)
     killed = study.ask()
+    powergrad_hp_space((0.05, 0.2), (0.1, 0.5))(killed)
     killed.set_user_attr("worker", f"{socket.gethostname()}:{dead_process()}")
     call(monkeypatch, *journal)
     states = [trial.state for trial in study.trials]
     assert states[0] == TrialState.FAIL
     assert states.count(TrialState.COMPLETE) == 2
+    assert {trial.params["alpha"] for trial in study.trials[1:]} == {0.1, 0.5}
     assert (tmp_path / "results.md").exists()
 
 
