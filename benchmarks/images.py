@@ -1,5 +1,6 @@
-"""The images that the benchmarks read: real photos where there are some, noise with the same sizes where there are none."""
+"""The images that the benchmarks read: real photos where there are some, else noise of the same sizes."""
 
+from io import BytesIO
 from pathlib import Path
 
 import datasets
@@ -34,8 +35,6 @@ def made_images(count: int = 128) -> datasets.Dataset:
 
 
 def jpeg(image: Image.Image) -> dict[str, object]:
-    from io import BytesIO
-
     file = BytesIO()
     image.save(file, "JPEG", quality=90)
     return {"bytes": file.getvalue(), "path": None}

@@ -1,6 +1,7 @@
 """Plain Trainer by its ``optim`` string, and PowerGradTrainer: exact, resumable, and plain again afterwards."""
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,13 @@ from reference import powergrad_gradient
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import pgt_hf
-from pgt_hf import PowerGradLogits, PowerGradTrainer, PowerGradTrainingArguments, create_optimizer
+from pgt_hf import (
+    PowerGradLogits,
+    PowerGradTrainer,
+    PowerGradTrainingArguments,
+    create_optimizer,
+    fold_powergrad,
+)
 
 ALPHA = 0.25
 LR = 0.05
@@ -262,3 +269,12 @@ def test_the_factory_is_what_the_string_names(tmp_path):
         wrapper(), arguments(tmp_path, optim_args=f"alpha={ALPHA}"), train_dataset=Data()
     ).create_optimizer()
     assert optimizer.defaults == theirs.defaults
+
+
+def test_saved_config_says_which_alpha_trained_the_model_and_whether_it_is_folded(tmp_path):
+    trainer = PowerGradTrainer(wrapper(), arguments(tmp_path, ours=True, alpha=0.5, max_steps=1), train_dataset=Data())
+    trainer.train()
+    trainer.save_model()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["powergrad_alpha"], config["powergrad_folded"]) == (0.5, False)
+    assert fold_powergrad(trainer.model, 0.5).config.powergrad_folded

@@ -236,6 +236,8 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
         layer.weight.mul_(alpha)
         if layer.bias is not None:
             layer.bias.mul_(alpha)
+    if config is not None and hasattr(config, "powergrad_alpha"):
+        config.powergrad_folded = True
     return model
 
 

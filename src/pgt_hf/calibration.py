@@ -7,7 +7,9 @@ instead, whatever the training was; next to it one sees how far folding alone ge
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .functional import check_alpha
@@ -20,13 +22,15 @@ __all__ = ["Calibration", "compare_calibration", "fit_temperature"]
 class Calibration:
     """The scores of ``softmax(logits / temperature)``.
 
-    ``temperatures`` holds one number, or the two that were fitted to one half of the images each.
+    ``temperatures`` holds one number, or the two that were fitted to one half of the images each; ``confidence`` is
+    the probability of each image's best class.
     """
 
     temperatures: tuple[float, ...]
     nll: float
     ece: float
     brier: float
+    confidence: NDArray[np.float32]
     reliability: Reliability
 
 
@@ -106,7 +110,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
-def _score(temperatures: tuple[float, ...], scores: Tensor, hits: object, bins: int) -> Calibration:
+def _score(temperatures: tuple[float, ...], scores: Tensor, hits: NDArray[np.bool_], bins: int) -> Calibration:
     rows = scores.cpu().numpy()
     values = ProbabilityScores().compute(predictions=rows, references=hits, bins=bins)
-    return Calibration(temperatures, **values, reliability=reliability(rows[:, 1], hits, bins))  # type: ignore[arg-type]
+    confidence = rows[:, 1]
+    return Calibration(temperatures, **values, confidence=confidence, reliability=reliability(confidence, hits, bins))

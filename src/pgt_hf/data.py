@@ -5,13 +5,18 @@ is an error that says what to do.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
 from datasets.exceptions import DatasetNotFoundError
+from datasets.splits import SplitDict, SplitInfo
+from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
 from .image_dataset import ImageDataset, ImageStream
@@ -25,6 +30,7 @@ __all__ = [
     "check_access",
     "class_names",
     "load_image_dataset",
+    "num_images",
 ]
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,7 @@ _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _SEEN = "the accuracy reported is that of images seen in training"
 _EVALUATION_SPLITS = ("validation", "valid", "val", "test")
+_DIGIT_SHARDS = 8
 
 
 def load_image_dataset(
@@ -47,42 +54,53 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     seed: int = 0,
-) -> DatasetDict:
+    streaming: bool = False,
+) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.
 
     The evaluation split is the first labelled one of validation, valid, val and test. Where there is none, a tenth of
     each class is held out of ``train``, drawn by ``seed``; where there is no ``train``, the one split serves as both.
-    Either is logged as a warning.
+    Either is logged as a warning. With ``streaming`` neither can be done, and both splits must be there.
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
             a folder of Parquet files or of images as ``datasets`` lays them out, or a Hub id.
         image_column: The column with the images; by default image or img, or the only column of images.
         label_column: The column with the classes; by default label, labels or fine_label.
-        max_train_samples: Keep so many training images, drawn by ``seed``.
+        max_train_samples: Keep so many training images, drawn by ``seed``; with ``streaming`` the first ones.
         max_eval_samples: The same for validation.
         seed: For every draw.
+        streaming: Leave ``train`` where it is and read it as training goes, for ``ImageStream``. The files of the
+            evaluation split, and no others, are downloaded, so that it can be indexed and each image counted once.
 
     Returns:
         ``train`` and ``validation``, each with the columns ``image`` (Image) and ``label`` (ClassLabel, the same names
-        in both).
+        in both). ``train`` is an ``IterableDataset`` where ``streaming``.
 
     Raises:
         PermissionError: The data set is gated and cannot be read with the present token, if any.
         FileNotFoundError: There is no such folder or data set.
         ConnectionError: The Hub could not be reached.
-        ValueError: No image or label column, no labelled images, or labels that differ between the splits.
+        ValueError: No image or label column, no labelled images, or labels that differ between the splits. With
+            ``streaming`` also: a split is missing, or the classes have no names.
 
     Example:
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
     check_access(name)
+    if streaming and name != DIGITS:
+        return _stream(name, image_column, label_column, max_train_samples, max_eval_samples, seed)
     splits = _digits(seed) if name == DIGITS else _load(name)
     splits = DatasetDict({key: _image_and_label(split, image_column, label_column) for key, split in splits.items()})
     splits = _train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
-    return DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
+    drawn = DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
+    if not streaming:
+        return drawn
+    rows = drawn["train"].num_rows
+    train = drawn["train"].to_iterable_dataset(num_shards=min(_DIGIT_SHARDS, rows))
+    return {"train": _with_num_images(train, rows), "validation": drawn["validation"]}
 
 
 def check_access(name: str) -> None:
@@ -98,7 +116,20 @@ def check_access(name: str) -> None:
         raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
 
 
-def class_names(dataset: Dataset) -> list[str]:
+def num_images(dataset: Dataset | IterableDataset) -> int | None:
+    """How many images there are; None for a stream whose source does not say.
+
+    Example:
+        >>> num_images(load_image_dataset("digits", streaming=True)["train"])
+        1437
+    """
+    if isinstance(dataset, Dataset):
+        return dataset.num_rows
+    splits = dataset.info.splits or {}
+    return splits["train"].num_examples if "train" in splits else None
+
+
+def class_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The names of the classes in the order of their numbers.
 
     Example:
@@ -122,9 +153,9 @@ def _is_cached(name: str) -> bool:
     return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
-def _load(name: str) -> DatasetDict:
+def _load(name: str, **options: Any) -> Any:
     try:
-        return datasets.load_dataset(name)
+        return datasets.load_dataset(name, **options)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             reason = "the present token has no access to it" if get_token() else "no token was found"
@@ -138,6 +169,65 @@ def _load(name: str) -> DatasetDict:
         ) from error
 
 
+def _stream(
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+) -> dict[str, Dataset | IterableDataset]:
+    splits = _load(name, streaming=True)
+    held_out = next((key for key in _EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
+    if "train" not in splits or held_out is None:
+        raise ValueError(
+            f"streaming needs a split `train` and a labelled one of {_EVALUATION_SPLITS}; "
+            f"{name!r} has {sorted(splits)}"
+        )
+    train = _image_and_label(splits["train"], image_column, label_column)
+    if not isinstance(train.features["label"], ClassLabel):
+        raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
+
+    # Asked for the split alone, load_dataset would still download every file of the data set.
+    files = datasets.load_dataset_builder(name).config.data_files
+    alone = {held_out: list(files[held_out])}
+    options = {"features": splits["train"].features, "verification_mode": "no_checks"}
+    validation = _load(name, data_files=alone, split=held_out, **options)
+    validation = _image_and_label(validation, image_column, label_column)
+
+    known = splits["train"].info.splits or {}
+    rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
+    if max_train_samples is not None:
+        _check_size(max_train_samples)
+        train = train.take(max_train_samples)
+        rows = max_train_samples if rows is None else min(rows, max_train_samples)
+    return {"train": _with_num_images(train, rows), "validation": _draw(validation, max_eval_samples, seed)}
+
+
+def _begins_labelled(split: IterableDataset) -> bool:
+    label = next((column for column in _LABEL_COLUMNS if column in (split.column_names or ())), None)
+    if label is None:
+        return True  # named by the user; what is wrong with it is said where it is read
+    first = next(iter(split.select_columns([label])), {label: -1})[label]
+    return first is not None and first != -1
+
+
+def _count_rows(files: Sequence[str]) -> int | None:
+    """From the footers of Parquet files; there is no other way to know without reading everything."""
+    if not all(file.endswith(".parquet") for file in files):
+        return None
+    rows = 0
+    for path in files:
+        with xopen(path, "rb") as file:
+            rows += pq.read_metadata(file).num_rows
+    return rows
+
+
+def _with_num_images(train: IterableDataset, rows: int | None) -> IterableDataset:
+    train.info.splits = None if rows is None else SplitDict({"train": SplitInfo("train", num_examples=rows)})
+    return train
+
+
 def _digits(seed: int) -> DatasetDict:
     from sklearn.datasets import load_digits
 
@@ -149,7 +239,10 @@ def _digits(seed: int) -> DatasetDict:
     return DatasetDict({"train": halves["train"], "validation": halves["test"]})
 
 
-def _image_and_label(split: Dataset, image_column: str | None, label_column: str | None) -> Dataset:
+def _image_and_label(split: Any, image_column: str | None, label_column: str | None) -> Any:
+    """Of a ``Dataset`` as of an ``IterableDataset``."""
+    if split.features is None:
+        raise ValueError("the columns of the stream have no types; write it as Parquet with `datasets` first")
     of_images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
     of_classes = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
     image = _find_column(split, "image", image_column, _IMAGE_COLUMNS, of_images)
@@ -161,7 +254,7 @@ def _image_and_label(split: Dataset, image_column: str | None, label_column: str
     return split if isinstance(split.features["image"], Image) else split.cast_column("image", Image())
 
 
-def _find_column(split: Dataset, what: str, wanted: str | None, usual: tuple[str, ...], typed: list[str]) -> str:
+def _find_column(split: Any, what: str, wanted: str | None, usual: tuple[str, ...], typed: list[str]) -> str:
     if wanted is not None and wanted not in split.column_names:
         raise ValueError(f"{what}_column must be one of {split.column_names}, got {wanted!r}")
     found = [wanted] if wanted else [column for column in usual if column in split.column_names]
@@ -224,6 +317,10 @@ def _same_classes(train: Dataset, validation: Dataset, name: str) -> DatasetDict
 def _draw(split: Dataset, size: int | None, seed: int) -> Dataset:
     if size is None or size >= split.num_rows:
         return split
+    _check_size(size)
+    return split.shuffle(seed=seed).select(range(size))
+
+
+def _check_size(size: int) -> None:
     if size < 1:
         raise ValueError(f"a number of samples must be at least 1, got {size}")
-    return split.shuffle(seed=seed).select(range(size))

@@ -25,12 +25,13 @@ from transformers import TrainerCallback, TrainerState, set_seed
 
 from .arguments import ImageTrainingArguments
 from .checkpoints import latest_checkpoint
+from .image_dataset import IGNORED, ImageStream
 from .trainer import PowerGradTrainer
+from .transforms import normalize
 
 __all__ = ["EMA_FOLDER", "ImageTrainer"]
 
 EMA_FOLDER = "ema"
-IGNORE_INDEX = -100  # label of an image that could not be read
 
 
 class ImageTrainer(PowerGradTrainer):
@@ -90,8 +91,8 @@ class ImageTrainer(PowerGradTrainer):
         self.ema: ModelEmaV3 | None = None
         self._resumed_from: str | None = None
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
-        self._mean = torch.tensor(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN).view(1, -1, 1, 1) * 255
-        self._std = torch.tensor(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD).view(1, -1, 1, 1) * 255
+        self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
+        self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
         self._mixup = _mixup(args, model.config.num_labels) if mixing else None
         self._erasing: RandomErasing | None = None
         if args.random_erasing > 0:
@@ -109,9 +110,9 @@ class ImageTrainer(PowerGradTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         dataset = self.train_dataset
-        if not (isinstance(dataset, IterableDataset) and hasattr(dataset, "fast_forward")):
+        if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
-        # An ImageStream gives each process its own part already: Accelerate only moves the batches to the device.
+        # A stream gives each process its own part already: Accelerate only moves the batches to the device.
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
@@ -142,7 +143,7 @@ class ImageTrainer(PowerGradTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if hasattr(dataset, "epoch"):  # an ImageDataset
+        if hasattr(dataset, "epoch") and not isinstance(dataset, IterableDataset):
             return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
@@ -150,8 +151,7 @@ class ImageTrainer(PowerGradTrainer):
         inputs = dict(super()._prepare_inputs(inputs))
         images, labels = inputs["pixel_values"], inputs.get("labels")
         if images.dtype == torch.uint8:
-            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
-            images = images.float().sub_(self._mean).div_(self._std)
+            images = normalize(images, self._mean, self._std)
         if self.model.training and labels is not None:
             if self._mixup is not None:
                 images, labels = _mix(self._mixup, images, labels)
@@ -182,7 +182,7 @@ class ImageTrainer(PowerGradTrainer):
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
-            num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORE_INDEX).sum()
+            num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
         return loss / num_items_in_batch
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
@@ -220,6 +220,9 @@ class ImageTrainer(PowerGradTrainer):
                 prefix = f"{metric_key_prefix}_{EMA_FOLDER}"
                 again = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
             output.metrics.update(again.metrics)
+        # Trainer repeats a mean loss for each image of a batch, padded ones too; the metrics count images.
+        for key in [key for key in output.metrics if key.endswith("_nll")]:
+            output.metrics[key.removesuffix("nll") + "loss"] = output.metrics[key]
         return output
 
     @contextmanager
@@ -257,7 +260,7 @@ class _Steps(TrainerCallback):
         dataset, epoch = self.trainer.train_dataset, int(state.epoch or 0)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
-        if hasattr(dataset, "fast_forward"):
+        if isinstance(dataset, ImageStream):
             done = state.global_step % self.trainer._updates_per_epoch * args.gradient_accumulation_steps
             dataset.fast_forward(epoch, done)
 
@@ -320,6 +323,6 @@ def _mixup(args: ImageTrainingArguments, classes: int) -> Mixup:
 
 def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed images and targets, (N, C). An unreadable image counts as one more class, which is then left out."""
-    labels = torch.where(labels == IGNORE_INDEX, mixup.num_classes - 1, labels)
+    labels = torch.where(labels == IGNORED, mixup.num_classes - 1, labels)
     images, targets = mixup(images, labels)
     return images, targets[:, :-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import ResNet, register_model
+from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -115,14 +115,17 @@ def pgt_resnet(
     """
     if norm_free:
         kwargs["norm_layer"] = nn.Identity
+    published = pretrained and kwargs.get("pretrained_cfg")  # weights of this very variant, from the Hub or a folder
     try:
-        network = timm.create_model(base, pretrained=pretrained, **kwargs)
+        network = timm.create_model(base, pretrained=pretrained and not published, **kwargs)
     except TypeError:
         network = None
     if not isinstance(network, ResNet):
         raise ValueError(f"norm_free and small_images are for timm's ResNets, got {base!r}")
     if small_images:
         _keep_size_in_stem(network)
+    if published:
+        load_pretrained(network, published, num_classes=network.num_classes)
     return network
 
 

@@ -1,11 +1,37 @@
-"""Pictures of a training run; matplotlib is imported only when one is drawn (``pip install 'pgt_hf[plots]'``)."""
+"""Pictures of a training run; matplotlib is imported only when one is drawn (``pip install 'pgt_hf[plots]'``).
 
+python -m pgt_hf.plots runs/digits               # all that the run's files hold, into runs/digits/plots
+python -m pgt_hf.plots runs/a runs/b runs/c      # the same, and what the runs have in common against alpha
+"""
+
+import argparse
 import importlib.util
+import json
+import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["plot_training_curve", "require_matplotlib"]
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .metrics import Reliability
+
+__all__ = [
+    "draw_runs",
+    "plot_against_alpha",
+    "plot_filter_norms",
+    "plot_gradients",
+    "plot_logits",
+    "plot_probabilities",
+    "plot_reliability",
+    "plot_training_curve",
+    "require_matplotlib",
+]
 
 
 def require_matplotlib() -> None:
@@ -18,7 +44,7 @@ def require_matplotlib() -> None:
         >>> require_matplotlib()
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("drawing the training curve needs matplotlib: pip install 'pgt_hf[plots]'")
+        raise ImportError("drawing a picture needs matplotlib: pip install 'pgt_hf[plots]'")
 
 
 def plot_training_curve(
@@ -39,18 +65,13 @@ def plot_training_curve(
     Example:
         >>> plot_training_curve(trainer.state.log_history, "training_curve.png")
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     entries = list(history)
     panels = [panel for panel in _PANELS if any(_series(entries, key)[0] for key in panel[1])]
     if not panels:
         raise ValueError("history has nothing to draw: no entry holds an epoch and a loss, accuracy or learning rate")
 
-    figure = Figure(figsize=(7, 0.8 + 2.2 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    figure, grid = _figure(len(panels), 1, (7, 0.8 + 2.2 * len(panels)), sharex=True)
+    all_axes = grid[:, 0]
     for axes, (label, curves, scale) in zip(all_axes, panels, strict=True):
         for key, (name, style) in curves.items():
             epochs, values = _series(entries, key)
@@ -62,9 +83,247 @@ def plot_training_curve(
             axes.legend(frameon=False)
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
-    if title:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, title)
+
+
+def plot_logits(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws logit statistics, pooled-feature norm and gradient direction over the steps of a run.
+
+    Args:
+        data: ``pgt_hf.diagnostics.History.read`` of the run's ``diagnostics.npz``.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``data`` holds none of it.
+
+    Example:
+        >>> plot_logits(History.read("runs/digits/diagnostics.npz"), "logits.png")
+    """
+    panels = [(key, label) for key, label in _STATISTICS.items() if key in data]
+    if not panels:
+        raise ValueError(f"data has nothing to draw: none of {', '.join(_STATISTICS)}")
+    rows = math.ceil(len(panels) / 3)
+    figure, grid = _figure(rows, 3, (11, 0.6 + 2.5 * rows), sharex=True)
+    for axes, (key, label) in zip(grid.flat, panels, strict=False):
+        axes.plot(data["step"], data[key], "C0-", linewidth=1.4)
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+        if key != "gradient_cosine":  # a norm's zero is worth seeing, and a cosine's is far away
+            axes.set_ylim(bottom=0)
+    _finish(grid, len(panels), "step")
+    _save(figure, path, title)
+
+
+def plot_filter_norms(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws each filter's L2 norm over the steps, one panel per layer, with the number that has zeroed out.
+
+    Of a layer with more than 64 filters 64 are drawn, evenly from the smallest to the largest at the end; the count is
+    of all. Arguments and errors are those of ``plot_logits``.
+    """
+    from .diagnostics import ZERO_NORM
+
+    layers = _layers(data, "filter/")
+    if not layers:
+        raise ValueError("data has no filter norms to draw")
+    columns = min(4, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    figure, grid = _figure(rows, columns, (3.1 * columns, 0.6 + 1.9 * rows), sharex=True)
+    for axes, (name, norms) in zip(grid.flat, layers.items(), strict=False):
+        norms = norms.astype(np.float32)
+        order = np.argsort(norms[-1])
+        drawn = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
+        axes.plot(data["step"], norms[:, drawn], "C0-", linewidth=0.7, alpha=0.5)
+        dead = int((norms[-1] <= ZERO_NORM).sum())
+        axes.set_title(f"{_shorten(name)}: {dead} of {len(order)} at 0", fontsize=8, color="C3" if dead else "black")
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    _finish(grid, len(layers), "step")
+    _save(figure, path, title)
+
+
+def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light).
+
+    Arguments and errors are those of ``plot_logits``.
+    """
+    layers = _layers(data, "gradient/")
+    if not layers:
+        raise ValueError("data has no gradient norms to draw")
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    figure, grid = _figure(1, 1, (8, 4.5))
+    axes = grid[0, 0]
+    named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
+    for number, ((name, norms), colour) in enumerate(zip(layers.items(), colours, strict=True)):
+        label = _shorten(name) if number in named else None
+        axes.plot(data["step"], np.where(norms > 0, norms, np.nan), color=colour, linewidth=1.1, label=label)
+    if any((norms > 0).any() for norms in layers.values()):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("L2 norm of the weight's gradient")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
+def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws p' against p for several alpha with Lemma 1's thresholds, and how probabilities are distributed.
+
+    The curves are those of an image whose ``sum_j p_j^alpha`` is the (geometric) mean of the last snapshot's batch.
+    Arguments and errors are those of ``plot_logits``.
+    """
+    from .callbacks import CURVE_ALPHAS
+    from .diagnostics import lemma_threshold
+
+    if "curve_power_sums" not in data:
+        raise ValueError("data has no probabilities to draw: no logits were seen in the run")
+    figure, grid = _figure(1, 3, (13, 4.2))
+    curves, of_target, of_classes = grid[0]
+
+    alpha = float(data["alpha"][-1])
+    sums = dict(zip((*CURVE_ALPHAS, alpha), np.exp(data["curve_power_sums"][-1].astype(float)), strict=True))
+    p = np.geomspace(1e-6, 1, 200)
+    curves.plot(p, p, color="black", linewidth=0.8, linestyle=":", label="p' = p")
+    for number, (exponent, total) in enumerate(sorted(sums.items())):
+        if exponent == 1:
+            continue
+        own, t = exponent == alpha, lemma_threshold(total, exponent)
+        curves.plot(p, p**exponent / total, f"C{number}", linewidth=2.4 if own else 1.2, label=f"alpha = {exponent:g}")
+        curves.plot(t, t, "o", color=f"C{number}", markersize=6 if own else 4)
+    curves.set_xscale("log")
+    curves.set_yscale("log")
+    curves.set_xlim(1e-6, 1.2)
+    curves.set_ylim(1e-6, 1.2)
+    curves.set_xlabel("p")
+    curves.set_ylabel("p'")
+    curves.set_title("p' against p; dots: Lemma 1's threshold", fontsize=10)
+    curves.legend(frameon=False, fontsize=8, loc="lower right")
+
+    shown = [("p", "C7"), ("p'", "C0")] if alpha != 1 else [("p = p'", "C0")]
+    for axes, key, low, high, label in (
+        (of_target, "target_histogram", 0, 1, "probability of the target"),
+        (of_classes, "class_histogram", -10, 0, "log10 of the probability of each class"),
+    ):
+        counts = data[key][-1]
+        edges = np.linspace(low, high, counts.shape[1] + 1)
+        for (name, colour), row in zip(shown, counts, strict=False):
+            axes.stairs(row / max(row.sum(), 1), edges, fill=True, alpha=0.45, color=colour, label=name)
+        axes.set_title(f"{label}, step {data['step'][-1]}", fontsize=10)
+        axes.set_ylabel("share")
+        axes.legend(frameon=False)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
+def plot_reliability(
+    diagrams: Mapping[str, "Reliability"], path: str | os.PathLike[str], title: str | None = None, columns: int = 3
+) -> None:
+    """Draws reliability diagrams side by side: accuracy against confidence, with the share of images in each bin.
+
+    Args:
+        diagrams: By the line above each, row by row.
+        path: Where the picture is written.
+        title: A line above all.
+        columns: Diagrams in a row.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is no diagram.
+
+    Example:
+        >>> plot_reliability({"raw": reliability([0.9, 0.8, 0.3], [1, 0, 0])}, "reliability.png")
+    """
+    if not diagrams:
+        raise ValueError("diagrams must hold at least one diagram, got none")
+    columns = min(columns, len(diagrams))
+    rows = math.ceil(len(diagrams) / columns)
+    figure, grid = _figure(rows, columns, (3.1 * columns, 0.6 + 3.0 * rows), sharex=True, sharey=True)
+    for axes, (name, diagram) in zip(grid.flat, diagrams.items(), strict=False):
+        filled = diagram.count > 0
+        middles, width = (diagram.edges[:-1] + diagram.edges[1:]) / 2, diagram.edges[1]
+        share = diagram.count / diagram.count.sum()
+        axes.bar(middles, share, width, color="C7", alpha=0.35, label="share of images")
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+        axes.plot(
+            diagram.confidence[filled], diagram.accuracy[filled], "C0o-", markersize=4, linewidth=1.2, label="accuracy"
+        )
+        axes.set_title(f"{name}\nECE {diagram.ece:.3f}", fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    _finish(grid, len(diagrams), "confidence")
+    _save(figure, path, title)
+
+
+def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draws what runs ended with against the alpha that each was trained with.
+
+    Args:
+        runs: By name: "alpha", and any of "loss", "eval_loss", "eval_top1", "logit_norm", "gradient_cosine".
+        path: Where the picture is written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Fewer than two runs, or nothing to draw.
+
+    Example:
+        >>> plot_against_alpha({"a": {"alpha": 1, "loss": 0.8}, "b": {"alpha": 0.1, "loss": 2.0}}, "alpha.png")
+    """
+    panels = [(key, label) for key, label in _FINALS.items() if sum(key in run for run in runs.values()) > 1]
+    if len(runs) < 2 or not panels:
+        raise ValueError(f"runs must be at least two with any of {', '.join(_FINALS)}, got {list(runs)}")
+    figure, grid = _figure(1, len(panels), (3.4 * len(panels), 3.2))
+    for axes, (key, label) in zip(grid[0], panels, strict=True):
+        points = sorted((run["alpha"], run[key]) for run in runs.values() if key in run)
+        axes.plot(*zip(*points, strict=True), "C0o:", markersize=5, linewidth=0.8)
+        axes.set_xlabel("alpha")
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+    _save(figure, path, None)
+
+
+def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Draws all that the runs' files hold, into a folder ``plots`` in each.
+
+    Args:
+        folders: What recipes and Trainer wrote: a ``diagnostics.npz``, a ``trainer_state.json`` there or in the last
+            checkpoint, or both. What several runs ended with is drawn against alpha, in the first one's folder.
+
+    Returns:
+        The pictures' paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        FileNotFoundError: A folder has neither file.
+
+    Example:
+        >>> draw_runs(["runs/digits"])
+    """
+    require_matplotlib()
+    drawn: list[Path] = []
+    runs: dict[str, dict[str, float]] = {}
+    for folder in map(Path, folders):
+        data, history = _read_run(folder)
+        (folder / "plots").mkdir(exist_ok=True)
+        title = folder.name + (f", alpha = {data['alpha'][-1]:g}" if data else "")
+        for name, (draw, needed) in _PICTURES.items():
+            if any(key.startswith(needed) for key in data):
+                drawn.append(folder / "plots" / f"{name}.png")
+                draw(data, drawn[-1], title)
+        if history:
+            drawn.append(folder / "plots" / "training_curve.png")
+            plot_training_curve(history, drawn[-1], title)
+        runs[str(folder)] = _final_values(data, history)
+    if len([run for run in runs.values() if "alpha" in run]) > 1:
+        drawn.append(Path(folders[0], "plots", "against_alpha.png"))
+        plot_against_alpha({name: run for name, run in runs.items() if "alpha" in run}, drawn[-1])
+    return drawn
 
 
 _Curves = dict[str, tuple[str, str]]
@@ -78,3 +337,101 @@ _PANELS: list[tuple[str, _Curves, float]] = [
 def _series(entries: list[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     points = [(entry["epoch"], entry[key]) for entry in entries if "epoch" in entry and key in entry]
     return [epoch for epoch, _ in points], [value for _, value in points]
+
+
+_STATISTICS = {
+    "logit_norm": "mean L2 norm of the logits",
+    "logit_abs_mean": "mean |mean logit|",
+    "logit_abs_max": "mean |max logit|",
+    "logit_variance": "mean variance of the logits",
+    "feature_norm": "mean L2 norm of the pooled features",
+    "gradient_cosine": "cosine of PGT's and the plain gradient",
+}
+_FINALS = {
+    "loss": "training loss",
+    "eval_loss": "validation loss",
+    "eval_top1": "validation top-1",
+    "logit_norm": "logit norm",
+    "gradient_cosine": "cosine to the plain gradient",
+}
+_PICTURES = {
+    "logits": (plot_logits, "logit_norm"),
+    "filters": (plot_filter_norms, "filter/"),
+    "gradients": (plot_gradients, "gradient/"),
+    "probabilities": (plot_probabilities, "curve_power_sums"),
+}
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from .diagnostics import History
+
+    recorded = folder / "diagnostics.npz"  # the name is callbacks.DIAGNOSTICS_FILE
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    states = [path for path in (folder / "trainer_state.json",) if path.is_file()] or states
+    if not recorded.is_file() and not states:
+        raise FileNotFoundError(
+            f"{folder} has neither diagnostics.npz nor trainer_state.json, nor a checkpoint with one"
+        )
+    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
+    return History.read(recorded) if recorded.is_file() else {}, history
+
+
+def _final_values(data: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for entry in history:
+        values |= {key: entry[key] for key in _FINALS if key in entry}
+        if "powergrad_alpha" in entry:
+            values["alpha"] = entry["powergrad_alpha"]
+    recorded = {key: float(data[key][-1]) for key in ("alpha", "logit_norm", "gradient_cosine") if key in data}
+    return recorded | values
+
+
+def _layers(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 30 else "..." + name[-27:]
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
+    """A figure without pyplot's global state, and its axes as an array (rows, columns)."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _finish(grid: Any, used: int, label: str) -> None:
+    """Hides the panels that are left over, and names the x axis under the last one of each column."""
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < used)
+        if number < used <= number + grid.shape[1]:
+            axes.set_xlabel(label)
+            axes.tick_params(labelbottom=True)
+
+
+def _save(figure: "Figure", path: str | os.PathLike[str], title: str | None) -> None:
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """``python -m pgt_hf.plots RUN [RUN ...]``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pgt_hf.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="+", help="folder that a recipe or Trainer wrote")
+    try:
+        for path in draw_runs(parser.parse_args().run):
+            print(path)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from .arguments import PowerGradTrainingArguments
 from .attach import PowerGradHandle
 from .checkpoints import AtomicCheckpoints
+from .hub_trainer import HubTrainer
 from .optim import DEFAULT_ALPHA, bind_powergrad
 from .search import powergrad_hp_space
 
 __all__ = ["PowerGradTrainer"]
 
 
-class PowerGradTrainer(AtomicCheckpoints):
+class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
     """Trainer whose every softmax cross-entropy is differentiated as PGT asks.
 
     Takes what Trainer takes; ``args`` is a ``PowerGradTrainingArguments``. The optimizer may come from ``optim``, from
     ``optimizers=(yours, scheduler)`` or from ``optimizer_cls_and_kwargs``. The logs gain ``powergrad_alpha`` and
     ``logit_norm`` (mean L2 norm of the training logits since the last log); ``loss`` is the true training loss. When
-    ``train()`` ends the model is plain again. Checkpoints are whole or absent.
+    ``train()`` ends the model is plain again. Checkpoints are whole or absent (``AtomicCheckpoints``), and a Hub that
+    fails stops nothing (``HubTrainer``).
 
     Raises:
         TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
@@ -54,6 +56,8 @@ class PowerGradTrainer(AtomicCheckpoints):
             )
         self.args.alpha = handle.alpha
         self._handle = handle
+        if hasattr(self.model, "config"):  # who loads the model later needs alpha to read its probabilities
+            self.model.config.powergrad_alpha, self.model.config.powergrad_folded = handle.alpha, False
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +93,9 @@ class PowerGradTrainer(AtomicCheckpoints):
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                logs |= getattr(callback, "take_logs", dict)()
         if "loss" in logs and self._handle is not None:
             logs["powergrad_alpha"] = self._handle.alpha
             if self._logit_norm is not None:

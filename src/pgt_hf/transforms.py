@@ -10,17 +10,17 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
+
+from .decoding import BadImageError, Box, Size, check_pixels, decode, to_rgb
 
 __all__ = [
     "BadImageError",
@@ -33,11 +33,13 @@ __all__ = [
     "to_rgb",
 ]
 
-_Box = tuple[int, int, int, int]  # left, top, right, bottom
-
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
 _ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
+
+# How much larger than needed JPEG is decoded. In training a slightly other sharpness does no harm; evaluation should
+# agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
+_TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
 
 _ON_TENSORS = (
     MaybePILToTensor,
@@ -48,15 +50,12 @@ _ON_TENSORS = (
 _IN_TORCH = (transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC)
 
 
-class BadImageError(ValueError):
-    """An image that cannot be used: truncated, in no known format, or too large to decode. The message says which."""
-
-
 class ImageTransform:
     """Turns one image into a tensor of the model's input size.
 
     Bytes are decoded here: JPEG at the smallest of libjpeg's sizes (1, 1/2, 1/4, 1/8) that is not below what is
-    needed. EXIF orientation is applied; grey, 16-bit, palette, CMYK and transparent images become RGB.
+    needed, in evaluation not below twice that. EXIF orientation is applied; grey, 16-bit, palette, CMYK and
+    transparent images become RGB.
 
     Args:
         config: The model's ``config.pretrained_cfg``: input size, mean, std, interpolation, crop.
@@ -108,12 +107,8 @@ class ImageTransform:
         self._steps = [_Jitter(step) if _is_plain_jitter(step) else step for step in steps]
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
-        try:
-            region, size = self._decode(image)
-        except BadImageError:
-            raise
-        except Exception as error:  # PIL's decoders raise whatever meets them
-            raise BadImageError(f"the image cannot be decoded: {error}") from error
+        region, size = decode(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
+        region = to_rgb(region)
         pixels: Tensor | Image.Image = region
         if size is not None:
             several = len(self._interpolations) > 1
@@ -133,37 +128,20 @@ class ImageTransform:
         """A black image, of the shape and type that a call gives."""
         return torch.zeros(3, *self.size, dtype=torch.float32 if self.normalize else torch.uint8)
 
-    def _decode(self, image: bytes | Image.Image) -> tuple[Image.Image, tuple[int, int] | None]:
-        """The RGB region to use, decoded at a size that suffices, and the size (height, width) to bring it to."""
-        source = _open(image) if isinstance(image, bytes) else image
-        orientation = _orientation(source)
-        width, height = source.size if orientation < 5 else source.size[::-1]
-        box, size = self._plan(width, height)
-
-        reduction = 1
-        if isinstance(image, bytes) and isinstance(source, JpegImageFile) and size is not None:
-            reduction = _reduction(box, size)
-            source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
-        _check_pixels(source.width * source.height, f"{width} x {height} pixels, decoded at 1/{reduction}")
-        if orientation != 1:
-            source = ImageOps.exif_transpose(source)
-        if box != (0, 0, width, height):
-            source = source.crop(_scaled(box, reduction))
-        return to_rgb(source), size
-
-    def _plan(self, width: int, height: int) -> tuple[_Box, tuple[int, int] | None]:
-        """The box of the upright image to use, and the size to bring it to; None where PIL does all that follows."""
+    def _plan(self, width: int, height: int) -> tuple[Box, Size | None]:
+        """For ``decode``; no size where PIL does all that follows."""
         whole = (0, 0, width, height)
         if self._crop is not None:
             shape = torch.empty(1).expand(height, width)  # the size is all that timm asks for
             top, left, crop_height, crop_width = self._crop.get_params(shape, self._crop.scale, self._crop.ratio)
-            # Of an image of a few pixels timm may draw a crop of none.
+            # Of an image of a few pixels timm may draw a crop of none, at its very edge.
+            left, top = min(left, width - 1), min(top, height - 1)
             return (left, top, left + max(crop_width, 1), top + max(crop_height, 1)), self.size
         if self._shorter_side is None:
             return whole, None
         short, long = sorted((width, height))
         longer_side = int(self._shorter_side * long / short)
-        _check_pixels(self._shorter_side * longer_side, f"{width} x {height} pixels, too long and thin to resize")
+        check_pixels(self._shorter_side * longer_side, f"{width} x {height} pixels, too long and thin to resize")
         return whole, (self._shorter_side, longer_side) if height <= width else (longer_side, self._shorter_side)
 
 
@@ -209,18 +187,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     shift, scale = (255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image with three 8-bit channels: grey, 16-bit grey, palette, CMYK and transparent ones occur in real sets.
-
-    Example:
-        >>> to_rgb(Image.new("CMYK", (8, 8))).mode
-        'RGB'
-    """
-    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -282,41 +248,7 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         yield
 
 
-def _open(data: bytes) -> Image.Image:
-    # Image.open refuses large images by their header, before draft() can make them affordable.
-    return JpegImageFile(BytesIO(data)) if data.startswith(b"\xff\xd8\xff") else Image.open(BytesIO(data))
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 to 8; from 5 on, width and height are exchanged."""
-    if isinstance(image, JpegImageFile) and not image.info.keys() & {"exif", "xmp"}:
-        return 1
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken EXIF block says nothing about the image
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _reduction(box: _Box, size: tuple[int, int]) -> int:
-    """The most that libjpeg may shrink the image by, with the box still no smaller than the size."""
-    left, top, right, bottom = box
-    return next((by for by in (8, 4, 2) if bottom - top >= by * size[0] and right - left >= by * size[1]), 1)
-
-
-def _scaled(box: _Box, reduction: int) -> _Box:
-    left, top, right, bottom = (round(edge / reduction) for edge in box)
-    return left, top, max(right, left + 1), max(bottom, top + 1)
-
-
-def _check_pixels(pixels: int, what: str) -> None:
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        raise BadImageError(
-            f"the image is too large: {what}, above PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS}"
-        )
-
-
-def _resize(image: Image.Image, size: tuple[int, int], interpolation: transforms.InterpolationMode) -> Tensor:
+def _resize(image: Image.Image, size: Size, interpolation: transforms.InterpolationMode) -> Tensor:
     if interpolation not in _IN_TORCH:
         return _to_tensor(transforms.functional.resize(image, list(size), interpolation))
     pixels = _to_tensor(image)

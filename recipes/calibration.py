@@ -1,0 +1,206 @@
+"""How honest are PGT's probabilities? Trains a small network at each alpha, scores them raw, folded and fitted.
+
+    python recipes/calibration.py                                        # digits, 3 seeds at each of 5 alphas
+    python recipes/calibration.py --smoke                                # a minute
+    accelerate launch recipes/calibration.py --dataset-name zh-plus/tiny-imagenet --min-crop 0.35 --hflip 0.5
+
+raw: softmax(z). folded: softmax(alpha z), what PGT trained. fitted: softmax(z / T), where each half of the validation
+images is scored at the temperature T fitted to the other half. Writes table.csv, table.md and reliability.png to
+--output-dir, and the logits of each run, from which a second call with the same settings goes on.
+"""
+
+import csv
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import set_seed
+
+from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
+from pgt_hf.calibration import Calibration, compare_calibration
+from pgt_hf.data import ImageDataset, class_names, load_image_dataset
+from pgt_hf.functional import check_alpha
+from pgt_hf.metrics import reliability
+from pgt_hf.models import create_model
+from pgt_hf.plots import plot_reliability, require_matplotlib
+from pgt_hf.transforms import ImageTransform, collate
+
+KINDS = ("raw", "folded", "fitted")
+SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
+
+
+def main() -> None:
+    args = parse()
+    state = PartialState()
+    folder = Path(args.output_dir)
+    try:
+        require_matplotlib()
+        with state.main_process_first():
+            dataset = load_image_dataset(
+                args.dataset_name, max_train_samples=args.max_train_samples, max_eval_samples=args.max_eval_samples
+            )
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+    rows, predicted = [], {}
+    for alpha in args.alphas:
+        for seed in args.seeds:
+            logits, labels = trained_logits(dataset, alpha, seed, args, folder / f"alpha-{alpha:g}-seed-{seed}")
+            predicted.setdefault(alpha, []).append((logits, labels))
+            top1 = (logits.argmax(dim=1) == labels).double().mean().item()
+            norm = logits.norm(dim=1).mean().item()
+            for kind, found in compare_calibration(logits, labels, alpha, bins=args.bins).items():
+                rows.append(row(alpha, seed, top1, norm, kind, found))
+    if state.is_main_process:
+        write(rows, folder)
+        draw(predicted, args.bins, folder / "reliability.png", args.dataset_name)
+        print(f"\nWritten to {folder}: table.csv, table.md, reliability.png")
+    state.destroy_process_group()
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset-name", default="digits", help="Hub id, folder of Parquet files or images, or 'digits'")
+    add("--output-dir", default="runs/calibration")
+    add("--alphas", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1, 0.05])
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--model-name", default="resnet10t", help="timm network")
+    add("--image-size", type=int, default=32)
+    add("--epochs", type=float, default=8.0)
+    add("--learning-rate", type=float, default=0.05, help="the same at every alpha")
+    add("--batch-size", type=int, default=64, help="per process")
+    add("--min-crop", type=float, default=0.7)
+    add("--hflip", type=float, default=0.0)
+    add("--max-train-samples", type=int)
+    add("--max-eval-samples", type=int)
+    add("--bins", type=int, default=15)
+    add("--num-workers", type=int, default=0)
+    add("--smoke", action="store_true", help=f"a minute on a laptop: {SMOKE}")
+    args = parser.parse_args()
+    try:
+        for alpha in args.alphas:
+            check_alpha(alpha)
+    except ValueError as error:
+        parser.error(f"--alphas: {error}")
+    for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    return Namespace(**vars(args) | (SMOKE if args.smoke else {}))
+
+
+def trained_logits(dataset: Any, alpha: float, seed: int, args: Namespace, run: Path) -> tuple[Tensor, Tensor]:
+    """The validation images' logits and labels from one training run, or from its file if it was done before."""
+    own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
+    settings = json.dumps({key: value for key, value in vars(args).items() if key not in own}, sort_keys=True)
+    file = run / "logits.npz"
+    if file.is_file():
+        with np.load(file) as saved:
+            if str(saved["settings"]) == settings:
+                return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
+
+    set_seed(seed)
+    model = create_model(args.model_name, class_names(dataset["train"]), image_size=args.image_size)
+    config = model.config.pretrained_cfg
+    augmented = ImageTransform(config, training=True, scale=(args.min_crop, 1.0), hflip=args.hflip, color_jitter=None)
+    trainer = PowerGradTrainer(
+        model,
+        PowerGradTrainingArguments(
+            str(run),
+            alpha=alpha,
+            optim="powergrad_sgd",
+            optim_args="momentum=0.9,nesterov=true",
+            learning_rate=args.learning_rate,
+            weight_decay=5e-4,
+            max_grad_norm=0.0,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=256,
+            dataloader_num_workers=args.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=ImageDataset(dataset["train"], augmented, seed=seed),
+        data_collator=collate,
+    )
+    trainer.train()
+    found = trainer.predict(ImageDataset(dataset["validation"], ImageTransform(config, training=False)))
+    if trainer.is_world_process_zero():
+        run.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(file, logits=found.predictions, labels=found.label_ids, settings=settings)
+    return torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
+
+
+def row(alpha: float, seed: int, top1: float, norm: float, kind: str, found: Calibration) -> dict[str, Any]:
+    return {
+        "alpha": alpha,
+        "seed": seed,
+        "top1": top1,
+        "logit_norm": norm,
+        "probabilities": kind,
+        "temperature": mean(found.temperatures),
+        "nll": found.nll,
+        "ece": found.ece,
+        "brier": found.brier,
+    }
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """table.csv: each run. table.md, also printed: means over the seeds, with their standard deviation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        "| alpha | probabilities | top-1 | logit norm | temperature | NLL | ECE | Brier |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for alpha, kind in {(entry["alpha"], entry["probabilities"]): None for entry in rows}:
+        runs = [entry for entry in rows if (entry["alpha"], entry["probabilities"]) == (alpha, kind)]
+        cells = [f"{alpha:g}", kind]
+        for key, form in (
+            ("top1", ".2%"), ("logit_norm", ".3g"), ("temperature", ".3g"),
+            ("nll", ".4f"), ("ece", ".4f"), ("brier", ".4f"),
+        ):  # fmt: skip
+            values = [run[key] for run in runs]
+            spread = (
+                f" ± {stdev(values):{form}}" if len(values) > 1 and key not in ("temperature", "logit_norm") else ""
+            )
+            cells.append(f"{mean(values):{form}}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(lines))
+
+
+def draw(predicted: dict[float, list[tuple[Tensor, Tensor]]], bins: int, path: Path, dataset: str) -> None:
+    """One row of diagrams per alpha; the images of all its seeds together."""
+    diagrams = {}
+    for alpha, runs in predicted.items():
+        certain: dict[str, list[Any]] = {}
+        for logits, labels in runs:
+            hits = (logits.argmax(dim=1) == labels).numpy()
+            for kind, found in compare_calibration(logits, labels, alpha, bins=bins).items():
+                certain.setdefault(kind, []).append((found.confidence, hits))
+        for kind in KINDS:
+            parts = certain.get(kind, certain["raw"])  # at alpha = 1, folded is raw
+            confidence, hits = (np.concatenate(part) for part in zip(*parts, strict=True))
+            diagrams[f"alpha = {alpha:g}, {kind}"] = reliability(confidence, hits, bins)
+    plot_reliability(diagrams, path, dataset, columns=len(KINDS))
+
+
+if __name__ == "__main__":
+    main()
