@@ -188,6 +188,7 @@ t.save_model()
 results = t.evaluate()
 if t.is_world_process_zero():
     print("evaluated", "eval_loss" in results, t.unpushed is not None)
+t.accelerator.wait_for_everyone()
 t.end()
 """
     )
