@@ -2,7 +2,7 @@
 
     python recipes/calibration.py                                        # digits, 3 seeds at each of 5 alphas
     python recipes/calibration.py --smoke                                # a minute
-    accelerate launch recipes/calibration.py --dataset-name zh-plus/tiny-imagenet --epochs 10 --min-crop 0.35 --hflip 0.5
+    accelerate launch recipes/calibration.py --dataset-name zh-plus/tiny-imagenet --min-crop 0.35 --hflip 0.5
 
 raw: softmax(z). folded: softmax(alpha z), what PGT trained. fitted: softmax(z / T), where each half of the validation
 images is scored at the temperature T fitted to the other half. Writes table.csv, table.md and reliability.png to
@@ -26,13 +26,14 @@ from transformers import set_seed
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.calibration import Calibration, compare_calibration
 from pgt_hf.data import ImageDataset, class_names, load_image_dataset
+from pgt_hf.functional import check_alpha
 from pgt_hf.metrics import reliability
 from pgt_hf.models import create_model
 from pgt_hf.plots import plot_reliability, require_matplotlib
 from pgt_hf.transforms import ImageTransform, collate
 
 KINDS = ("raw", "folded", "fitted")
-SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 2.0, "max_train_samples": 400}
+SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def parse() -> Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--model-name", default="resnet10t", help="timm network")
     add("--image-size", type=int, default=32)
-    add("--epochs", type=float, default=12.0)
+    add("--epochs", type=float, default=8.0)
     add("--learning-rate", type=float, default=0.05, help="the same at every alpha")
     add("--batch-size", type=int, default=64, help="per process")
     add("--min-crop", type=float, default=0.7)
@@ -84,6 +85,14 @@ def parse() -> Namespace:
     add("--num-workers", type=int, default=0)
     add("--smoke", action="store_true", help=f"a minute on a laptop: {SMOKE}")
     args = parser.parse_args()
+    try:
+        for alpha in args.alphas:
+            check_alpha(alpha)
+    except ValueError as error:
+        parser.error(f"--alphas: {error}")
+    for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     return Namespace(**vars(args) | (SMOKE if args.smoke else {}))
 
 

@@ -27,6 +27,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments
+from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
 from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
 from pgt_hf.image_dataset import ImageDataset, ImageStream
@@ -35,6 +36,7 @@ from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
 from pgt_hf.plots import require_matplotlib
 from pgt_hf.presets import PAPER, PRESETS, preset_table
+from pgt_hf.report import examine, write_report
 from pgt_hf.run_folder import RunFolder, describe_data
 from pgt_hf.transforms import ImageTransform, collate
 
@@ -60,6 +62,7 @@ DEFAULTS: dict[str, Any] = PAPER | {
     "ddp_find_unused_parameters": False,
     "remove_unused_columns": False,
     "channels_last": True,
+    "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # the paper's runs were in mixed precision
 }
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     DIGITS: {
@@ -119,6 +122,10 @@ class RunArguments:
     base_lr: float = field(
         default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours; --learning-rate overrides."}
     )
+    diagnostics: bool = field(
+        default=True, metadata={"help": "Record the paper's quantities; needs whole parameters."}
+    )
+    report: bool = field(default=True, metadata={"help": "Write report.html, after one more look at the images."})
     smoke: bool = field(default=False, metadata={"help": "A few steps on digits, to see that everything works."})
 
 
@@ -147,7 +154,7 @@ def main() -> None:
         data = describe_data(data_args.dataset_name, dataset)
         title = f"{model_args.model_name}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop = StopOnSigterm()
+        stop, guard = StopOnSigterm(), DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -156,8 +163,10 @@ def main() -> None:
             data_collator=collate,
             compute_metrics=metrics,
             preprocess_logits_for_metrics=metrics.preprocess,
-            callbacks=[record, stop],
+            callbacks=[record, stop, guard],
         )
+        if run_args.diagnostics and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.add_callback(DiagnosticsCallback())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -167,6 +176,8 @@ def main() -> None:
             again = shlex.join([*sys.argv, "--resume", "auto"])
             print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: accelerate launch {again}")
         sys.exit(SIGTERM_STATUS)
+    if guard.verdict:
+        sys.exit(f"error: {guard.message}")
     trainer.save_model()
     results = trainer.evaluate()
     results["bad_images"] = trainer.bad_images()
@@ -175,7 +186,13 @@ def main() -> None:
         report = summarize(results, model_args, data, args, run_args, trainer.state, seconds)
         record.finish(report)
         tell(report)
+        if run_args.report:
+            best = model if trainer.ema is None else trainer.ema.module
+            examine(best, validation, alpha=args.alpha).save(args.output_dir)
+            write_report(args.output_dir)
         tell_what_next(args, data_args)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset=data_args.dataset_name)
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingArguments, dict[str, Any]]:
@@ -355,6 +372,8 @@ Written to {args.output_dir}
   run.json             arguments, code, data, seed, environment; --config repeats the run
   history.jsonl        everything that was logged, a line each
   training_curve.png   loss, accuracy and learning rate
+  report.html          curves, calibration, confusion, worst mistakes, in one page
+  diagnostics.npz      logits, filters, gradients; drawn by python -m pgt_hf.plots {where}
   model.safetensors    the model, with config.json: transformers' auto classes and pipelines read it{ema}
   checkpoint-*         to go on from
 
@@ -362,7 +381,7 @@ What next
   evaluate   python recipes/evaluate.py {where} --dataset-name {data}
   go on      accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}
   compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + "-plain")}
-  publish    hf upload <you>/<name of the model> {where} . --exclude "checkpoint-*" --exclude "*.bin"
+  publish    python -m pgt_hf.hub push {where} --repo-id <you>/<name of the model>
 """)
 
 

@@ -1,5 +1,6 @@
 """The numbers against formulas written out, the callbacks in real Trainer runs."""
 
+import json
 import logging
 import math
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from launch import TWO, run
 from torch import nn
 from transformers import (
     ResNetConfig,
@@ -357,3 +359,36 @@ def test_what_is_logged_can_tell_a_divergence_too(logs, message, tmp_path):
 def test_setting_that_is_not_allowed_is_an_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
+from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
+
+args = PowerGradTrainingArguments(
+    "out", optim="powergrad_sgd", learning_rate=0.01, max_steps=20, per_device_train_batch_size=4, report_to="none",
+    save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+)
+images = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 6} for i in range(40)]
+images[21]["pixel_values"][0, 0, 0] = float("inf")  # the third step of the process with number 1
+model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=6))
+guard = DivergenceCallback(interval=1)
+trainer = PowerGradTrainer(model, args, train_dataset=images, callbacks=[guard, DiagnosticsCallback(interval=1)])
+trainer.train()
+with open(f"rank{args.process_index}.json", "w") as file:
+    json.dump({"step": trainer.state.global_step, "message": guard.message}, file)
+"""
+
+
+def test_all_processes_stop_at_the_step_at_which_one_of_them_is_lost(tmp_path):
+    (tmp_path / "program.py").write_text(TWO_PROCESSES)
+    run(*TWO, "program.py", cwd=tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["step"] == second["step"] == 3
+    assert "another process is in trouble" in first["message"]
+    assert "the logits are not finite" in second["message"]
+    assert History.read(tmp_path / "out" / "diagnostics.npz")["step"].tolist() == [0, 1, 2]

@@ -1,6 +1,6 @@
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from datasets import load_dataset
+from launch import PYTHON, ROOT, TWO, run
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import log_loss
@@ -21,32 +22,11 @@ from pgt_hf.metrics import reliability
 from pgt_hf.models import create_model
 from pgt_hf.transforms import BadImageError, ImageTransform, collate
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 EVALUATE = str(ROOT / "recipes" / "evaluate.py")
-LAUNCH = (
-    "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 "
-    "--multi_gpu --num_processes 2 --gpu_ids all"
-)
 DIGITS = ["--dataset-name", "digits", "--num-workers", "0"]
 IMAGES = 51  # neither the processes nor the batch divide it
 ALPHA = 0.25
-
-
-def python(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=os.environ | settings,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0 or not check, run.stderr[-4000:]
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(trained: Path) -> tuple[dict, str]:
     """What two processes found out about it: the JSON file and the printed table."""
     more = ["--max-eval-samples", str(IMAGES), "--batch-size", "8", "--output", "found/report.json"]
-    run = python(*LAUNCH.split(), EVALUATE, str(trained), *DIGITS, *more, cwd=trained)
-    return json.loads((trained / "found" / "report.json").read_text()), run.stdout
+    printed = run(*TWO, EVALUATE, str(trained), *DIGITS, *more, cwd=trained).stdout
+    return json.loads((trained / "found" / "report.json").read_text()), printed
 
 
 @torch.no_grad()
@@ -110,7 +90,7 @@ def test_table_is_printed_once_and_says_how_the_temperature_was_fitted(report):
 
 def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained, report):
     more = ["--max-eval-samples", str(IMAGES), "--alpha", "0.5", "--bins", "5", "--bf16", "--output", "again.json"]
-    python(EVALUATE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)
+    run(*PYTHON, EVALUATE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)
     again = json.loads((trained / "again.json").read_text())
     assert again["top1"] == pytest.approx(report[0]["top1"], abs=1 / IMAGES)  # bfloat16 may turn one
     assert (again["folded"]["temperatures"], again["bins"], again["world_size"]) == ([2.0], 5, 1)
@@ -119,7 +99,7 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
 
 def test_recipe_called_evaluate_does_not_hide_the_package_of_that_name():
     program = f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r}); import evaluate; print(evaluate.Metric)"
-    assert "evaluate.module.Metric" in python("-c", program, cwd=ROOT).stdout
+    assert "evaluate.module.Metric" in run(*PYTHON, "-c", program, cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize(
@@ -134,8 +114,6 @@ def test_recipe_called_evaluate_does_not_hide_the_package_of_that_name():
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):
-    import runpy
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, *DIGITS])
     with pytest.raises(SystemExit) as stopped:

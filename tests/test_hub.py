@@ -66,7 +66,13 @@ def test_one_repository_serves_timm_transformers_and_pipelines_bit_for_bit(clien
 
 
 def test_repository_holds_safetensors_card_and_pictures_and_nothing_that_unpickles(pushed):
-    assert set(pushed) == {"README.md", "config.json", "model.safetensors", "training_curve.png"}
+    files = {"README.md", "config.json", "model.safetensors", "training_curve.png", "report.html"}
+    assert set(pushed) == files
+
+
+def test_weights_went_by_lfs_since_this_hub_offers_no_xet(server, pushed):
+    assert any(request.startswith("PUT /lfs/") for request in server.requests)
+    assert "GET /api/models/alice/ants/xet-write-token/main" in server.requests
 
 
 def test_no_token_host_user_or_local_path_is_among_the_pushed_bytes(pushed, run):
@@ -75,7 +81,7 @@ def test_no_token_host_user_or_local_path_is_among_the_pushed_bytes(pushed, run)
         found = [canary for canary in canaries if canary.encode() in content]
         assert not found, f"{name} holds {found}"
     host = rf"\b{re.escape(socket.gethostname())}\b".encode()  # may be too short to look for in weights
-    assert not [name for name in ("README.md", "config.json") if re.search(host, pushed[name])]
+    assert not [name for name in ("README.md", "config.json", "report.html") if re.search(host, pushed[name])]
 
 
 def test_code_in_the_card_runs_as_it_stands(client, pushed, tmp_path):
@@ -100,7 +106,7 @@ def test_card_says_what_was_run_in_the_hubs_own_terms(pushed):
     assert card.data.eval_results[0].dataset_type == "digits"
     assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
     says = ["alpha = 0.25", "| optim | powergrad_sgd |", "CC BY 4.0", "![Training curve](training_curve.png)", "360"]
-    says += ["softmax(0.25 * logits", "0.3 raw, 0.1 with the factor", "@article{das2021altering"]
+    says += ["error was 0.3 for `softmax(z)`", "take `softmax(0.25 * z)`", "@article{das2021altering"]
     assert not [text for text in says if text not in card.text]
 
 
@@ -233,16 +239,24 @@ def test_push_survives_a_passing_failure(server, client, run, fault):
         ({"pattern": "PUT /lfs/", "status": 507}, "507"),
         ({"pattern": "POST .*/commit/", "drop_after": 50}, "broke off"),
         ({"pattern": "POST .*/commit/", "status": 500}, "500"),
-        ({"pattern": "whoami", "status": 503}, "answered HTTP 503"),
-        ({"pattern": "whoami", "drop_after": 0}, "could not be reached"),
+        ({"pattern": "GET .*/xet-write-token/", "drop_after": 0}, "OSError: the push to 'alice/ants' broke off"),
+        ({"pattern": "POST /api/repos/create", "status": 503}, "answered HTTP 503"),
+        ({"pattern": "POST /api/repos/create", "drop_after": 0}, "could not be reached"),
     ],
-    ids=["disk full", "cut in the middle of the commit", "500", "down for maintenance", "no connection"],
+    ids=[
+        "disk full",
+        "cut in the middle of the commit",
+        "500",
+        "cut before the upload",
+        "down for maintenance",
+        "no connection",
+    ],
 )
 def test_push_that_fails_leaves_the_repository_as_it_was(server, client, run, pushed, fault, message):
     before, titles = server.files("alice/ants"), server.titles("alice/ants")
     server.fail(**fault)
     _, error = client.attempt(f"push_run({str(run)!r}, 'alice/ants', token={TOKEN!r}, fold=True)")
-    assert re.search(f"Error: .*{message}", error), error
+    assert re.search(message, error.strip().splitlines()[-1]), error
     assert (server.files("alice/ants"), server.titles("alice/ants")) == (before, titles)
 
 
@@ -279,3 +293,21 @@ def test_export_writes_what_a_push_would_bring(client, run, pushed, tmp_path):
         main(["export", {str(run)!r}, {str(tmp_path / "release")!r}, "--repo-id", "alice/ants"])
     """)
     assert {path.name: path.read_bytes() for path in (tmp_path / "release").iterdir()} == pushed
+
+
+def test_network_of_transformers_alone_is_published_with_code_that_runs(server, client, tmp_path):
+    client.run(f"""
+        import transformers
+        config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=16, num_labels=3)
+        model = transformers.BertForSequenceClassification(config).eval()
+        model.save_pretrained({str(tmp_path)!r})
+        push_run({str(tmp_path)!r}, "alice/text", token={TOKEN!r})
+        there = transformers.AutoModelForSequenceClassification.from_pretrained("alice/text").eval()
+        with torch.no_grad():
+            words = torch.arange(10)[None]
+            assert torch.equal(there(words).logits, model(words).logits)
+    """)
+    card = ModelCard(server.files("alice/text")["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
+    client.run(re.findall(r"^```python\n(.*?)^```$", card.content, re.DOTALL | re.MULTILINE)[0], common="")

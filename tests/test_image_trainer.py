@@ -251,8 +251,16 @@ def test_epochs_are_shuffled_anew_and_see_every_image_once(tmp_path):
     assert sorted(orders[1]) == list(range(40))
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"optim": "powergrad_lamb", "optim_args": None}])
-def test_every_strength_trains_in_bf16_and_with_lamb(tmp_path, settings):
+STRENGTHS = {
+    "bf16": {"bf16": True},
+    "lamb": {"optim": "powergrad_lamb", "optim_args": None},
+    "adamw": {"optim": "powergrad_adamw", "optim_args": None},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize("settings", STRENGTHS.values(), ids=STRENGTHS)
+def test_everything_at_once_trains(tmp_path, settings):
     trainer = build(tmp_path, max_steps=3, **STRONG | {"channels_last": True} | settings)
     trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())

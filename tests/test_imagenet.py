@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from launch import ONE, PYTHON, ROOT, TWO, environment, run
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from pgt_hf.presets import PRESETS
 from pgt_hf.transforms import ImageTransform, collate
 
 RECIPE = str(ROOT / "recipes" / "imagenet.py")
+CONFIGS = ROOT / "recipes" / "configs"
 SHORT = ["--dataset-name", "digits", "--max-steps", "6", "--max-train-samples", "200", "--logging-steps", "2"]
 EVAL_IMAGES = 51  # neither the processes nor the batch divide it
 STRONG = "--mixup 0.2 --cutmix 1.0 --random-erasing 0.25 --drop-path 0.1 --ema-decay 0.9 --label-smoothing-factor 0.1"
@@ -32,7 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A short run in two processes: the folder it was started in, and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     evaluation = ["--max-eval-samples", str(EVAL_IMAGES), "--per-device-eval-batch-size", "8"]
-    return folder, run(*TWO, RECIPE, *SHORT, *evaluation, cwd=folder).stdout
+    launch = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
+    return folder, run(*launch, RECIPE, *SHORT, *evaluation, cwd=folder).stdout
 
 
 def read(path: Path) -> dict:
@@ -131,7 +134,7 @@ def kill(process: subprocess.Popen, how: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "streaming"), [(PYTHON, False), (PYTHON, True), (TWO, False)], ids=["map", "stream", "two processes"]
+    ("launcher", "streaming"), [(PYTHON, False), (TWO, False), (TWO, True)], ids=["one", "two", "two, streaming"]
 )
 def test_run_that_is_killed_and_resumed_ends_with_the_bits_of_the_one_that_was_not(tmp_path, launcher, streaming):
     data = parquet_digits(tmp_path / "data")
@@ -220,6 +223,12 @@ def test_gated_data_set_stops_the_recipe_before_anything_is_written(tmp_path):
     assert "Traceback" not in failed.stderr
     assert not list(work.iterdir())
     assert not list(home.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configuration_is_one_that_accelerate_reads(config):
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == {"cpu": 2, "gpu1": 1, "nodes2x8": 16}.get(config.stem, 8)
 
 
 def test_help_explains_the_recipes_own_options_and_the_trainers():

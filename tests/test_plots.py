@@ -1,6 +1,26 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from pgt_hf.plots import plot_training_curve
+from pgt_hf import plots
+from pgt_hf.callbacks import CURVE_ALPHAS
+from pgt_hf.diagnostics import History
+from pgt_hf.metrics import reliability
+from pgt_hf.plots import (
+    draw_runs,
+    plot_against_alpha,
+    plot_filter_norms,
+    plot_gradients,
+    plot_logits,
+    plot_probabilities,
+    plot_reliability,
+    plot_training_curve,
+)
+
+pytest.importorskip("matplotlib")
 
 HISTORY = [
     {"epoch": 0.5, "loss": 2.0, "learning_rate": 0.1},
@@ -11,7 +31,6 @@ HISTORY = [
 
 
 def test_training_curve_is_a_picture_of_what_the_history_has(tmp_path):
-    pytest.importorskip("matplotlib")
     plot_training_curve(HISTORY, tmp_path / "all.png", "a title")
     plot_training_curve(HISTORY[1:2], tmp_path / "accuracy.png")
     everything, part = (tmp_path / name for name in ("all.png", "accuracy.png"))
@@ -20,6 +39,72 @@ def test_training_curve_is_a_picture_of_what_the_history_has(tmp_path):
 
 
 def test_history_without_anything_to_draw_is_an_error(tmp_path):
-    pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_training_curve(HISTORY[3:], tmp_path / "none.png")
+
+
+def recorded(folder, alpha: float, layers: int = 5) -> None:
+    """The files that a run of 12 snapshots leaves, one layer's filters dead at the end."""
+    history, generator = History(), np.random.default_rng(0)
+    for step in range(0, 120, 10):
+        values = {"logit_norm": 1.0 + step, "logit_variance": 2.0, "feature_norm": 3.0, "alpha": alpha}
+        values |= {"gradient_cosine": 1 - step / 200, "target_histogram": generator.integers(9, size=(2, 20))}
+        values |= {"class_histogram": generator.integers(9, size=(2, 40))}
+        values["curve_power_sums"] = np.linspace(2.3, 0.1, len(CURVE_ALPHAS) + 1)
+        for layer in range(layers):
+            values[f"filter/layer{layer}.conv"] = generator.random(100) * (layer > 0 or step < 60)
+            values[f"gradient/layer{layer}.conv"] = generator.random() * (step > 0)
+        history.add(step, values)
+    folder.mkdir()
+    history.save(folder / "diagnostics.npz")
+    state = {"log_history": [*HISTORY, {"epoch": 1.0, "loss": 1 / alpha, "powergrad_alpha": alpha}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_one_command_draws_all_that_the_runs_files_hold(tmp_path, monkeypatch, capsys):
+    for alpha in (1.0, 0.1):
+        recorded(tmp_path / f"run-{alpha:g}", alpha)
+    folders = [str(tmp_path / name) for name in ("run-1", "run-0.1")]
+    monkeypatch.setattr(sys, "argv", ["plots", *folders])
+    plots.main()
+    pictures = {"logits", "filters", "gradients", "probabilities", "training_curve"}
+    first, second = ({path.stem for path in (tmp_path / name / "plots").iterdir()} for name in ("run-1", "run-0.1"))
+    assert (first, second) == (pictures | {"against_alpha"}, pictures)
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == 11
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in printed)
+
+
+def test_run_with_a_checkpoint_alone_gives_its_training_curve(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    assert [path.name for path in draw_runs([tmp_path])] == ["training_curve.png"]
+
+
+def test_folder_without_a_run_is_an_error_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has neither diagnostics.npz nor trainer_state.json"):
+        plots.main()
+
+
+def test_reliability_diagrams_with_empty_bins_and_left_over_panels_are_drawn(tmp_path):
+    diagrams = {f"{bins} bins": reliability([0.3, 0.9, 0.95], [0, 1, 1], bins) for bins in (1, 5, 15, 30)}
+    plot_reliability(diagrams, tmp_path / "r.png", "a title")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda path: plot_logits({"step": [0]}, path), "data has nothing to draw"),
+        (lambda path: plot_filter_norms({"step": [0]}, path), "no filter norms"),
+        (lambda path: plot_gradients({"step": [0]}, path), "no gradient norms"),
+        (lambda path: plot_probabilities({"step": [0]}, path), "no logits were seen"),
+        (lambda path: plot_reliability({}, path), "at least one diagram, got none"),
+        (lambda path: plot_against_alpha({"a": {"alpha": 1, "loss": 1}}, path), "at least two"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error_that_says_why(draw, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())

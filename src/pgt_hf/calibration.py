@@ -4,10 +4,13 @@ PGT trains ``softmax(alpha z)``, a temperature of 1/alpha. Guo et al. 2017 fit t
 instead, whatever the training was; next to it one sees how far folding alone gets.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .functional import check_alpha
@@ -15,18 +18,22 @@ from .metrics import BINS, IGNORED, ProbabilityScores, Reliability, reliability,
 
 __all__ = ["Calibration", "compare_calibration", "fit_temperature"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Calibration:
     """The scores of ``softmax(logits / temperature)``.
 
-    ``temperatures`` holds one number, or the two that were fitted to one half of the images each.
+    ``temperatures`` holds one number, or the two that were fitted to one half of the images each; ``confidence`` is
+    the probability of each image's best class.
     """
 
     temperatures: tuple[float, ...]
     nll: float
     ece: float
     brier: float
+    confidence: NDArray[np.float32]
     reliability: Reliability
 
 
@@ -80,7 +87,8 @@ def compare_calibration(
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
 
-    The NLL is convex in 1/T, so there is one minimum; it lies at 0.01 where every image is right (no T is too small).
+    The NLL is convex in 1/T, so there is one minimum. Where every image is right no T is too small, and what comes out
+    says nothing of other images: that is logged as a warning.
 
     Args:
         logits: Shape (N, C), of images that are not scored afterwards.
@@ -103,10 +111,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def nll(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits * math.exp(-log_temperature), labels).item()
 
+    if bool((logits.argmax(dim=1) == labels).all()):
+        logger.warning("a temperature fitted to %d images that are all right says nothing of others", len(labels))
     return math.exp(minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
-def _score(temperatures: tuple[float, ...], scores: Tensor, hits: object, bins: int) -> Calibration:
+def _score(temperatures: tuple[float, ...], scores: Tensor, hits: NDArray[np.bool_], bins: int) -> Calibration:
     rows = scores.cpu().numpy()
     values = ProbabilityScores().compute(predictions=rows, references=hits, bins=bins)
-    return Calibration(temperatures, **values, reliability=reliability(rows[:, 1], hits, bins))  # type: ignore[arg-type]
+    confidence = rows[:, 1]
+    return Calibration(temperatures, **values, confidence=confidence, reliability=reliability(confidence, hits, bins))

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 __all__ = ["Run", "Terms", "dataset_terms", "model_card", "read_run"]
 
 CONFIG, WEIGHTS, CURVE, REPORT = "config.json", "model.safetensors", "training_curve.png", "report.html"
+EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which is then the one to publish
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 # key in metrics.json, or after "eval_" in the history: (type in the model-index, name, shown in percent)
@@ -41,6 +42,7 @@ HYPERPARAMETERS = (
     "auto_augment", "drop_path", "drop_path_rate", "ema_decay", "model_ema_decay", "image_size", "min_crop", "hflip",
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
+_OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
 _KEPT = ("versions", "packages", "card")  # sections of the settings that are read as such
 TASKS = {
     "ForImageClassification": "image-classification",
@@ -135,6 +137,8 @@ def read_run(
     found = {key.removeprefix("eval_"): value for key, value in (evaluated | metrics).items()}
     if ema:
         found = {key.removeprefix("ema_"): value for key, value in found.items() if key.startswith("ema_")} or found
+    if "nll" in found:  # the same quantity
+        found.pop("loss", None)
     return Run(config, settings, {key: found[key] for key in METRICS if _is_number(found.get(key))}, history)
 
 
@@ -181,8 +185,7 @@ def model_card(
     Example:
         >>> print(model_card(read_run("runs/digits"), "alice/digits"))
     """
-    architecture, task = _architecture(run.config), _task(run.config)
-    terms, files = dataset_terms(run.dataset), set(files)
+    task, terms, files = _task(run.config), dataset_terms(run.dataset), set(files)
     data = ModelCardData(
         license=license,
         library_name="timm" if _is_timm(run.config) else "transformers",
@@ -199,12 +202,12 @@ def model_card(
     weights = "an exponential moving average of those of training" if ema else "the last ones of training"
     sections = [
         f"# {repo_id.split('/')[-1]}",
-        f"`{architecture}`, {how}{_alpha(run)} on {terms.name}. The weights are {weights}.",
+        f"`{architecture(run.config)}`, {how}{_alpha(run)} on {terms.name}. The weights are {weights}.",
         "## Results\n\n" + _results(run),
         "## How to use it\n\n" + _usage(run.config, repo_id, task),
         "## Probabilities\n\n" + _calibration(run),
         "## Training\n\n" + _training(run, files),
-        f"## Data\n\n{terms.name}. {terms.licence}"
+        f"## Data\n\n{terms.name[0].upper()}{terms.name[1:]}. {terms.licence}"
         + ("" if license else "\n\nThe author of this model has named no licence for its weights."),
         "## Citation\n\n```bibtex\n" + CITATION + "\n```",
     ]
@@ -215,6 +218,18 @@ def model_card(
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of something on the Hub rather than of a local file or folder."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The network's name, as timm or transformers knows it."""
+    base = (config.get("model_args") or {}).get("base")
+    return str(base or config.get("architecture") or config.get("model_type") or "model")
+
+
+def shown_settings(run: Run) -> list[tuple[str, str]]:
+    """The settings of a run that may be shown in public, as text."""
+    shown = ((key, _public(run.settings.get(key))) for key in HYPERPARAMETERS)
+    return [(key, text) for key, text in shown if text is not None and (text not in _OFF or key in _TELLING_AT_ZERO)]
 
 
 def _alpha(run: Run) -> str:
@@ -303,26 +318,26 @@ def _calibration(run: Run) -> str:
     if alpha is None or alpha == 1:
         return "The model was trained with plain cross-entropy on its logits `z`: its probabilities are `softmax(z)`."
     fitted = f"Training fitted `softmax({alpha:g} * z)`, where `z` are the logits that it computed."
-    measured = ""
+    advice = "The softmax of `z` itself is sharper, and as a rule over-confident."
     if {"ece", "ece_folded"} <= set(run.metrics):
         raw, folded = run.metrics["ece"], run.metrics["ece_folded"]
-        measured = f" Expected calibration error as trained: {raw:.4g} raw, {folded:.4g} with the factor."
-    if run.config.get("powergrad_folded"):
-        return (
-            f"{fitted} The factor {alpha:g} has been multiplied into the head of these weights (`powergrad_folded` in "
-            f"config.json), so the softmax of this model's logits, and a pipeline's scores, are the fitted "
-            f"probabilities.{measured}"
+        better = f"softmax({alpha:g} * z)" if folded <= raw else "softmax(z)"
+        advice = (
+            f"On the validation set the expected calibration error was {raw:.4g} for `softmax(z)` and {folded:.4g} "
+            f"for `softmax({alpha:g} * z)`: take `{better}` for probabilities. The best class is the same."
         )
-    use = f"`torch.softmax({alpha:g} * logits, dim=-1)`" if alpha > 0 else "a temperature fitted on your own data"
-    return (
-        f"{fitted} The plain softmax of these logits, which a pipeline's scores are, is over-confident. For "
-        f"probabilities use {use}; the best class is the same.{measured}"
-    )
+    if run.config.get("powergrad_folded"):
+        here = (
+            f"In these weights the factor {alpha:g} has been multiplied into the head (`powergrad_folded` in "
+            f"config.json): their logits are `{alpha:g} * z`, and a pipeline's scores are `softmax({alpha:g} * z)`."
+        )
+    else:
+        here = "These weights give `z`; a pipeline's scores are `softmax(z)`."
+    return f"{fitted} {here} {advice}"
 
 
 def _training(run: Run, files: set[str]) -> str:
-    shown = {key: _public(run.settings.get(key)) for key in HYPERPARAMETERS}
-    rows = [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
+    rows = [f"| {key} | {value} |" for key, value in shown_settings(run)]
     table = ["| setting | value |", "|---|---|", *rows] if rows else ["No settings have been recorded."]
     versions = run.settings.get("versions") or run.settings.get("packages")
     known = ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "not recorded"
@@ -342,11 +357,6 @@ def _public(value: Any) -> str | None:
         return f"{value:g}"
     text = str(value)
     return text if text and not re.search(r"[/\\|<>\n]", text) else None
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    base = (config.get("model_args") or {}).get("base")
-    return str(base or config.get("architecture") or config.get("model_type") or "model")
 
 
 def _model_class(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ run's raw settings. To load it, the libraries' own functions are enough.
 """
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
@@ -15,22 +17,23 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from .card import CONFIG, CURVE, WEIGHTS, is_hub_id, model_card, read_run
+from .card import CONFIG, CURVE, EMA, REPORT, WEIGHTS, Run, dataset_terms, is_hub_id, model_card, read_run
 from .training_state import unpack_checkpoint
 from .weights import read_header, rewrite_safetensors
 
 __all__ = ["check_push_access", "prepare_release", "pull_checkpoint", "push_release", "push_run"]
 
-EMA = "ema"  # where ImageTrainer keeps the averaged model
+logger = logging.getLogger(__name__)
+
 LAST_CHECKPOINT = "last-checkpoint"
 # What besides the weights belongs to a model, for processors and tokenizers of any kind.
 _MODEL_FILES = (
@@ -66,12 +69,11 @@ def check_push_access(repo_id: str, token: str | None = None, *, private: bool |
     """
     api = HfApi(token=token)
     advice = "make a token with write access at https://huggingface.co/settings/tokens and run `hf auth login`"
+    if token is None and get_token() is None:
+        raise PermissionError(f"no Hugging Face token was found for pushing to {repo_id!r}; {advice}")
     try:
-        api.whoami()
         found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(found, write=True)
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"no Hugging Face token was found for pushing to {repo_id!r}; {advice}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 402, 403, 404):
@@ -96,6 +98,7 @@ def prepare_release(
     license: str | None = None,
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    pictures: bool | None = None,
 ) -> Path:
     """Writes what a repository will hold into a folder, without a network: to look at it, or for ``push_release``.
 
@@ -110,6 +113,7 @@ def prepare_release(
         license: The licence of the weights, as the Hub names it; none is claimed when not given.
         tags: More tags for the card.
         base_model: The Hub id of the model that training started from.
+        pictures: Show images of the data set in the report; by default if its licence is known to allow that.
 
     Returns:
         ``target``.
@@ -146,11 +150,15 @@ def prepare_release(
         if (model / name).is_file():
             content = config if name == CONFIG else None
             _copy_without_paths(model / name, target / name, content)
-    if (run_folder / CURVE).is_file() and not checkpoint:
-        shutil.copyfile(run_folder / CURVE, target / CURVE)
-
+    run = replace(run, config=config)
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no curve and no report: they need matplotlib (pip install 'pgt_hf[plots]')")
+    else:
+        _add_curve(target, run)
+        if checkpoint is None:  # the evaluation that it shows is the final model's
+            _add_report(run_folder, target, run, pictures)
     card = model_card(
-        replace(run, config=config),
+        run,
         repo_id,
         license=license or settings.get("license"),
         tags=[*(settings.get("tags") or ()), *tags],
@@ -191,24 +199,15 @@ def push_release(
     """
     api = HfApi(token=token)
     repo_id = check_push_access(repo_id, token, private=private)
-    if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
-        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    with_xet = _offers_xet(repo_id, revision, token)
-    with ExitStack() as stack:
-        # A Hub without xet is sent open files: for them huggingface_hub takes the older protocol, LFS.
-        operations = [
-            CommitOperationAdd(
-                path.relative_to(folder).as_posix(), str(path) if with_xet else stack.enter_context(path.open("rb"))
-            )
-            for path in files
-        ]
-        try:
-            return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        except ValueError:
-            raise
-        except Exception as error:  # the upload threads wrap what they met in a RuntimeError
-            raise OSError(f"the push to {repo_id!r} broke off: {error.__cause__ or error}") from error
+    try:
+        if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        return _commit(api, Path(folder), repo_id, revision, message, _offers_xet(repo_id, revision, token))
+    except ValueError:
+        raise
+    except Exception as error:  # the upload threads wrap what they met in a RuntimeError
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"the push to {repo_id!r} broke off: {reason}") from error
 
 
 def push_run(
@@ -230,7 +229,8 @@ def push_run(
         private: Whether a new repository is private.
         revision: A branch, made where it does not exist; by default "main".
         message: The commit's title.
-        **release: As ``prepare_release`` takes them: ``fold``, ``ema``, ``license``, ``tags``, ``base_model``.
+        **release: As ``prepare_release`` takes them: ``fold``, ``ema``, ``license``, ``tags``, ``base_model``,
+            ``pictures``.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError: As the functions that it calls.
@@ -314,6 +314,20 @@ def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
                 raise ValueError(f"{path.relative_to(folder)} holds {what}, so nothing was published")
 
 
+def _add_curve(target: Path, run: Run) -> None:
+    from .plots import plot_training_curve
+
+    with suppress(ValueError):  # nothing that can be drawn has been logged
+        plot_training_curve(run.history, target / CURVE)
+
+
+def _add_report(folder: Path, target: Path, run: Run, pictures: bool | None) -> None:
+    from .report import write_report
+
+    allowed = dataset_terms(run.dataset).redistributable if pictures is None else pictures
+    write_report(folder, target / REPORT, run=run, pictures=allowed)
+
+
 def _fold(model: Path, target: Path, alpha: float | None) -> Path:
     """The model with alpha in its head; it is loaded, so that any architecture's head is found as in training."""
     import transformers
@@ -349,6 +363,19 @@ def _copy_without_paths(source: Path, target: Path, content: dict[str, Any] | No
     target.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str, with_xet: bool) -> CommitInfo:
+    with ExitStack() as stack:
+        # A Hub without xet is sent open files: for them huggingface_hub takes the older protocol, LFS.
+        operations = [
+            CommitOperationAdd(
+                path.relative_to(folder).as_posix(), str(path) if with_xet else stack.enter_context(path.open("rb"))
+            )
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+
+
 def _offers_xet(repo_id: str, revision: str | None, token: str | None) -> bool:
     """Whether the Hub gives out xet tokens; huggingface_hub itself takes that for granted."""
     branch = (revision or constants.DEFAULT_REVISION).replace("/", "%2F")
@@ -362,6 +389,7 @@ def _release_options(options: argparse.Namespace) -> dict[str, Any]:
         "ema": not options.no_ema,
         "license": options.license,
         "base_model": options.base_model,
+        "pictures": options.pictures or None,  # else what the data set's licence allows
     }
 
 
@@ -399,6 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--fold", action="store_true", help="multiply the head by alpha: calibrated softmax")
         command.add_argument("--no-ema", action="store_true", help="the last weights, not their moving average")
         command.add_argument("--license", help="the licence of the weights, such as apache-2.0")
+        command.add_argument("--pictures", action="store_true", help="show the data set's images in the report")
         command.add_argument("--base-model", help="Hub id of the model that training started from")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--revision", help="branch to push to; made where it does not exist")

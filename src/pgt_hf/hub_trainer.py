@@ -116,6 +116,13 @@ class HubTrainer(Trainer):
         self._start_push("the model", commit_message or "End of training", **where)
         return self._finish_current_push() if blocking else None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin keeps the arguments as they are
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return

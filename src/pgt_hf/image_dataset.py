@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .transforms import BadImageError, ImageTransform, preserve_rng, seed_sample
 
-__all__ = ["IGNORED", "ImageDataset", "ImageStream"]
+__all__ = ["IGNORED", "ImageDataset", "ImageStream", "read_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -236,12 +236,12 @@ class ImageStream(IterableDataset):
             return not known
 
         reader, readers = self.rank * workers + worker, self.world_size * workers
-        size = min(self.block_size, stop)  # a reader's whole share may be less than a block
-        rows = self._rows(epoch, reader, readers, skip=start - start % size if size else 0)
+        rows = self._rows(epoch, reader, readers, skip=start - start % self.block_size)
         block: list[tuple[str, dict[str, Any]]] = []
         for place in range(start, stop):
-            number, within = divmod(place, size)
+            number, within = divmod(place, self.block_size)
             if not block or within == 0:
+                size = min(self.block_size, stop - number * self.block_size)  # the last block may be a short one
                 block = list(islice(rows, size))
                 order = np.random.default_rng([self.seed, epoch, reader, number]).permutation(size)
             where, row = block[order[within]]
@@ -283,6 +283,24 @@ class ImageStream(IterableDataset):
         return parts
 
 
+def read_image(image: Any) -> bytes | Pictures.Image:
+    """The file behind an undecoded cell of an image column (a dict of ``bytes`` and ``path``); else the cell itself.
+
+    Raises:
+        FileNotFoundError: The cell names a file that is not there.
+
+    Example:
+        >>> read_image({"bytes": b"...", "path": None})
+        b'...'
+    """
+    if not isinstance(image, dict):
+        return image
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with xopen(image["path"], "rb") as file:
+        return file.read()
+
+
 class _Reader:
     """One example from its row, or what stands for it where the image is bad."""
 
@@ -297,7 +315,7 @@ class _Reader:
         """Seeds the random numbers and does not give them back. ``count`` says whether a bad image is a new one."""
         seed_sample(self.seed, epoch, index)
         try:
-            pixels: Tensor = self.transform(_content(image))
+            pixels: Tensor = self.transform(read_image(image))
         except (BadImageError, FileNotFoundError) as error:
             if self.on_bad_image == "error":
                 raise BadImageError(f"{where}: {error}") from error
@@ -312,12 +330,3 @@ def _undecoded(split: Any) -> Any:
     if missing:
         raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
     return split.cast_column("image", Image(decode=False))
-
-
-def _content(image: Any) -> bytes | Pictures.Image:
-    if not isinstance(image, dict):
-        return image
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with xopen(image["path"], "rb") as file:
-        return file.read()

@@ -74,6 +74,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > os.path.getsize(path):
                 raise ValueError("the header is longer than the file")
-            return dict(json.loads(file.read(length)))
-        except (TypeError, ValueError, struct.error) as error:
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("the header is no table of tensors")
+            return header
+        except (ValueError, struct.error) as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
