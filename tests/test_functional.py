@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import powergrad_gradient, target_distribution
+from torch.profiler import ProfilerActivity, profile
 
 from pgt_hf import (
     PowerGradCrossEntropyLoss,
@@ -228,20 +229,62 @@ def test_probabilities_above_the_threshold_fall_and_those_below_rise(alpha, clas
     assert torch.equal(powered.argsort(), p.argsort())
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+needs_linear_cross_entropy = pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
+)
+
+
+@needs_linear_cross_entropy
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_cross_entropy_gives_the_same_gradients_without_logits(bias):
-    h = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_gives_the_same_gradients_and_the_value_of_scaled_logits(bias, smoothing, reduction):
+    h = torch.randn(300, 4, dtype=torch.float64, requires_grad=True)  # more rows than are made at a time
     w = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     b = torch.randn(9, dtype=torch.float64, requires_grad=True) if bias else None
-    target = torch.randint(9, (6,))
+    target = torch.randint(9, (300,)).masked_fill(torch.rand(300) < 0.1, -100)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
     leaves = [h, w, *([b] if bias else [])]
-    ours = torch.autograd.grad(powergrad_linear_cross_entropy(h, w, target, linear_bias=b, alpha=0.3), leaves)
-    theirs = torch.autograd.grad(powergrad_cross_entropy(F.linear(h, w, b), target, alpha=0.3), leaves)
-    for a, e in zip(ours, theirs, strict=True):
+    loss = powergrad_linear_cross_entropy(h, w, target, linear_bias=b, alpha=0.3, **options)
+    torch.testing.assert_close(loss, F.cross_entropy(0.3 * F.linear(h, w, b), target, **options))
+    ours = torch.autograd.grad(loss.sum(), leaves)
+    theirs = powergrad_cross_entropy(F.linear(h, w, b), target, alpha=0.3, **options)
+    for a, e in zip(ours, torch.autograd.grad(theirs.sum(), leaves), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@needs_linear_cross_entropy
+def test_linear_cross_entropy_refuses_an_alpha_of_zero():
     with pytest.raises(ValueError, match="alpha must be above 0"):
-        powergrad_linear_cross_entropy(h, w, target, alpha=0)
+        powergrad_linear_cross_entropy(torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,)), alpha=0)
+
+
+@needs_linear_cross_entropy
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_linear_cross_entropy_never_holds_the_logits(alpha):
+    rows, classes = 1024, 5000
+    h, w = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        powergrad_linear_cross_entropy(h, w, target, alpha=alpha).backward()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(event.nbytes() for event in events))
+    assert peak < rows * classes * 4 / 3
+
+
+@needs_linear_cross_entropy
+def test_options_none_allows_double_backward():
+    h, w = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randn(9, 4, dtype=torch.float64)
+    target = torch.randint(9, (6,))
+    (grad,) = torch.autograd.grad(
+        powergrad_linear_cross_entropy(h, w, target, alpha=0.3, options=None), h, create_graph=True
+    )
+    logits = F.linear(h, w)
+    (expected,) = torch.autograd.grad(F.cross_entropy(0.3 * logits, target) / 0.3, h, create_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(grad.square().sum(), h), torch.autograd.grad(expected.square().sum(), h)
+    )
 
 
 def test_the_module_is_the_function():

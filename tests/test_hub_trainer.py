@@ -142,13 +142,13 @@ def test_hub_that_is_down_changes_nothing_but_the_last_message(server, client, t
 
 def test_hub_that_never_answers_is_not_waited_for(server, client, tmp_path):
     started = time.monotonic()
-    server.fail(".*", delay=20.0, drop_after=0)
+    server.fail(".*", delay=120.0, drop_after=0)
     printed = client.run(f"""
         t = trainer({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/slow", hub_timeout=0.5)
         t.train()
         assert t.push_to_hub() is None
     """)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert "TimeoutError: the Hub has not answered within 0.5 seconds" in printed
     assert command_in(printed[printed.rindex("NOT PUSHED") :])
 

@@ -122,7 +122,8 @@ def test_many_classes_give_a_picture_and_few_a_table(run, tmp_path):
         page = write_report(tmp_path).read_text()
         assert ("<table class=matrix>" in page) is table
         assert ("right predictions blue" in page) is not table
-        assert "<td>class 0</td><td>class 1</td><td>3</td>" in page
+        assert "<td>class 0</td><td>class 1</td><td>3</td>" in page  # most confused
+        assert "<td>class 0</td><td>25.0%</td><td>4</td>" in page and "<td>100.0%</td>" not in page  # hardest
         assert len(page) < 400_000
 
 

@@ -15,14 +15,19 @@ from .logits import PowerGradLogits
 from .loss import PowerGradCrossEntropyLoss
 from .optim import bind_powergrad, create_optimizer, list_optimizers
 from .registration import register
+from .schedules import AlphaScheduler
+from .search import powergrad_hp_space
 
 if TYPE_CHECKING:
+    from .callbacks import AlphaScheduleCallback
     from .image_trainer import ImageTrainer
     from .trainer import PowerGradTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AlphaScheduleCallback",
+    "AlphaScheduler",
     "ImageTrainer",
     "ImageTrainingArguments",
     "PowerGradCrossEntropyLoss",
@@ -36,6 +41,7 @@ __all__ = [
     "fold_powergrad",
     "list_optimizers",
     "powergrad_cross_entropy",
+    "powergrad_hp_space",
     "powergrad_linear_cross_entropy",
     "powergrad_log_softmax",
 ]
@@ -44,7 +50,7 @@ register()
 
 
 # transformers.Trainer is slow to import, and these are built on it.
-_LAZY = {"PowerGradTrainer": "trainer", "ImageTrainer": "image_trainer"}
+_LAZY = {"AlphaScheduleCallback": "callbacks", "ImageTrainer": "image_trainer", "PowerGradTrainer": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

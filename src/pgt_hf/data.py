@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets.exceptions import DatasetNotFoundError
 from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
@@ -39,8 +39,8 @@ DEFAULT_DATASET = "ILSVRC/imagenet-1k"
 DIGITS = "digits"
 GATED = (DEFAULT_DATASET,)
 
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _SEEN = "the accuracy reported is that of images seen in training"
 _EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 _DIGIT_SHARDS = 8
@@ -64,9 +64,11 @@ def load_image_dataset(
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
-            a folder of Parquet files or of images as ``datasets`` lays them out, or a Hub id.
-        image_column: The column with the images; by default image or img, or the only column of images.
-        label_column: The column with the classes; by default label, labels or fine_label.
+            a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
+            after the splits), one Parquet file, or a Hub id. A CSV file names its images by path, from where it lies.
+        image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
+            the only column of images.
+        label_column: The column with the classes; by default label, labels, fine_label or class.
         max_train_samples: Keep so many training images, drawn by ``seed``; with ``streaming`` the first ones.
         max_eval_samples: The same for validation.
         seed: For every draw.
@@ -92,7 +94,9 @@ def load_image_dataset(
     if streaming and name != DIGITS:
         return _stream(name, image_column, label_column, max_train_samples, max_eval_samples, seed)
     splits = _digits(seed) if name == DIGITS else _load(name)
-    splits = DatasetDict({key: _image_and_label(split, image_column, label_column) for key, split in splits.items()})
+    splits = DatasetDict(
+        {key: _image_and_label(split, name, image_column, label_column) for key, split in splits.items()}
+    )
     splits = _train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     drawn = DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
@@ -154,8 +158,11 @@ def _is_cached(name: str) -> bool:
 
 
 def _load(name: str, **options: Any) -> Any:
+    tables = _tables(name)
+    if tables:
+        options = {"data_files": {split: str(file) for split, file in tables.items()}} | options
     try:
-        return datasets.load_dataset(name, **options)
+        return datasets.load_dataset(next(iter(tables.values())).suffix[1:] if tables else name, **options)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             reason = "the present token has no access to it" if get_token() else "no token was found"
@@ -167,6 +174,17 @@ def _load(name: str, **options: Any) -> Any:
         raise ConnectionError(
             f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
         ) from error
+
+
+def _tables(name: str) -> dict[str, Path]:
+    """The CSV or Parquet file of each split, where ``name`` is such a file or a folder of CSV files."""
+    path = Path(name)
+    if path.is_file() and path.suffix in (".csv", ".parquet"):
+        return {"train": path}
+    found = sorted(path.glob("*.csv")) if path.is_dir() else []
+    if not found or any(file.stem == "metadata" for file in found):  # `datasets` reads metadata.csv with the images
+        return {}
+    return {file.stem: file for file in found} if len(found) > 1 else {"train": found[0]}
 
 
 def _stream(
@@ -184,7 +202,7 @@ def _stream(
             f"streaming needs a split `train` and a labelled one of {_EVALUATION_SPLITS}; "
             f"{name!r} has {sorted(splits)}"
         )
-    train = _image_and_label(splits["train"], image_column, label_column)
+    train = _image_and_label(splits["train"], name, image_column, label_column)
     if not isinstance(train.features["label"], ClassLabel):
         raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
 
@@ -193,7 +211,7 @@ def _stream(
     alone = {held_out: list(files[held_out])}
     options = {"features": splits["train"].features, "verification_mode": "no_checks"}
     validation = _load(name, data_files=alone, split=held_out, **options)
-    validation = _image_and_label(validation, image_column, label_column)
+    validation = _image_and_label(validation, name, image_column, label_column)
 
     known = splits["train"].info.splits or {}
     rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
@@ -239,7 +257,7 @@ def _digits(seed: int) -> DatasetDict:
     return DatasetDict({"train": halves["train"], "validation": halves["test"]})
 
 
-def _image_and_label(split: Any, image_column: str | None, label_column: str | None) -> Any:
+def _image_and_label(split: Any, name: str, image_column: str | None, label_column: str | None) -> Any:
     """Of a ``Dataset`` as of an ``IterableDataset``."""
     if split.features is None:
         raise ValueError("the columns of the stream have no types; write it as Parquet with `datasets` first")
@@ -251,7 +269,22 @@ def _image_and_label(split: Any, image_column: str | None, label_column: str | N
     for old, new in ((image, "image"), (label, "label")):
         if old != new:
             split = split.rename_column(old, new)
-    return split if isinstance(split.features["image"], Image) else split.cast_column("image", Image())
+    return _as_images(split, name)
+
+
+def _as_images(split: Any, name: str) -> Any:
+    """Paths become images; those of a local table count from where it lies."""
+    if isinstance(split.features["image"], Image):
+        return split
+    if isinstance(split.features["image"], Value) and Path(name).exists():
+        place = Path(name).resolve()
+        folder = str(place if place.is_dir() else place.parent)
+        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": folder})
+    return split.cast_column("image", Image())
+
+
+def _locate(image: str, folder: str) -> dict[str, str]:
+    return {"image": str(Path(folder, image))}  # an absolute path stays as it is
 
 
 def _find_column(split: Any, what: str, wanted: str | None, usual: tuple[str, ...], typed: list[str]) -> str:

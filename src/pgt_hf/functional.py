@@ -113,19 +113,22 @@ def powergrad_linear_cross_entropy(
 ) -> Tensor:
     """Linear head and PGT cross-entropy in one, without keeping the logits: for large vocabularies.
 
-    ``torch.nn.functional.linear_cross_entropy`` over re-parameterised inputs: the weight and the bias take the value
-    ``alpha * W`` and pass their gradient on unscaled, the input keeps its value and its gradient is divided by alpha.
-    That is PGT exactly (method card, "Equivalence").
+    PGT's gradient is that of ``CE(alpha z) / alpha``, and ``alpha z`` is the head of ``alpha * input``: so this is
+    ``torch.nn.functional.linear_cross_entropy`` of the scaled input, with its gradient divided by alpha. Any other
+    fused loss becomes a PGT one in the same way, ``loss(alpha * input, weight, target) / alpha``.
 
     **The value is** ``CE(alpha z)``, **not the true loss**: no logits are kept to take that one from.
 
     Args:
-        input: Features, (..., H).
+        input: Features, (N, H).
         linear_weight: The head's weight, (C, H).
         target: As for ``torch.nn.functional.linear_cross_entropy``.
         linear_bias: The head's bias, (C).
-        alpha: ``0 < alpha <= 1``; 0 cannot be re-parameterised.
+        alpha: ``0 < alpha <= 1``; at 0 there is no such loss.
         **kwargs: ``weight``, ``reduction``, ``ignore_index``, ``label_smoothing`` and ``options`` of torch's function.
+            Without ``options``, the logits of at least 128 rows are made at a time, as many as take the memory of the
+            input where that is more. ``options=None`` makes all of them at once, which allows double backward; torch
+            always does so where there is label smoothing.
 
     Raises:
         NotImplementedError: This torch has no ``linear_cross_entropy``.
@@ -145,11 +148,16 @@ def powergrad_linear_cross_entropy(
             f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy; "
             "use powergrad_cross_entropy(F.linear(input, linear_weight, linear_bias), target, alpha=alpha)"
         )
-    if not _is_plain(alpha):
-        input = _Rescale.apply(input, 1.0, 1.0 / alpha)
-        linear_weight = _Rescale.apply(linear_weight, alpha, 1.0)
-        linear_bias = None if linear_bias is None else _Rescale.apply(linear_bias, alpha, 1.0)
-    return F.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **kwargs)
+    chunked = input.dim() == linear_weight.dim() == 2 and not target.is_floating_point()
+    if "options" not in kwargs and chunked and not kwargs.get("label_smoothing"):
+        rows = max(128, input.numel() // max(1, linear_weight.size(0)))
+        kwargs["options"] = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    if _is_plain(alpha):
+        return F.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **kwargs)
+    linear_bias = None if linear_bias is None else linear_bias * alpha
+    loss = F.linear_cross_entropy(input * alpha, linear_weight, target, linear_bias=linear_bias, **kwargs)
+    scaled = loss / alpha
+    return scaled + (loss - scaled).detach()  # the value of the one, the gradient of the other
 
 
 def check_alpha(alpha: float | Tensor) -> float | Tensor:
@@ -287,19 +295,6 @@ class _CrossEntropy(torch.autograd.Function):
             q = q.scatter_add(dim, index.unsqueeze(dim), hit)
             grad = (powered * q.sum(dim, keepdim=True) - q) * scale
         return grad.to(input.dtype), None, None, None, None, None, None, None
-
-
-class _Rescale(torch.autograd.Function):
-    """Value ``forward_scale * x``; gradient ``backward_scale * g``, whatever the value was scaled by."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, forward_scale: float | Tensor, backward_scale: float | Tensor) -> Tensor:
-        ctx.backward_scale = backward_scale
-        return x * forward_scale
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return grad_output * ctx.backward_scale, None, None
 
 
 def _tensors(value: Any) -> tuple[Tensor, ...]:

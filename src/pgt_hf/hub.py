@@ -199,24 +199,15 @@ def push_release(
     """
     api = HfApi(token=token)
     repo_id = check_push_access(repo_id, token, private=private)
-    if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
-        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    with_xet = _offers_xet(repo_id, revision, token)
-    with ExitStack() as stack:
-        # A Hub without xet is sent open files: for them huggingface_hub takes the older protocol, LFS.
-        operations = [
-            CommitOperationAdd(
-                path.relative_to(folder).as_posix(), str(path) if with_xet else stack.enter_context(path.open("rb"))
-            )
-            for path in files
-        ]
-        try:
-            return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        except ValueError:
-            raise
-        except Exception as error:  # the upload threads wrap what they met in a RuntimeError
-            raise OSError(f"the push to {repo_id!r} broke off: {error.__cause__ or error}") from error
+    try:
+        if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        return _commit(api, Path(folder), repo_id, revision, message, _offers_xet(repo_id, revision, token))
+    except ValueError:
+        raise
+    except Exception as error:  # the upload threads wrap what they met in a RuntimeError
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"the push to {repo_id!r} broke off: {reason}") from error
 
 
 def push_run(
@@ -370,6 +361,19 @@ def _copy_without_paths(source: Path, target: Path, content: dict[str, Any] | No
         if not is_hub_id(str(content.get(key, ""))):
             content.pop(key, None)
     target.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str, with_xet: bool) -> CommitInfo:
+    with ExitStack() as stack:
+        # A Hub without xet is sent open files: for them huggingface_hub takes the older protocol, LFS.
+        operations = [
+            CommitOperationAdd(
+                path.relative_to(folder).as_posix(), str(path) if with_xet else stack.enter_context(path.open("rb"))
+            )
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
 
 
 def _offers_xet(repo_id: str, revision: str | None, token: str | None) -> bool:

@@ -236,12 +236,12 @@ class ImageStream(IterableDataset):
             return not known
 
         reader, readers = self.rank * workers + worker, self.world_size * workers
-        size = min(self.block_size, stop)  # a reader's whole share may be less than a block
-        rows = self._rows(epoch, reader, readers, skip=start - start % size if size else 0)
+        rows = self._rows(epoch, reader, readers, skip=start - start % self.block_size)
         block: list[tuple[str, dict[str, Any]]] = []
         for place in range(start, stop):
-            number, within = divmod(place, size)
+            number, within = divmod(place, self.block_size)
             if not block or within == 0:
+                size = min(self.block_size, stop - number * self.block_size)  # the last block may be a short one
                 block = list(islice(rows, size))
                 order = np.random.default_rng([self.seed, epoch, reader, number]).permutation(size)
             where, row = block[order[within]]

@@ -48,11 +48,14 @@ class ImageTrainer(PowerGradTrainer):
         mean: What uint8 images are normalised with, for pixels in [0, 1]; by default the model's own
             (``config.pretrained_cfg``), or ImageNet's.
         std: The same.
+        class_weights: A factor for each class in the training loss, (C); the loss is divided by the number of images,
+            so let their mean over the images be 1.
         **kwargs: As Trainer takes them.
 
     Raises:
         TypeError: ``args`` is not an ``ImageTrainingArguments``.
-        ValueError: Mixup or CutMix with an odd batch; EMA with sharded parameters (FSDP).
+        ValueError: Mixup or CutMix with an odd batch; weights for another number of classes; EMA with sharded
+            parameters (FSDP).
 
     Example:
         >>> args = ImageTrainingArguments("out", optim="powergrad_sgd", schedule="cosine", mixup=0.2)
@@ -71,10 +74,14 @@ class ImageTrainer(PowerGradTrainer):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        class_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, ImageTrainingArguments):
             raise TypeError(f"args must be an ImageTrainingArguments, got a {type(args).__name__}")
+        classes = model.config.num_labels
+        if class_weights is not None and class_weights.shape != (classes,):
+            raise ValueError(f"class_weights must have shape ({classes},), got {tuple(class_weights.shape)}")
         mixing = args.mixup > 0 or args.cutmix > 0
         if mixing and args.per_device_train_batch_size % 2:
             raise ValueError(
@@ -93,7 +100,8 @@ class ImageTrainer(PowerGradTrainer):
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
-        self._mixup = _mixup(args, model.config.num_labels) if mixing else None
+        self._class_weights = None if class_weights is None else class_weights.float().to(args.device)
+        self._mixup = _mixup(args, classes) if mixing else None
         self._erasing: RandomErasing | None = None
         if args.random_erasing > 0:
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
@@ -175,12 +183,13 @@ class ImageTrainer(PowerGradTrainer):
         """Mean over the images that could be read, of the whole accumulated global batch in training."""
         logits = outputs["logits"]
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
+        weight = self._class_weights if self.model.training else None
         if labels.is_floating_point():
             # An unreadable image has a row of zeros, in which nothing may be spread: hence not torch's own smoothing.
             labels = labels * (1 - smoothing) + labels.sum(-1, keepdim=True) * (smoothing / labels.size(-1))
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = F.cross_entropy(logits, labels, weight, reduction="sum")
         else:
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
         return loss / num_items_in_batch

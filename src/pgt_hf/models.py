@@ -17,7 +17,7 @@ from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
-__all__ = ["create_model", "load", "pgt_resnet"]
+__all__ = ["create_model", "fit_image_size", "load", "pgt_resnet"]
 
 
 def create_model(
@@ -65,6 +65,7 @@ def create_model(
         model_args |= {"base": name, "norm_free": norm_free, "small_images": small_images}
 
     network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
+    model_args |= fit_image_size(network, image_size)
     names = dict(enumerate(label_names))
     config = TimmWrapperConfig(
         architecture=architecture,
@@ -92,6 +93,27 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> TimmWrapperForImageClas
         >>> model = load("runs/digits")
     """
     return AutoModelForImageClassification.from_pretrained(path, **kwargs)
+
+
+def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
+    """Brings a network whose parameters depend on the image's size, as a ViT's do, to square images of this side.
+
+    Args:
+        network: A timm network, changed in place; most take any size, and stay as they are.
+        side: In pixels.
+
+    Returns:
+        What ``timm.create_model`` needs to build it so from the start.
+
+    Example:
+        >>> fit_image_size(timm.create_model("vit_tiny_patch16_224"), 96)
+        {'img_size': 96}
+    """
+    set_input_size = getattr(network, "set_input_size", None)
+    if set_input_size is None:
+        return {}
+    set_input_size(img_size=side)
+    return {"img_size": side}
 
 
 @register_model

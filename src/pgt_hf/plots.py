@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "draw_runs",
+    "plot_adaptation",
     "plot_against_alpha",
+    "plot_confusion",
     "plot_filter_norms",
     "plot_gradients",
     "plot_logits",
+    "plot_mistakes",
     "plot_probabilities",
     "plot_reliability",
     "plot_training_curve",
@@ -324,6 +328,117 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         drawn.append(Path(folders[0], "plots", "against_alpha.png"))
         plot_against_alpha({name: run for name, run in runs.items() if "alpha" in run}, drawn[-1])
     return drawn
+
+
+def plot_confusion(
+    counts: ArrayLike, names: Sequence[str], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Draws which class was taken for which: each row is a true class, in shares of its images.
+
+    Args:
+        counts: Shape (C, C): how many images of class row were taken for class column.
+        names: The classes; shown up to 40 of them, and up to 20 with the counts as well.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``counts`` is no square of as many rows as there are names.
+
+    Example:
+        >>> plot_confusion([[8, 2], [0, 10]], ["cat", "dog"], "confusion_matrix.png")
+    """
+    matrix = np.asarray(counts)
+    if matrix.shape != (len(names), len(names)):
+        raise ValueError(f"counts must have shape ({len(names)}, {len(names)}), got {matrix.shape}")
+    side = min(4 + 0.32 * len(names), 12)
+    figure, grid = _figure(1, 1, (side, side))
+    axes = grid[0, 0]
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the class's images")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(names) <= 40:
+        labels = [_shorten(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
+    if len(names) <= 20:
+        for row, column in zip(*matrix.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=color)
+    _save(figure, path, title)
+
+
+def plot_mistakes(
+    images: Sequence[Any],
+    captions: Sequence[tuple[str, str]],
+    path: str | os.PathLike[str],
+    title: str | None = None,
+) -> None:
+    """Draws a sheet of images that were classified wrong, each with the class that it has and the one it was given.
+
+    Args:
+        images: PIL images or arrays, the worst first.
+        captions: Of each the true class, and what it was taken for.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are not as many captions as images, or none at all.
+
+    Example:
+        >>> plot_mistakes([Image.new("RGB", (32, 32))], [("cat", "dog, 98%")], "mistakes.png")
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"images and captions must be as many, at least 1, got {len(images)} and {len(captions)}")
+    columns = min(6, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, grid = _figure(rows, columns, (1.9 * columns, 2.4 * rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, (true, predicted) in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(np.asarray(image), cmap="gray")
+        axes.set_title(f"{_shorten(true)}\nnot {_shorten(predicted)}", fontsize=7)
+    _save(figure, path, title)
+
+
+def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
+
+    Args:
+        rows: Of each run: alpha, seed, target, method, accuracy on the source, accuracy on the target.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are no rows.
+
+    Example:
+        >>> plot_adaptation([[1.0, 0, "contrast:3", "bn", 0.9, 0.8], [0.5, 0, "contrast:3", "bn", 0.9, 0.7]], "bn.png")
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one run, got none")
+    targets, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (2, 3))
+    columns = min(3, len(targets))
+    lines = math.ceil(len(targets) / columns)
+    figure, grid = _figure(lines, columns, (1 + 3.6 * columns, 3.2 * lines), sharex=True)
+    for axes, target in zip(grid.flat, targets, strict=False):
+        for method in methods:
+            accuracies: dict[float, list[float]] = {}
+            for alpha, _, its_target, its_method, _, accuracy in rows:
+                if (its_target, its_method) == (target, method):
+                    accuracies.setdefault(alpha, []).append(100 * accuracy)
+            alphas = sorted(accuracies)
+            axes.plot(alphas, [np.mean(accuracies[alpha]) for alpha in alphas], "o-", markersize=4, label=method)
+        axes.set_title(_shorten(str(target)), fontsize=10)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("top-1 on the target (%)")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    _finish(grid, len(targets), "alpha")
+    _save(figure, path, title)
 
 
 _Curves = dict[str, tuple[str, str]]

@@ -1,4 +1,4 @@
-"""The published ImageNet runs, one row each, as settings of ``recipes/imagenet.py``; and a modern one beside them.
+"""The published ImageNet runs, one row each, as settings of ``recipes/imagenet.py``; and others' recipes beside them.
 
 From Das et al., arXiv 2111.12495v3, tables 1 to 3: 100 epochs, global batch 1024 unless said, SGD with Nesterov
 momentum 0.9, weight decay 5e-4, 5 epochs of warm-up from a thousandth of the peak rate, 0.4 at batch 1024. The paper
@@ -58,6 +58,34 @@ A3: dict[str, Any] = {
     "alpha": 1.0,
 }
 
+# torchvision's references for VGG: a tenth of the usual rate, step decay, 90 epochs.
+VGG: dict[str, Any] = PAPER | {"base_lr": 0.04, "schedule": "step", "num_train_epochs": 90, "color_jitter": 0.0}
+
+# DeiT (Touvron et al., arXiv 2012.12877) without distillation and repeated augmentation, cut to 100 epochs; ConvNeXt's
+# own recipe (arXiv 2201.03545) differs from it by no more than the stochastic depth.
+TRANSFORMER: dict[str, Any] = {
+    "optim": "powergrad_adamw",
+    "optim_args": None,
+    "weight_decay": 0.05,
+    "base_lr": 0.001,
+    "global_batch": 1024,
+    "schedule": "cosine",
+    "warmup_epochs": 5.0,
+    "warmup_lr": 0.001,
+    "min_lr": 1e-5,
+    "num_train_epochs": 100,
+    "image_size": 224,
+    "min_crop": 0.08,
+    "color_jitter": 0.0,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "random_erasing": 0.25,
+    "drop_path": 0.1,
+    "label_smoothing_factor": 0.1,
+    "alpha": 1.0,
+}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -112,6 +140,15 @@ PRESETS: dict[str, Preset] = {
     "normfree18_256_agc": _norm_free(256, 69.06, 67.298, **AGC),
     "normfree18_256_gc_pgt": _norm_free(256, 68.67, 67.088, alpha=0.25, **GC),
     "normfree18_256_agc_pgt": _norm_free(256, 70.92, 68.856, alpha=0.25, **AGC),
+    # From here on nothing was published with PGT; the alphas are guesses to begin a search with.
+    "vgg16": Preset(VGG | {"model_name": "vgg16"}),
+    "vgg16_pgt": Preset(VGG | {"model_name": "vgg16", "alpha": 0.25}),
+    "vgg16_bn": Preset(VGG | {"model_name": "vgg16_bn"}),
+    "vgg16_bn_pgt": Preset(VGG | {"model_name": "vgg16_bn", "alpha": 0.25}),
+    "convnext_tiny": Preset(TRANSFORMER | {"model_name": "convnext_tiny"}),
+    "convnext_tiny_pgt": Preset(TRANSFORMER | {"model_name": "convnext_tiny", "alpha": 0.25}),
+    "vit_small": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224"}),
+    "vit_small_pgt": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224", "alpha": 0.25}),
     "resnet50_a3": Preset(A3),
     "resnet50_a3_pgt": Preset(A3 | {"alpha": 0.25}),
 }

@@ -266,13 +266,14 @@ def _confusion(evaluation: Evaluation) -> str:
     totals = counts.sum(axis=1)
     seen = np.flatnonzero(totals)
     shares = counts.diagonal()[seen] / totals[seen]
-    low = [(names[seen[i]], f"{shares[i]:.1%}", int(totals[seen[i]])) for i in np.argsort(shares, kind="stable")[:12]]
-    tables = (
-        _table(("class", "taken for", "images"), confused) if confused else "<p>No image was classified wrong.</p>"
-    )
+    hardest = [i for i in np.argsort(shares, kind="stable")[:12] if shares[i] < 1]
+    low = [(names[seen[i]], f"{shares[i]:.1%}", int(totals[seen[i]])) for i in hardest]
+    matrix = f"<p>A row for each true class, a column for each predicted one.</p>{matrix}"
+    if not confused:
+        return f"{matrix}<p>No image was classified wrong.</p>"
     return (
-        f"<p>A row for each true class, a column for each predicted one.</p>{matrix}"
-        f"<div class=pair><div><h3>Most confused</h3>{tables}</div>"
+        f"{matrix}<div class=pair>"
+        f"<div><h3>Most confused</h3>{_table(('class', 'taken for', 'images'), confused)}</div>"
         f"<div><h3>Hardest classes</h3>{_table(('class', 'right', 'images'), low)}</div></div>"
     )
 
@@ -387,7 +388,7 @@ h2 {{ margin: 0 0 .75rem; font-size: 1.3rem }}
 h3 {{ margin: 0 0 .5rem; font-size: 1rem }}
 section {{ margin-top: 2.5rem; padding-top: 1.5rem; border-top: 1px solid var(--line) }}
 section p {{ color: var(--soft); margin: 0 0 1rem }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .75rem;
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
          margin-top: 1.5rem }}
 .tile {{ background: var(--tile); border-radius: .6rem; padding: .8rem 1rem }}
 .tile b {{ display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }}

@@ -11,6 +11,7 @@ from .attach import PowerGradHandle
 from .checkpoints import AtomicCheckpoints
 from .hub_trainer import HubTrainer
 from .optim import DEFAULT_ALPHA, bind_powergrad
+from .search import powergrad_hp_space
 
 __all__ = ["PowerGradTrainer"]
 
@@ -65,6 +66,17 @@ class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
         finally:
             if self._handle is not None:
                 self._handle.remove()
+
+    def hyperparameter_search(self, hp_space: Any = None, *args: Any, backend: Any = "optuna", **kwargs: Any) -> Any:
+        """As ``Trainer.hyperparameter_search``, with a space of its own for Optuna: alpha and the learning rate.
+
+        Without ``hp_space``, alpha is searched from 0.05 to 1 and the learning rate from a tenth to ten times that of
+        the arguments, together; see ``powergrad_hp_space``.
+        """
+        if hp_space is None and backend == "optuna":
+            rate = self.args.learning_rate
+            hp_space = powergrad_hp_space((rate / 10, rate * 10))
+        return super().hyperparameter_search(hp_space, *args, backend=backend, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

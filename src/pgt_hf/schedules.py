@@ -1,0 +1,151 @@
+"""Alpha over the course of training: constant, linear, cosine or in steps, after a warm-up from 1 where one is wanted.
+
+alpha stands in the optimizer's ``param_groups`` beside lr, so a schedule of alpha is to alpha what torch's
+``lr_scheduler`` is to lr. ``callbacks.AlphaScheduleCallback`` does the same inside Trainer.
+"""
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .functional import check_alpha
+from .optim import ALPHA_KEY
+
+__all__ = ["SHAPES", "AlphaScheduler", "Shape", "steps"]
+
+Shape = Callable[[float], float]
+
+_INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr": kept in the groups, so the optimizer's state carries it
+
+
+def steps(*milestones: float) -> Shape:
+    """A shape that goes from the first alpha to the last in equal jumps, one at each milestone.
+
+    Args:
+        *milestones: When to jump, as shares of the training after its warm-up, rising, each between 0 and 1.
+
+    Raises:
+        ValueError: There is none, they do not rise, or one lies outside.
+
+    Example:
+        >>> shape = steps(0.5, 0.75)
+        >>> shape(0.4), shape(0.5), shape(0.9)
+        (0.0, 0.5, 1.0)
+    """
+    if not milestones or list(milestones) != sorted(set(milestones)) or not 0 < milestones[0] <= milestones[-1] < 1:
+        raise ValueError(f"milestones must rise and lie between 0 and 1, got {milestones}")
+    return lambda progress: bisect.bisect_right(milestones, progress) / len(milestones)
+
+
+# From the progress of training, 0 to 1, to the share of the way from the first alpha to the last.
+SHAPES: dict[str, Shape] = {
+    "constant": lambda progress: 0.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "step": steps(0.3, 0.6, 0.9),  # where the paper's step schedule lowers the learning rate
+}
+
+
+class AlphaScheduler:
+    """Moves alpha in all groups of an optimizer that trains with PGT; used as torch's learning rate schedulers are.
+
+    At step ``s`` of ``total_steps`` alpha is ``a + (end_alpha - a) * shape(progress)``, where ``a`` is the alpha that
+    the optimizer was created with. Over the first ``warmup_steps``, alpha goes in a straight line from 1, plain
+    training, to ``a``, and the shape takes the rest.
+
+    Args:
+        optimizer: Of ``create_optimizer`` or ``bind_powergrad``, also as Accelerate wraps it.
+        total_steps: How often ``step()`` will be called; alpha rests at its last value after that.
+        shape: "constant", "linear", "cosine", "step", or a function from the progress (0 to 1) to the share of the
+            way from the first alpha to the last, such as ``steps(0.5, 0.75)``.
+        end_alpha: Where the shape leads; "constant" goes nowhere.
+        warmup_steps: Length of the warm-up.
+        last_epoch: Steps taken before, less 1, where a run goes on from an optimizer's state that was loaded.
+
+    Raises:
+        TypeError, ValueError: An argument is not allowed, or the optimizer has no alpha.
+
+    Example:
+        >>> optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=0.25)
+        >>> scheduler = AlphaScheduler(optimizer, total_steps=1000, shape="cosine", warmup_steps=50)
+        >>> scheduler.get_last_alpha()  # warm-up begins with plain training; then optimizer.step(), scheduler.step()
+        1.0
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        shape: str | Shape = "cosine",
+        end_alpha: float = 1.0,
+        warmup_steps: int = 0,
+        last_epoch: int = -1,
+    ) -> None:
+        check_schedule(shape, end_alpha, warmup_steps)
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number above 0, got {total_steps!r}")
+        if warmup_steps > total_steps:
+            raise ValueError(f"warmup_steps must not be above total_steps={total_steps}, got {warmup_steps}")
+        if not all(ALPHA_KEY in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer must be one that trains with PGT, got a {type(optimizer).__name__} whose groups have no "
+                f"{ALPHA_KEY!r}; make it with pgt_hf.create_optimizer, or call pgt_hf.bind_powergrad on it"
+            )
+        self.optimizer = optimizer
+        self.total_steps = total_steps
+        self.shape = shape
+        self.end_alpha = end_alpha
+        self.warmup_steps = warmup_steps
+        for group in optimizer.param_groups:
+            group.setdefault(_INITIAL_KEY, group[ALPHA_KEY])
+        self.initial_alpha: float = optimizer.param_groups[0][_INITIAL_KEY]
+        self.last_epoch = last_epoch
+        self.step()
+
+    def get_alpha(self, step: int) -> float:
+        """The alpha of step number ``step``, which may be any."""
+        if step < self.warmup_steps:
+            return 1 + (self.initial_alpha - 1) * step / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        shape = SHAPES[self.shape] if isinstance(self.shape, str) else self.shape
+        return self.initial_alpha + (self.end_alpha - self.initial_alpha) * shape(progress)
+
+    def get_last_alpha(self) -> float:
+        """The alpha in use."""
+        return self.get_alpha(self.last_epoch)
+
+    def step(self) -> None:
+        """Moves alpha to that of the next step; to be called after each ``optimizer.step()``."""
+        self.last_epoch += 1
+        self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the optimizer, and the shape where it is a function: pass that one again."""
+        left_out = {"optimizer"} if isinstance(self.shape, str) else {"optimizer", "shape"}
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where ``state_dict()`` was taken; alpha is in the groups when this returns."""
+        self.__dict__.update(state_dict)
+        self._write()
+
+    def _write(self) -> None:
+        alpha = self.get_last_alpha()
+        check_alpha(alpha)
+        for group in self.optimizer.param_groups:
+            group[ALPHA_KEY] = alpha
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        if (handle := getattr(inner, "powergrad", None)) is not None:
+            handle.alpha = alpha  # a compiled forward pass does not look at the groups
+
+
+def check_schedule(shape: str | Shape, end_alpha: float, warmup_steps: float) -> None:
+    """Raises TypeError or ValueError for what no schedule can be made of."""
+    if not callable(shape) and shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)} or a function, got {shape!r}")
+    check_alpha(end_alpha)
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, (int, float)) or not warmup_steps >= 0:
+        raise ValueError(f"warmup_steps must be a number of at least 0, got {warmup_steps!r}")

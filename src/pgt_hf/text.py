@@ -1,0 +1,232 @@
+"""Text for the recipes: labelled or plain, from the Hub, a file, a folder, or what every installation has already.
+
+Two sets need no download, for trying things out: ``docstrings`` (which library does this docstring come from?) and
+``stdlib`` (the source of Python's standard library). Both are real text; neither is a known benchmark.
+"""
+
+import ast
+import importlib.util
+import itertools
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets.exceptions import DatasetNotFoundError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["DOCSTRINGS", "STDLIB", "load_labelled_text", "load_plain_text", "train_tokenizer"]
+
+DOCSTRINGS = "docstrings"
+STDLIB = "stdlib"
+
+_LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "pandas", "sklearn", "torch", "transformers")
+_PER_LIBRARY = {"train": 250, "validation": 50}
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_EVALUATION_SPLITS = ("validation", "valid", "val", "test")
+_TEXT_COLUMNS = ("text", "sentence", "content", "review")
+_LABEL_COLUMNS = ("label", "labels", "class", "category")
+
+
+def load_labelled_text(
+    name: str,
+    config: str | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+) -> DatasetDict:
+    """Loads text with one class each.
+
+    Args:
+        name: "docstrings", a CSV, JSON, Parquet or text file, a folder of such, or a Hub id.
+        config: The configuration, where a Hub data set has several.
+        text_column: The column with the text; by default text, sentence, content or review.
+        label_column: The column with the classes; by default label, labels, class or category.
+        max_train_samples: Keep so many, drawn by ``seed``.
+        max_eval_samples: The same for validation.
+        seed: For every draw. Where there is no validation or test split, a tenth of each class is held out.
+
+    Returns:
+        ``train`` and ``validation`` with the columns ``text`` and ``label`` (ClassLabel).
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such data, or a column is missing.
+
+    Example:
+        >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
+        'numpy'
+    """
+    splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
+    columns = {
+        _find_column(splits, "text", text_column, _TEXT_COLUMNS): "text",
+        _find_column(splits, "label", label_column, _LABEL_COLUMNS): "label",
+    }
+    splits = splits.select_columns(list(columns)).rename_columns(columns)
+    splits = _train_and_validation(splits, seed, stratify=True)
+    limits = {"train": max_train_samples, "validation": max_eval_samples}
+    return DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
+
+
+def load_plain_text(
+    name: str, config: str | None = None, *, text_column: str | None = None, seed: int = 0
+) -> DatasetDict:
+    """Loads documents to model: ``train`` and ``validation``, with the column ``text``.
+
+    Args:
+        name: "stdlib" (a document is a module), a text, JSON, CSV or Parquet file, a folder of such, or a Hub id.
+        config: The configuration, where a Hub data set has several.
+        text_column: The column with the text, if not found by itself.
+        seed: For the documents that are held out where there is no validation or test split.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such data, or no column of text.
+
+    Example:
+        >>> documents = load_plain_text("stdlib")
+        >>> documents["train"].column_names
+        ['text']
+    """
+    splits = _stdlib(seed) if name == STDLIB else _load(name, config)
+    column = _find_column(splits, "text", text_column, _TEXT_COLUMNS)
+    splits = splits.select_columns([column]).rename_columns({column: "text"})
+    return _train_and_validation(splits, seed, stratify=False)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``texts``, as GPT-2's; with the special tokens that a classifier needs, too.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: At most so many tokens; fewer where the texts give no more.
+
+    Raises:
+        ValueError: ``vocab_size`` is too small for the 256 bytes and 3 special tokens.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["a small text"], vocab_size=300)
+        >>> tokenizer.decode(tokenizer("a small text")["input_ids"], skip_special_tokens=True)
+        'a small text'
+    """
+    special = ["<pad>", "<cls>", "<end>"]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    numbers = [(token, tokenizer.token_to_id(token)) for token in special]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<cls> $A <end>", special_tokens=numbers)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", cls_token="<cls>", eos_token="<end>", sep_token="<end>"
+    )
+
+
+def _load(name: str, config: str | None) -> DatasetDict:
+    path = Path(name)
+    try:
+        if path.is_file():
+            if path.suffix not in _READERS:
+                raise ValueError(f"a file of text must be one of {', '.join(_READERS)}, got {name!r}")
+            found = datasets.load_dataset(_READERS[path.suffix], data_files=str(path))
+        else:
+            found = datasets.load_dataset(name, config)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file, nor a folder, nor in the cache, and was not found on the Hub: {error}"
+        ) from error
+    return found
+
+
+def _find_column(splits: DatasetDict, what: str, wanted: str | None, usual: tuple[str, ...]) -> str:
+    columns = next(iter(splits.values())).column_names
+    found = [column for column in ([wanted] if wanted else usual) if column in columns]
+    if not found:
+        asked = f"got {wanted!r}" if wanted else f"none of {', '.join(usual)} is there"
+        raise ValueError(f"{what}_column must be one of {columns}, {asked}")
+    return found[0]
+
+
+def _train_and_validation(splits: DatasetDict, seed: int, stratify: bool) -> DatasetDict:
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    held_out = next((splits[key] for key in _EVALUATION_SPLITS if key in splits and splits[key] is not train), None)
+    if stratify and not isinstance(train.features["label"], ClassLabel):
+        names = sorted({str(label) for split in (train, held_out) if split for label in split.unique("label")})
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+
+        def number(row: dict[str, Any]) -> dict[str, int]:
+            return {"label": names.index(str(row["label"]))}
+
+        train = train.map(number, features=features)
+        held_out = held_out.map(number, features=features) if held_out is not None else None
+    if held_out is None:
+        halves = train.train_test_split(0.1, seed=seed, stratify_by_column="label" if stratify else None)
+        train, held_out = halves["train"], halves["test"]
+    return DatasetDict({"train": train, "validation": held_out})
+
+
+def _draw(split: Dataset, size: int | None, seed: int) -> Dataset:
+    if size is None or size >= split.num_rows:
+        return split
+    if size < 1:
+        raise ValueError(f"a number of samples must be at least 1, got {size}")
+    return split.shuffle(seed=seed).select(range(size))
+
+
+def _docstrings(seed: int) -> DatasetDict:
+    """Docstrings by library, without the library's own name; training and validation come from different files."""
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in _PER_LIBRARY}
+    for label, library in enumerate(_LIBRARIES):
+        files = _sources(_root(library), seed)
+        held_out = len(files) // 5
+        parts = {"validation": files[:held_out], "train": files[held_out:]}
+        for split, part in parts.items():
+            found = itertools.chain.from_iterable(map(_docstrings_of, part))
+            texts = dict.fromkeys(itertools.islice(found, _PER_LIBRARY[split]))
+            rows[split] += [{"text": text.replace(library, "..."), "label": label} for text in texts]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(_LIBRARIES))})
+    return DatasetDict({split: Dataset.from_list(part, features=features) for split, part in rows.items()})
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    """First paragraphs of the documentation of functions and classes."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # templates, and files that test a parser
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if len(text) >= 40:
+                yield text
+
+
+def _stdlib(seed: int) -> DatasetDict:
+    files = _sources(Path(sysconfig.get_paths()["stdlib"]), seed)
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return DatasetDict(train=Dataset.from_dict({"text": texts}))
+
+
+def _root(library: str) -> Path:
+    spec = importlib.util.find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the set {DOCSTRINGS!r} reads the source of {library}, which is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _sources(root: Path, seed: int) -> list[Path]:
+    """The modules below ``root`` in an order drawn by ``seed``, without tests and installed packages."""
+    left_out = {"test", "tests", "site-packages", "dist-packages"}
+    found = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    random.Random(seed).shuffle(found)
+    return found
