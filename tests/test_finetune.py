@@ -159,7 +159,8 @@ def test_lora_is_exact_under_pgt_and_merges_into_a_model_that_says_the_same(buil
 
 
 def test_image_size_of_a_vision_transformer_is_saved_with_it(tmp_path):
-    model = set_image_size(create_model("test_vit", OLD, image_size=160), 96).eval()
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    model = set_image_size(create_model("vit_tiny_patch16_224", OLD, image_size=64, **small), 96).eval()
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     images = torch.randn(1, 3, 96, 96)
