@@ -24,7 +24,7 @@ def test_saved_model_loads_with_the_same_logits_and_labels(name, variant, tmp_pa
     images = torch.randn(2, 3, 32, 32)
     for again in (load(tmp_path).eval(), AutoModelForImageClassification.from_pretrained(tmp_path).eval()):
         assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
-        # transformers computes on the file's own pages, and kernels may round differently where a weight is not aligned
+        # transformers computes on the file's own pages, and kernels round as a weight is aligned or not
         torch.testing.assert_close(model(images).logits, again(images).logits, rtol=1e-5, atol=1e-6)
         assert again.config.id2label == dict(enumerate(NAMES))
 
