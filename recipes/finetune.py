@@ -45,7 +45,7 @@ from pgt_hf.models import create_model
 from pgt_hf.optim import PREFIX
 from pgt_hf.plots import plot_confusion, plot_mistakes, require_matplotlib
 from pgt_hf.registration import parse_optim_args
-from pgt_hf.run_folder import RunFolder, describe_data
+from pgt_hf.run_folder import RunFolder, command_line, describe_data
 from pgt_hf.transfer import (
     add_lora,
     class_weights,
@@ -201,7 +201,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
         if trainer.is_world_process_zero():
-            again = shlex.join([*sys.argv, "--resume", "auto"])
+            again = f"{command_line()} --resume auto"
             print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: accelerate launch {again}")
         sys.exit(SIGTERM_STATUS)
     if model_args.mode == "lora":
@@ -392,7 +392,7 @@ The best epoch was chosen on these validation images: the accuracy of a new set 
 What next
   use        transformers.pipeline("image-classification", model={folder!r})("photo.jpg")
   evaluate   python recipes/evaluate.py {where} --dataset-name {data}
-  compare    accelerate launch {shlex.join(sys.argv)} --alpha 1 --output-dir {shlex.quote(folder + "-plain")}
+  compare    accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + "-plain")}
 """)
 
 

@@ -37,7 +37,7 @@ from pgt_hf.models import create_model, load
 from pgt_hf.plots import require_matplotlib
 from pgt_hf.presets import PAPER, PRESETS, preset_table
 from pgt_hf.report import examine, write_report
-from pgt_hf.run_folder import RunFolder, describe_data
+from pgt_hf.run_folder import RunFolder, command_line, describe_data
 from pgt_hf.transforms import ImageTransform, collate
 
 CPUS_PER_PROCESS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -173,8 +173,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
         if trainer.is_world_process_zero():
-            again = shlex.join([*sys.argv, "--resume", "auto"])
-            print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: accelerate launch {again}")
+            again = f"accelerate launch {command_line()} --resume auto"
+            print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: {again}")
         sys.exit(SIGTERM_STATUS)
     if guard.verdict:
         sys.exit(f"error: {guard.message}")
@@ -193,6 +193,7 @@ def main() -> None:
         tell_what_next(args, data_args)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)
+    trainer.end()
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingArguments, dict[str, Any]]:
@@ -364,7 +365,7 @@ def tell(report: dict[str, Any]) -> None:
 
 def tell_what_next(args: ImageTrainingArguments, data_args: DataArguments) -> None:
     where, data = shlex.quote(args.output_dir), shlex.quote(data_args.dataset_name)
-    same = shlex.join(sys.argv)
+    same = command_line()
     ema = "\n  ema/                 the averaged model, in the same form" if args.ema_decay is not None else ""
     print(f"""
 Written to {args.output_dir}

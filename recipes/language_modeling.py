@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
-from pgt_hf.run_folder import RunFolder, describe_data
+from pgt_hf.run_folder import RunFolder, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
 
 LARGE_VOCABULARY = 32768
@@ -222,7 +222,7 @@ def tell(report: dict[str, Any], output_dir: str) -> None:
     print(f"\n{report['parameters']:,} parameters, {report['vocabulary']:,} words, on {report['dataset']}")
     for key in ("perplexity", "perplexity_folded"):
         print(f"  {key:20}{report[key]:>12,.2f}")
-    same, where = shlex.join(sys.argv), shlex.quote(output_dir)
+    same, where = command_line(), shlex.quote(output_dir)
     print(f"""
 Written to {output_dir}
   metrics.json         these numbers, and what they were made with

@@ -27,7 +27,7 @@ from transformers import (
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.metrics import ClassificationMetrics
-from pgt_hf.run_folder import RunFolder, describe_data
+from pgt_hf.run_folder import RunFolder, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
 
 SCRATCH = "scratch"
@@ -184,7 +184,7 @@ def tell(report: dict[str, Any], output_dir: str) -> None:
     for key in ("top1", "nll", "ece", "nll_folded", "ece_folded"):
         if key in report:
             print(f"  {key:12}{format(report[key], '.2%' if key == 'top1' else '.4f'):>9}")
-    same, where = shlex.join(sys.argv), shlex.quote(output_dir)
+    same, where = command_line(), shlex.quote(output_dir)
     print(f"""
 Written to {output_dir}
   metrics.json         these numbers, and what they were made with

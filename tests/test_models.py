@@ -23,7 +23,9 @@ def test_saved_model_loads_with_the_same_logits_and_labels(name, variant, tmp_pa
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 32, 32)
     for again in (load(tmp_path).eval(), AutoModelForImageClassification.from_pretrained(tmp_path).eval()):
-        assert torch.equal(model(images).logits, again(images).logits)
+        assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+        # transformers computes on the file's own pages, and kernels round as a weight is aligned or not
+        torch.testing.assert_close(model(images).logits, again(images).logits, rtol=1e-5, atol=1e-6)
         assert again.config.id2label == dict(enumerate(NAMES))
 
 
@@ -75,9 +77,11 @@ def test_image_processor_of_the_saved_model_does_what_evaluation_did(tmp_path):
     model = create_model("resnet10t", NAMES, image_size=96)
     model.save_pretrained(tmp_path)
     image = load_image_dataset("digits")["train"][0]["image"].resize((150, 120)).convert("RGB")
-    ours = ImageTransform(model.config.pretrained_cfg, training=False)({"image": [image], "label": [0]})
-    theirs = AutoImageProcessor.from_pretrained(tmp_path)(image)["pixel_values"]
-    torch.testing.assert_close(ours["pixel_values"][0], theirs[0], rtol=0, atol=0)
+    ours = ImageTransform(model.config.pretrained_cfg, training=False)(image)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(image)["pixel_values"][0]
+    grey_level = 1 / 255 / min(model.config.pretrained_cfg["std"])  # two resizing kernels may round differently
+    assert (ours - theirs).abs().max() < 3 * grey_level
+    assert (ours - theirs).abs().mean() < 0.3 * grey_level
     best = pipeline("image-classification", str(tmp_path))(image)[0]
     assert best["label"] in NAMES
 

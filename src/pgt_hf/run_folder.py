@@ -8,7 +8,9 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .plots import plot_training_curve
 
-__all__ = ["RunFolder", "describe_code", "describe_data", "describe_environment"]
+__all__ = ["RunFolder", "command_line", "describe_code", "describe_data", "describe_environment"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
@@ -33,7 +35,7 @@ class RunFolder(TrainerCallback):
     Args:
         path: The folder, ``args.output_dir``.
         description: What ``run.json`` says: JSON values, such as ``{"arguments": {...}, "data": {...}}``. Code and
-            environment are added.
+            environment are added, arguments that hold a token are left out.
         title: Above the curve.
 
     Example:
@@ -43,7 +45,9 @@ class RunFolder(TrainerCallback):
 
     def __init__(self, path: str | os.PathLike[str], description: Mapping[str, Any], title: str | None = None) -> None:
         self.path = Path(path)
-        self.description = dict(description)
+        arguments = description.get("arguments", {})
+        public = {key: value for key, value in arguments.items() if not key.endswith("token")}
+        self.description = dict(description) | {"arguments": public}
         self.title = title
 
     def on_train_begin(
@@ -87,6 +91,21 @@ class RunFolder(TrainerCallback):
         beside = self.path / f".{name}"
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, self.path / name)
+
+
+def command_line() -> str:
+    """How this program was started, for a message that says how to start it again; a token is left out.
+
+    Example:
+        >>> print(f"go on with: accelerate launch {command_line()} --resume auto")
+    """
+    kept, skip = [], False
+    for word in sys.argv:
+        option = re.fullmatch(r"--[\w-]*token(=.*)?", word)
+        if not (skip or option):
+            kept.append(word)
+        skip = option is not None and option[1] is None
+    return shlex.join(kept)
 
 
 def describe_code() -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""What a run leaves behind, apart from what the recipes' own tests look at."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+from pgt_hf.run_folder import RunFolder, command_line, describe_code, describe_data, describe_environment
+
+
+def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, monkeypatch):
+    arguments = {"alpha": 0.25, "hub_token": "hf_canary", "push_to_hub": True}
+    record = RunFolder(tmp_path, {"arguments": arguments, "seed": 1})
+    record.on_train_begin(
+        SimpleNamespace(world_size=1), SimpleNamespace(is_world_process_zero=True, log_history=[]), None
+    )
+    written = (tmp_path / "run.json").read_text()
+    assert "canary" not in written
+    assert json.loads(written)["arguments"] == {"alpha": 0.25, "push_to_hub": True}
+    command = ["imagenet.py", "--hub-token", "hf_canary", "--alpha", "0.3", "--hub_token=hf_canary", "--bf16"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert command_line() == "imagenet.py --alpha 0.3 --bf16"
+
+
+def test_data_set_from_the_hub_is_known_by_its_revision():
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    info = SimpleNamespace(download_checksums={f"hf://datasets/a/b@{sha}/data/train-00000.parquet": {}})
+    split = SimpleNamespace(num_rows=3, _fingerprint="f", info=info)
+    assert describe_data("a/b", {"train": split}) == {
+        "name": "a/b",
+        "train": {"images": 3, "fingerprint": "f"},
+        "revision": sha,
+    }
+
+
+def test_code_and_environment_name_versions():
+    assert describe_code()["version"]
+    assert {"torch", "timm", "transformers"} <= set(describe_environment(2)["packages"])
