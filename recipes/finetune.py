@@ -167,6 +167,11 @@ def main() -> None:
             names = class_names(dataset["train"])
             model = build_model(model_args, data_args, names)
         train, validation, processor = build_data(dataset, model, model_args.model_name, data_args, args.seed)
+        if len(train) < args.per_device_train_batch_size * args.world_size:
+            raise ValueError(
+                f"--per-device-train-batch-size must be at most {len(train) // args.world_size}, the "
+                f"training images of one process, got {args.per_device_train_batch_size}"
+            )
         model = choose_trained(model, model_args)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, dataset)

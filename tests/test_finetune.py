@@ -328,6 +328,20 @@ def test_best_epoch_is_the_one_that_is_saved(here, tmp_path):
     assert metrics["best_epoch"] == 1 + accuracies.index(max(accuracies))
 
 
+SHORT = ["--smoke", "--max-train-samples", "64", "--max-eval-samples", "20", "--output-dir", "run"]
+
+
+@pytest.mark.parametrize("mode", ["linear", "lora"])
+def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
+    here(*SHORT, "--mode", mode, "--num-train-epochs", "1")
+    assert read(tmp_path / "run" / "metrics.json")["steps"] == 2
+    here(*SHORT, "--mode", mode, "--num-train-epochs", "3", "--resume", "auto")
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert (metrics["steps"], metrics["mode"]) == (6, mode)
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in history if "eval_top1" in entry] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -337,6 +351,7 @@ def test_best_epoch_is_the_one_that_is_saved(here, tmp_path):
         (["--smoke", "--optim", "adamw_torch"], "--optim must begin with 'powergrad_'"),
         (["--smoke", "--mode", "lora", "--ema-decay", "0.9"], "--ema-decay must be left out with --mode lora"),
         (["--smoke", "--mode", "lora", "--lora-rank", "0"], "rank must be at least 1, got 0"),
+        (["--smoke", "--per-device-train-batch-size", "321"], "--per-device-train-batch-size must be at most 320"),
         (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
         (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is no folder, no timm model"),
     ],
