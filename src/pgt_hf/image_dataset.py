@@ -6,6 +6,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -246,7 +247,8 @@ class ImageStream(IterableDataset):
                 order = np.random.default_rng([self.seed, epoch, reader, number]).permutation(size)
             where, row = block[order[within]]
             index = place * readers + reader  # no two samples of an epoch share it
-            with preserve_rng():
+            # A worker's random numbers are used by nobody else.
+            with nullcontext() if get_worker_info() else preserve_rng():
                 sample = self.reader(row["image"], row["label"], epoch, index, where, partial(count, where))
             yield sample
 
