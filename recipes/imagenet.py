@@ -29,7 +29,7 @@ from transformers import HfArgumentParser, set_seed
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
 from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
-from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset
+from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset, num_images
 from pgt_hf.image_dataset import ImageDataset, ImageStream
 from pgt_hf.image_trainer import ImageTrainer
 from pgt_hf.metrics import ClassificationMetrics
@@ -292,7 +292,9 @@ def build_data(dataset: Any, data_args: DataArguments, preprocessing: dict[str, 
     )
     if not data_args.streaming:
         return ImageDataset(dataset["train"], augment, **options), validation
-    images = data_args.train_images or data_args.max_train_samples or stream_length(dataset["train"])
+    images = data_args.train_images or data_args.max_train_samples or num_images(dataset["train"])
+    if images is None:
+        raise ValueError("this stream does not say how many images it has; give --train-images")
     train = ImageStream(
         dataset["train"],
         augment,
@@ -303,14 +305,6 @@ def build_data(dataset: Any, data_args: DataArguments, preprocessing: dict[str, 
         **options,
     )
     return train, validation
-
-
-def stream_length(stream: Any) -> int:
-    """What the data set's own description says of its size."""
-    splits = stream.info.splits or {}
-    if stream.split is None or str(stream.split) not in splits or not splits[str(stream.split)].num_examples:
-        raise ValueError("this stream does not say how many images it has; give --train-images")
-    return splits[str(stream.split)].num_examples
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:

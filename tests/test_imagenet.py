@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset
+from datasets import Dataset, Image
 from launch import ONE, PYTHON, ROOT, TWO, environment, run
 from safetensors.torch import load_file
 
@@ -229,6 +229,30 @@ def test_gated_data_set_stops_the_recipe_before_anything_is_written(tmp_path):
 def test_launch_configuration_is_one_that_accelerate_reads(config):
     loaded = load_config_from_file(str(config))
     assert loaded.num_processes == {"cpu": 2, "gpu1": 1, "nodes2x8": 16}.get(config.stem, 8)
+
+
+def test_smoke_run_goes_to_its_end_and_an_unreadable_image_is_counted(tmp_path):
+    splits = load_image_dataset("digits", max_train_samples=64, max_eval_samples=20)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, split in splits.items():
+        rows = split.cast_column("image", Image(decode=False)).to_list()
+        rows[3]["image"] = {"bytes": rows[3]["image"]["bytes"][:60], "path": None}
+        Dataset.from_list(rows, features=split.features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    options = "--smoke --model-name resnet10t --image-size 32 --global-batch 16 --max-steps 4 --on-bad-image skip"
+    run(*ONE, RECIPE, *options.split(), "--dataset-name", str(folder), "--output-dir", "run", cwd=tmp_path)
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert (metrics["steps"], metrics["bad_images"], metrics["skipped"]) == (4, 2, 1)
+    failed = run(
+        *ONE,
+        RECIPE,
+        *options.replace("skip", "error").split(),
+        "--dataset-name",
+        str(folder),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "BadImageError: image 3" in failed.stderr
 
 
 def test_help_explains_the_recipes_own_options_and_the_trainers():
