@@ -158,6 +158,8 @@ class ImageTrainer(PowerGradTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         images, labels = inputs["pixel_values"], inputs.get("labels")
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = normalize(images, self._mean, self._std)
         if self.model.training and labels is not None:
@@ -165,8 +167,6 @@ class ImageTrainer(PowerGradTrainer):
                 images, labels = _mix(self._mixup, images, labels)
             if self._erasing is not None:
                 self._erasing(images)
-        if self.args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         inputs["pixel_values"] = images
         if labels is not None:
             inputs["labels"] = labels
