@@ -1,6 +1,7 @@
 """Trainer and a Hub that works, fails, hangs or refuses: training ends, checkpoints stay, what is missing is said."""
 # ruff: noqa: F811  fixtures are imported
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,10 +9,14 @@ import sys
 import time
 
 import pytest
-from hub_client import COMMON, READER, TOKEN, Client, client, no_faults, server  # noqa: F401  fixtures
+from hub_client import COMMON, READER, ROOT, TOKEN, Client, client, no_faults, server  # noqa: F401  fixtures
 from safetensors import safe_open
 
 PUSH = f"push_to_hub=True, hub_token={TOKEN!r}, logging_steps=1"
+LAUNCH_TWO = (
+    "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port 0 --multi_gpu --num_processes 2 --gpu_ids all"
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".npy")
 
 
@@ -193,11 +198,9 @@ t.end()
 """
     )
     server.fail(".*", drop_after=0)
-    launch = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch += " --main_process_port 0 --multi_gpu --num_processes 2 --gpu_ids all"
     environment = Client.environment_for(server.url, tmp_path) | {"ACCELERATE_USE_CPU": "true", "HF_TOKEN": TOKEN}
     run = subprocess.run(
-        [sys.executable, *launch.split(), str(program)],
+        [sys.executable, *LAUNCH_TWO.split(), str(program)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -206,3 +209,23 @@ t.end()
     assert TOKEN not in run.stdout + run.stderr
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
         assert file.keys()
+
+
+def test_imagenet_recipe_pushes_from_two_processes_and_its_token_goes_nowhere_else(server, tmp_path):
+    arguments = f"{LAUNCH_TWO} {ROOT / 'recipes' / 'imagenet.py'} --smoke --max-steps 4 --ema-decay 0.5 --push-to-hub "
+    arguments += f"--hub-model-id alice/recipe --hub-private-repo true --hub-strategy end --hub-token {TOKEN}"
+    environment = Client.environment_for(server.url, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(
+        [sys.executable, *arguments.split()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    files = server.files("alice/recipe")
+    assert {"README.md", "config.json", "model.safetensors", "report.html", "training_curve.png"} <= set(files)
+    assert server.repos["alice/recipe"]["private"]
+    config = json.loads(files["config.json"])
+    assert (config["powergrad_alpha"], config["powergrad_folded"]) == (0.25, False)
+    left = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    for name, content in files.items() | left.items():
+        assert TOKEN.encode() not in content, name
+    assert TOKEN not in run.stdout
