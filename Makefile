@@ -34,11 +34,8 @@ venv: ## Build the environment, unless it is there; its path is printed
 	$(BUILD_VENV)
 	@echo "$(VENV)"
 
-# `accelerate launch --cpu` starts one process whatever --num_processes says. --multi_gpu is what selects torchrun, and
-# ACCELERATE_USE_CPU has its processes form one gloo group on the CPU.
 demo: venv ## Train on scikit-learn's digits with 2 processes, beat 95% test accuracy, show the curve
-	ACCELERATE_USE_CPU=true $(RUN) -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 \
-	    --gpu_ids all --main_process_port 0 --mixed_precision no --dynamo_backend no \
+	ACCELERATE_USE_CPU=true $(RUN) -m accelerate.commands.launch --config_file recipes/configs/cpu.yaml \
 	    recipes/imagenet.py --dataset-name digits --output-dir $(DEMO) $(ARGS) </dev/null
 	@$(RUN) .ci/check_demo.py $(DEMO)
 
