@@ -35,7 +35,7 @@ import torch
 from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments, create_optimizer, fold_powergrad
-from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
+from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
 from pgt_hf.data import DIGITS, check_access, class_names, load_image_dataset
 from pgt_hf.evaluation import load_classifier, preprocessing
 from pgt_hf.image_dataset import ImageDataset
@@ -308,14 +308,6 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
     )
     options = args.powergrad_options() | parse_optim_args(str(plain(args.optim)), dict(items))
     return options | {"opt": plain(args.optim), "lr": args.learning_rate, "param_group_fn": groups}
-
-
-def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
-    if resume in (None, "auto"):
-        return latest_checkpoint(output_dir) if resume else None
-    if not Path(resume, "trainer_state.json").is_file():
-        raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {resume!r}")
-    return resume
 
 
 def draw_mistakes(predicted: Any, images: Any, names: list[str], folder: Path, title: str) -> None:

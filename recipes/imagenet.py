@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
-from pgt_hf.checkpoints import StopOnSigterm, latest_checkpoint
+from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset, num_images
 from pgt_hf.image_dataset import ImageDataset, ImageStream
 from pgt_hf.image_trainer import ImageTrainer
@@ -305,14 +305,6 @@ def build_data(dataset: Any, data_args: DataArguments, preprocessing: dict[str, 
         **options,
     )
     return train, validation
-
-
-def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
-    if resume in (None, "auto"):
-        return latest_checkpoint(output_dir) if resume else None
-    if not Path(resume, "trainer_state.json").is_file():
-        raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {resume!r}")
-    return resume
 
 
 def summarize(

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-__all__ = ["AtomicCheckpoints", "StopOnSigterm", "latest_checkpoint"]
+__all__ = ["AtomicCheckpoints", "StopOnSigterm", "find_checkpoint", "latest_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,23 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         'runs/imagenet/checkpoint-5000'
     """
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def find_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> str | None:
+    """What a recipe's ``--resume`` means: nothing, a checkpoint, or "auto", the newest one of the run, if any.
+
+    Raises:
+        FileNotFoundError: ``resume`` is neither "auto" nor the folder of a checkpoint.
+
+    Example:
+        >>> find_checkpoint("auto", "runs/not-yet-started") is None
+        True
+    """
+    if resume in (None, "auto"):
+        return latest_checkpoint(output_dir) if resume else None
+    if not Path(str(resume), TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {resume!r}")
+    return resume
 
 
 class AtomicCheckpoints(Trainer):
