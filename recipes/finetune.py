@@ -203,6 +203,7 @@ def main() -> None:
         if trainer.is_world_process_zero():
             again = f"{command_line()} --resume auto"
             print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: accelerate launch {again}")
+        trainer.end()
         sys.exit(SIGTERM_STATUS)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
@@ -218,6 +219,7 @@ def main() -> None:
         report = summarize(predicted.metrics, model_args, data, args, trainer.state, bad_images, seconds)
         record.finish(report)
         tell(report, args.output_dir, data_args.dataset_name)
+    trainer.end()
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RunArguments, ImageTrainingArguments, dict[str, Any]]:

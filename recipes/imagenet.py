@@ -175,8 +175,10 @@ def main() -> None:
         if trainer.is_world_process_zero():
             again = f"accelerate launch {command_line()} --resume auto"
             print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; go on with: {again}")
+        trainer.end()
         sys.exit(SIGTERM_STATUS)
     if guard.verdict:
+        trainer.end()
         sys.exit(f"error: {guard.message}")
     trainer.save_model()
     results = trainer.evaluate()

@@ -166,6 +166,7 @@ def main() -> None:
         }
         record.finish(report)
         tell(report, args.output_dir)
+    trainer.end()
 
 
 def parse() -> tuple[LanguageArguments, PowerGradTrainingArguments]:

@@ -142,6 +142,7 @@ def main() -> None:
         }
         record.finish(report)
         tell(report, args.output_dir)
+    trainer.end()
 
 
 def parse() -> tuple[TextArguments, PowerGradTrainingArguments]:

@@ -381,6 +381,7 @@ trainer = PowerGradTrainer(model, args, train_dataset=images, callbacks=[guard, 
 trainer.train()
 with open(f"rank{args.process_index}.json", "w") as file:
     json.dump({"step": trainer.state.global_step, "message": guard.message}, file)
+trainer.end()
 """
 
 

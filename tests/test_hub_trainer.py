@@ -193,7 +193,6 @@ t.save_model()
 results = t.evaluate()
 if t.is_world_process_zero():
     print("evaluated", "eval_loss" in results, t.unpushed is not None)
-t.accelerator.wait_for_everyone()
 t.end()
 """
     )

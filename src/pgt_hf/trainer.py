@@ -1,5 +1,7 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
+import atexit
+import time
 from typing import Any
 
 import torch
@@ -42,6 +44,11 @@ class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
         super().__init__(model, args or PowerGradTrainingArguments("trainer_output"), *rest, **kwargs)
+        if self.args.world_size > 1 and self.args.device.type == "cpu":
+            # A thread of gloo frees the tensors of the last collective. If the interpreter has begun to leave by then,
+            # the thread aborts the process, after a training that went well: let it finish first.
+            atexit.unregister(_pause)
+            atexit.register(_pause)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -115,3 +122,7 @@ class PowerGradTrainer(AtomicCheckpoints, HubTrainer):
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
         self._logit_rows += norms.numel()
+
+
+def _pause() -> None:
+    time.sleep(0.5)
