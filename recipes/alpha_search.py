@@ -37,7 +37,8 @@ from pgt_hf.data import DIGITS, class_names, load_image_dataset
 from pgt_hf.image_dataset import ImageDataset
 from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model
-from pgt_hf.search import PAPER_ALPHAS, Point, compare, interval, plot_heat_map, powergrad_hp_space
+from pgt_hf.result_plots import plot_heat_map
+from pgt_hf.search import PAPER_ALPHAS, Point, compare, interval, powergrad_hp_space
 from pgt_hf.transforms import ImageTransform, collate
 
 SIDES = ("baseline", "pgt")

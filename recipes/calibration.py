@@ -26,10 +26,11 @@ from transformers import set_seed
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.calibration import Calibration, compare_calibration
 from pgt_hf.data import ImageDataset, class_names, load_image_dataset
+from pgt_hf.drawing import require_matplotlib
 from pgt_hf.functional import check_alpha
 from pgt_hf.metrics import reliability
 from pgt_hf.models import create_model
-from pgt_hf.plots import plot_reliability, require_matplotlib
+from pgt_hf.result_plots import plot_reliability
 from pgt_hf.transforms import ImageTransform, collate
 
 KINDS = ("raw", "folded", "fitted")

@@ -53,9 +53,10 @@ from pgt_hf.adaptation import (
 )
 from pgt_hf.corruptions import CORRUPTIONS, Corrupted
 from pgt_hf.data import DIGITS, class_names, load_image_dataset
+from pgt_hf.drawing import require_matplotlib
 from pgt_hf.functional import check_alpha
 from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.plots import plot_adaptation, require_matplotlib
+from pgt_hf.result_plots import plot_adaptation
 from pgt_hf.run_folder import describe_code, describe_environment
 from pgt_hf.transforms import ImageTransform, collate
 

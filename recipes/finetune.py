@@ -37,14 +37,15 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
 from pgt_hf import ImageTrainingArguments, create_optimizer, fold_powergrad
 from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
 from pgt_hf.data import DIGITS, check_access, class_names, load_image_dataset
+from pgt_hf.drawing import require_matplotlib
 from pgt_hf.evaluation import load_classifier, preprocessing
 from pgt_hf.image_dataset import ImageDataset
 from pgt_hf.image_trainer import ImageTrainer
 from pgt_hf.metrics import IGNORED, ClassificationMetrics
 from pgt_hf.models import create_model
 from pgt_hf.optim import PREFIX
-from pgt_hf.plots import plot_confusion, plot_mistakes, require_matplotlib
 from pgt_hf.registration import parse_optim_args
+from pgt_hf.result_plots import plot_confusion, plot_mistakes
 from pgt_hf.run_folder import RunFolder, command_line, describe_data
 from pgt_hf.transfer import (
     add_lora,

@@ -30,11 +30,11 @@ from pgt_hf import ImageTrainingArguments
 from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
 from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
 from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset, num_images
+from pgt_hf.drawing import require_matplotlib
 from pgt_hf.image_dataset import ImageDataset, ImageStream
 from pgt_hf.image_trainer import ImageTrainer
 from pgt_hf.metrics import ClassificationMetrics
 from pgt_hf.models import create_model, load
-from pgt_hf.plots import require_matplotlib
 from pgt_hf.presets import PAPER, PRESETS, preset_table
 from pgt_hf.report import examine, write_report
 from pgt_hf.run_folder import RunFolder, command_line, describe_data

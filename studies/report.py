@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pgt_hf.diagnostics import History
+from pgt_hf.drawing import new_figure, save
 from pgt_hf.plots import plot_filter_norms
 from pgt_hf.search import Comparison, compare, interval
 
@@ -36,9 +36,7 @@ def main() -> None:
         readme = put(readme, name, table(study))
     (HERE / "README.md").write_text(readme, encoding="utf-8")
     for name, draw in FIGURES.items():
-        figure = draw(study)
-        FigureCanvasAgg(figure)
-        figure.savefig(HERE / "figures" / f"{name}.png", dpi=120)
+        save(draw(study), HERE / "figures" / f"{name}.png", None)
     for path in sorted((HERE / "diagnostics").glob("*_norm-free_*.npz")):
         data, network, alpha = path.stem.split("_")
         title = f"{data}, {network}, alpha = {alpha}"
@@ -235,17 +233,12 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
 # --- figures
 
 
-def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
 def colour(alpha: float) -> str:
     return f"C{ALPHAS.index(alpha)}"
 
 
 def search_figure(study: Study) -> Figure:
-    figure, grid = panels(2, 2, (9, 6.5))
+    figure, grid = new_figure(2, 2, (9, 6.5))
     for axes, (data, network) in zip(grid.flat, PAIRS, strict=True):
         for alpha in ALPHAS:
             tried = sorted(study.searched.get(Setting(data, network, alpha), {}).items())
@@ -262,7 +255,7 @@ def search_figure(study: Study) -> Figure:
 
 
 def difference_figure(study: Study) -> Figure:
-    figure, grid = panels(1, 4, (11, 3.2))
+    figure, grid = new_figure(1, 4, (11, 3.2))
     for axes, (data, network) in zip(grid.flat, PAIRS, strict=True):
         found = {
             alpha: comparison
@@ -288,7 +281,7 @@ def trend_figure(study: Study) -> Figure:
         "test NLL, fitted temperature": "fitted_nll",
         "train minus test top-1 (points)": lambda row: 100 * gap(row),
     }
-    figure, grid = panels(len(PAIRS), len(shown), (12, 10), sharex=True)
+    figure, grid = new_figure(len(PAIRS), len(shown), (12, 10), sharex=True)
     for line_of, (data, network) in zip(grid, PAIRS, strict=True):
         for axes, (label, key) in zip(line_of, shown.items(), strict=True):
             points = {alpha: study.values(Setting(data, network, alpha), key) for alpha in ALPHAS}
@@ -311,7 +304,7 @@ def method_figure(study: Study) -> Figure:
         for label, setting in settings
         if (found := study.versus(setting, Setting("tiny-imagenet", network))) and found.half_width
     ]
-    figure, grid = panels(1, 1, (9, 1 + 0.32 * len(entries)))
+    figure, grid = new_figure(1, 1, (9, 1 + 0.32 * len(entries)))
     axes = grid[0, 0]
     axes.errorbar(
         [100 * found.difference for _, found in entries], range(len(entries)),

@@ -29,7 +29,7 @@ from pgt_hf.adaptation import (
 from pgt_hf.corruptions import CORRUPTIONS, LEVELS, Corrupted, corrupt
 from pgt_hf.data import load_image_dataset
 from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.plots import plot_adaptation
+from pgt_hf.result_plots import plot_adaptation
 from pgt_hf.transforms import ImageTransform, seeded
 
 RECIPE = str(ROOT / "recipes" / "domain_adaptation.py")

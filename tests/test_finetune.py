@@ -28,7 +28,7 @@ from transformers import (
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
 from pgt_hf.data import class_names, load_image_dataset
 from pgt_hf.models import create_model
-from pgt_hf.plots import plot_confusion, plot_mistakes
+from pgt_hf.result_plots import plot_confusion, plot_mistakes
 from pgt_hf.transfer import (
     add_lora,
     class_weights,

@@ -16,9 +16,9 @@ from pgt_hf.plots import (
     plot_gradients,
     plot_logits,
     plot_probabilities,
-    plot_reliability,
     plot_training_curve,
 )
+from pgt_hf.result_plots import plot_reliability
 
 pytest.importorskip("matplotlib")
 

@@ -10,7 +10,8 @@ from test_trainer import Data, arguments, wrapper
 from transformers import TrainerCallback
 
 from pgt_hf import PowerGradTrainer, powergrad_hp_space
-from pgt_hf.search import Point, compare, interval, plot_heat_map
+from pgt_hf.result_plots import plot_heat_map
+from pgt_hf.search import Point, compare, interval
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

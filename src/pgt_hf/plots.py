@@ -5,50 +5,27 @@ python -m pgt_hf.plots runs/a runs/b runs/c      # the same, and what the runs h
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from .metrics import Reliability
+from .drawing import finish, new_figure, require_matplotlib, save, shorten
 
 __all__ = [
     "draw_runs",
-    "plot_adaptation",
     "plot_against_alpha",
-    "plot_confusion",
     "plot_filter_norms",
     "plot_gradients",
     "plot_logits",
-    "plot_mistakes",
     "plot_probabilities",
-    "plot_reliability",
     "plot_training_curve",
-    "require_matplotlib",
 ]
-
-
-def require_matplotlib() -> None:
-    """Says at once, before hours of training, that a picture cannot be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message names the extra that brings it.
-
-    Example:
-        >>> require_matplotlib()
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("drawing a picture needs matplotlib: pip install 'pgt_hf[plots]'")
 
 
 def plot_training_curve(
@@ -74,7 +51,7 @@ def plot_training_curve(
     if not panels:
         raise ValueError("history has nothing to draw: no entry holds an epoch and a loss, accuracy or learning rate")
 
-    figure, grid = _figure(len(panels), 1, (7, 0.8 + 2.2 * len(panels)), sharex=True)
+    figure, grid = new_figure(len(panels), 1, (7, 0.8 + 2.2 * len(panels)), sharex=True)
     all_axes = grid[:, 0]
     for axes, (label, curves, scale) in zip(all_axes, panels, strict=True):
         for key, (name, style) in curves.items():
@@ -87,7 +64,7 @@ def plot_training_curve(
             axes.legend(frameon=False)
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def plot_logits(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -109,15 +86,15 @@ def plot_logits(data: Mapping[str, Any], path: str | os.PathLike[str], title: st
     if not panels:
         raise ValueError(f"data has nothing to draw: none of {', '.join(_STATISTICS)}")
     rows = math.ceil(len(panels) / 3)
-    figure, grid = _figure(rows, 3, (11, 0.6 + 2.5 * rows), sharex=True)
+    figure, grid = new_figure(rows, 3, (11, 0.6 + 2.5 * rows), sharex=True)
     for axes, (key, label) in zip(grid.flat, panels, strict=False):
         axes.plot(data["step"], data[key], "C0-", linewidth=1.4)
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
         if key != "gradient_cosine":  # a norm's zero is worth seeing, and a cosine's is far away
             axes.set_ylim(bottom=0)
-    _finish(grid, len(panels), "step")
-    _save(figure, path, title)
+    finish(grid, len(panels), "step")
+    save(figure, path, title)
 
 
 def plot_filter_norms(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -133,19 +110,19 @@ def plot_filter_norms(data: Mapping[str, Any], path: str | os.PathLike[str], tit
         raise ValueError("data has no filter norms to draw")
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
-    figure, grid = _figure(rows, columns, (3.1 * columns, 0.6 + 1.9 * rows), sharex=True)
+    figure, grid = new_figure(rows, columns, (3.1 * columns, 0.6 + 1.9 * rows), sharex=True)
     for axes, (name, norms) in zip(grid.flat, layers.items(), strict=False):
         norms = norms.astype(np.float32)
         order = np.argsort(norms[-1])
         drawn = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
         axes.plot(data["step"], norms[:, drawn], "C0-", linewidth=0.7, alpha=0.5)
         dead = int((norms[-1] <= ZERO_NORM).sum())
-        axes.set_title(f"{_shorten(name)}: {dead} of {len(order)} at 0", fontsize=8, color="C3" if dead else "black")
+        axes.set_title(f"{shorten(name)}: {dead} of {len(order)} at 0", fontsize=8, color="C3" if dead else "black")
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    _finish(grid, len(layers), "step")
-    _save(figure, path, title)
+    finish(grid, len(layers), "step")
+    save(figure, path, title)
 
 
 def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -159,11 +136,11 @@ def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title:
     from matplotlib import colormaps
 
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    figure, grid = _figure(1, 1, (8, 4.5))
+    figure, grid = new_figure(1, 1, (8, 4.5))
     axes = grid[0, 0]
     named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
     for number, ((name, norms), colour) in enumerate(zip(layers.items(), colours, strict=True)):
-        label = _shorten(name) if number in named else None
+        label = shorten(name) if number in named else None
         axes.plot(data["step"], np.where(norms > 0, norms, np.nan), color=colour, linewidth=1.1, label=label)
     if any((norms > 0).any() for norms in layers.values()):
         axes.set_yscale("log")
@@ -171,7 +148,7 @@ def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title:
     axes.set_ylabel("L2 norm of the weight's gradient")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -185,7 +162,7 @@ def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], ti
 
     if "curve_power_sums" not in data:
         raise ValueError("data has no probabilities to draw: no logits were seen in the run")
-    figure, grid = _figure(1, 3, (13, 4.2))
+    figure, grid = new_figure(1, 3, (13, 4.2))
     curves, of_target, of_classes = grid[0]
 
     alpha = float(data["alpha"][-1])
@@ -221,48 +198,7 @@ def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], ti
         axes.legend(frameon=False)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    _save(figure, path, title)
-
-
-def plot_reliability(
-    diagrams: Mapping[str, "Reliability"], path: str | os.PathLike[str], title: str | None = None, columns: int = 3
-) -> None:
-    """Draws reliability diagrams side by side: accuracy against confidence, with the share of images in each bin.
-
-    Args:
-        diagrams: By the line above each, row by row.
-        path: Where the picture is written.
-        title: A line above all.
-        columns: Diagrams in a row.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There is no diagram.
-
-    Example:
-        >>> plot_reliability({"raw": reliability([0.9, 0.8, 0.3], [1, 0, 0])}, "reliability.png")
-    """
-    if not diagrams:
-        raise ValueError("diagrams must hold at least one diagram, got none")
-    columns = min(columns, len(diagrams))
-    rows = math.ceil(len(diagrams) / columns)
-    figure, grid = _figure(rows, columns, (3.1 * columns, 0.6 + 3.0 * rows), sharex=True, sharey=True)
-    for axes, (name, diagram) in zip(grid.flat, diagrams.items(), strict=False):
-        filled = diagram.count > 0
-        middles, width = (diagram.edges[:-1] + diagram.edges[1:]) / 2, diagram.edges[1]
-        share = diagram.count / diagram.count.sum()
-        axes.bar(middles, share, width, color="C7", alpha=0.35, label="share of images")
-        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-        axes.plot(
-            diagram.confidence[filled], diagram.accuracy[filled], "C0o-", markersize=4, linewidth=1.2, label="accuracy"
-        )
-        axes.set_title(f"{name}\nECE {diagram.ece:.3f}", fontsize=9)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.grid(alpha=0.3)
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
-    _finish(grid, len(diagrams), "confidence")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
@@ -282,14 +218,14 @@ def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: str | os.P
     panels = [(key, label) for key, label in _FINALS.items() if sum(key in run for run in runs.values()) > 1]
     if len(runs) < 2 or not panels:
         raise ValueError(f"runs must be at least two with any of {', '.join(_FINALS)}, got {list(runs)}")
-    figure, grid = _figure(1, len(panels), (3.4 * len(panels), 3.2))
+    figure, grid = new_figure(1, len(panels), (3.4 * len(panels), 3.2))
     for axes, (key, label) in zip(grid[0], panels, strict=True):
         points = sorted((run["alpha"], run[key]) for run in runs.values() if key in run)
         axes.plot(*zip(*points, strict=True), "C0o:", markersize=5, linewidth=0.8)
         axes.set_xlabel("alpha")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
-    _save(figure, path, None)
+    save(figure, path, None)
 
 
 def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -328,117 +264,6 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         drawn.append(Path(folders[0], "plots", "against_alpha.png"))
         plot_against_alpha({name: run for name, run in runs.items() if "alpha" in run}, drawn[-1])
     return drawn
-
-
-def plot_confusion(
-    counts: ArrayLike, names: Sequence[str], path: str | os.PathLike[str], title: str | None = None
-) -> None:
-    """Draws which class was taken for which: each row is a true class, in shares of its images.
-
-    Args:
-        counts: Shape (C, C): how many images of class row were taken for class column.
-        names: The classes; shown up to 40 of them, and up to 20 with the counts as well.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: ``counts`` is no square of as many rows as there are names.
-
-    Example:
-        >>> plot_confusion([[8, 2], [0, 10]], ["cat", "dog"], "confusion_matrix.png")
-    """
-    matrix = np.asarray(counts)
-    if matrix.shape != (len(names), len(names)):
-        raise ValueError(f"counts must have shape ({len(names)}, {len(names)}), got {matrix.shape}")
-    side = min(4 + 0.32 * len(names), 12)
-    figure, grid = _figure(1, 1, (side, side))
-    axes = grid[0, 0]
-    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the class's images")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(names) <= 40:
-        labels = [_shorten(name) for name in names]
-        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), labels, fontsize=8)
-    if len(names) <= 20:
-        for row, column in zip(*matrix.nonzero(), strict=True):
-            color = "white" if shares[row, column] > 0.6 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=color)
-    _save(figure, path, title)
-
-
-def plot_mistakes(
-    images: Sequence[Any],
-    captions: Sequence[tuple[str, str]],
-    path: str | os.PathLike[str],
-    title: str | None = None,
-) -> None:
-    """Draws a sheet of images that were classified wrong, each with the class that it has and the one it was given.
-
-    Args:
-        images: PIL images or arrays, the worst first.
-        captions: Of each the true class, and what it was taken for.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There are not as many captions as images, or none at all.
-
-    Example:
-        >>> plot_mistakes([Image.new("RGB", (32, 32))], [("cat", "dog, 98%")], "mistakes.png")
-    """
-    if not images or len(images) != len(captions):
-        raise ValueError(f"images and captions must be as many, at least 1, got {len(images)} and {len(captions)}")
-    columns = min(6, len(images))
-    rows = math.ceil(len(images) / columns)
-    figure, grid = _figure(rows, columns, (1.9 * columns, 2.4 * rows))
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, (true, predicted) in zip(grid.flat, images, captions, strict=False):
-        axes.imshow(np.asarray(image), cmap="gray")
-        axes.set_title(f"{_shorten(true)}\nnot {_shorten(predicted)}", fontsize=7)
-    _save(figure, path, title)
-
-
-def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
-
-    Args:
-        rows: Of each run: alpha, seed, target, method, accuracy on the source, accuracy on the target.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There are no rows.
-
-    Example:
-        >>> plot_adaptation([[1.0, 0, "contrast:3", "bn", 0.9, 0.8], [0.5, 0, "contrast:3", "bn", 0.9, 0.7]], "bn.png")
-    """
-    if not rows:
-        raise ValueError("rows must hold at least one run, got none")
-    targets, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (2, 3))
-    columns = min(3, len(targets))
-    lines = math.ceil(len(targets) / columns)
-    figure, grid = _figure(lines, columns, (1 + 3.6 * columns, 3.2 * lines), sharex=True)
-    for axes, target in zip(grid.flat, targets, strict=False):
-        for method in methods:
-            accuracies: dict[float, list[float]] = {}
-            for alpha, _, its_target, its_method, _, accuracy in rows:
-                if (its_target, its_method) == (target, method):
-                    accuracies.setdefault(alpha, []).append(100 * accuracy)
-            alphas = sorted(accuracies)
-            axes.plot(alphas, [np.mean(accuracies[alpha]) for alpha in alphas], "o-", markersize=4, label=method)
-        axes.set_title(_shorten(str(target)), fontsize=10)
-        axes.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("top-1 on the target (%)")
-    grid[0, 0].legend(frameon=False, fontsize=8)
-    _finish(grid, len(targets), "alpha")
-    _save(figure, path, title)
 
 
 _Curves = dict[str, tuple[str, str]]
@@ -503,36 +328,6 @@ def _final_values(data: Mapping[str, Any], history: list[dict[str, Any]]) -> dic
 
 def _layers(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 30 else "..." + name[-27:]
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
-    """A figure without pyplot's global state, and its axes as an array (rows, columns)."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _finish(grid: Any, used: int, label: str) -> None:
-    """Hides the panels that are left over, and names the x axis under the last one of each column."""
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < used)
-        if number < used <= number + grid.shape[1]:
-            axes.set_xlabel(label)
-            axes.tick_params(labelbottom=True)
-
-
-def _save(figure: "Figure", path: str | os.PathLike[str], title: str | None) -> None:
-    if title:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .card import CONFIG, EMA, METRICS, REPORT, Run, architecture, dataset_terms, read_run, shown_settings
 from .metrics import IGNORED, Reliability, reliability
-from .plots import plot_reliability, plot_training_curve
+from .plots import plot_training_curve
+from .result_plots import plot_reliability
 from .transforms import collate, normalize, to_rgb
 
 __all__ = ["EVALUATION", "Evaluation", "Mistake", "examine", "read_evaluation", "write_report"]

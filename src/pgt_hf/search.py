@@ -1,17 +1,16 @@
-"""What a search over alpha needs: a space to search, an interval over seeds, one honest sentence, a picture.
+"""What a search over alpha needs: a space to search, an interval over seeds, one honest sentence.
 
 alpha and the learning rate are coupled, since PGT sends about 1/alpha times more gradient into the backbone: they are
 searched together, and the baseline's learning rate as long as theirs.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PAPER_ALPHAS", "Comparison", "Point", "compare", "interval", "plot_heat_map", "powergrad_hp_space"]
+__all__ = ["PAPER_ALPHAS", "Comparison", "Point", "compare", "interval", "powergrad_hp_space"]
 
 PAPER_ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # the published ones lie at 0.05, 0.25, 0.3 and 0.92
 
@@ -114,86 +113,3 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Comparison:
         raise ValueError(f"compare needs the same seeds of both, at least 2; got {len(method)} and {len(baseline)}")
     difference, half_width = interval([a - b for a, b in zip(method, baseline, strict=True)])
     return Comparison(difference, half_width, len(method))
-
-
-def plot_heat_map(points: Sequence[Point], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Draws the mean score of each point over learning rate and alpha; stars mark the best baseline and the best PGT.
-
-    Cells are the settings of a grid; where the settings are many, as after a random search, they are bins, and each
-    shows the mean of the points in it.
-
-    Args:
-        points: What was trained.
-        path: Where the picture goes; the ending says the format.
-        title: Above it.
-
-    Raises:
-        ValueError: There are no points.
-        ImportError: matplotlib is missing.
-    """
-    from .plots import require_matplotlib
-
-    require_matplotlib()
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if not points:
-        raise ValueError("points must hold at least one setting that was trained")
-    columns = _cells([math.log10(point.learning_rate) for point in points])
-    rows = _cells([point.alpha for point in points if point.alpha < 1])
-    if any(point.alpha == 1 for point in points):
-        rows = [*rows, (1.0, 1.0)]
-    cells: dict[tuple[int, int], list[Point]] = {}
-    for point in points:
-        key = _find(rows, point.alpha), _find(columns, math.log10(point.learning_rate))
-        cells.setdefault(key, []).append(point)
-    means = np.full((len(rows), len(columns)), np.nan)
-    for key, inside in cells.items():
-        means[key] = 100 * statistics.fmean(point.mean for point in inside)
-
-    figure = Figure(figsize=(2.2 + 0.75 * len(columns), 1.6 + 0.5 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    # The worst settings fail altogether: the colours begin at the median, where the differences that matter are.
-    low, high = float(np.nanmedian(means)) - 1e-9, float(np.nanmax(means))
-    image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    for (row, column), mean in np.ndenumerate(means):
-        if not np.isnan(mean):
-            dark = mean < (low + high) / 2
-            axes.text(column, row, f"{mean:.1f}", ha="center", va="center", size=8, color="white" if dark else "black")
-    for side in ([p for p in points if p.alpha == 1], [p for p in points if p.alpha < 1]):
-        if side:
-            best = max(side, key=lambda point: point.mean)
-            place = _find(columns, math.log10(best.learning_rate)), _find(rows, best.alpha)
-            axes.plot(place[0], place[1] + 0.32, "*", color="red", markersize=9)
-    axes.set_xticks(range(len(columns)), [_label(column, lambda value: 10**value) for column in columns], rotation=45)
-    axes.set_yticks(range(len(rows)), [_label(row, lambda value: value) for row in rows])
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("alpha")
-    figure.colorbar(image, label="mean score (%), lower half clipped", extend="min")
-    if title:
-        axes.set_title(title, size=10)
-    figure.savefig(path, dpi=150)
-
-
-_MOST_CELLS = 12
-_BINS = 8
-
-
-def _cells(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The values themselves where they are few, as those of a grid are; else bins of equal width."""
-    distinct = sorted({round(value, 9) for value in values})
-    if len(distinct) <= _MOST_CELLS:
-        return [(value, value) for value in distinct]
-    width = (distinct[-1] - distinct[0]) / _BINS
-    return [(distinct[0] + i * width, distinct[0] + (i + 1) * width) for i in range(_BINS)]
-
-
-def _find(cells: Sequence[tuple[float, float]], value: float) -> int:
-    return min(range(len(cells)), key=lambda i: max(cells[i][0] - value, value - cells[i][1]))
-
-
-def _label(cell: tuple[float, float], scale: Callable[[float], float]) -> str:
-    low, high = (f"{scale(edge):.3g}" for edge in cell)
-    return low if low == high else f"{low} - {high}"
