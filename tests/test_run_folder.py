@@ -11,7 +11,7 @@ def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, 
     arguments = {"alpha": 0.25, "hub_token": "hf_canary", "push_to_hub": True}
     record = RunFolder(tmp_path, {"arguments": arguments, "seed": 1})
     record.on_train_begin(
-        SimpleNamespace(world_size=1), SimpleNamespace(is_world_process_zero=True, log_history=[]), None
+        SimpleNamespace(world_size=1), SimpleNamespace(is_world_process_zero=True, log_history=[], global_step=0), None
     )
     written = (tmp_path / "run.json").read_text()
     assert "canary" not in written
@@ -19,6 +19,19 @@ def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, 
     command = ["imagenet.py", "--hub-token", "hf_canary", "--alpha", "0.3", "--hub_token=hf_canary", "--bf16"]
     monkeypatch.setattr(sys, "argv", command)
     assert command_line() == "imagenet.py --alpha 0.3 --bf16"
+
+
+def test_run_that_is_resumed_with_other_settings_says_which(tmp_path, caplog):
+    def begin(step: int, processes: int = 1, **arguments) -> str:
+        caplog.clear()
+        state = SimpleNamespace(is_world_process_zero=True, log_history=[], global_step=step)
+        record = RunFolder(tmp_path, {"arguments": {"workers": 2, "betas": (0.9, 0.99)} | arguments})
+        record.on_train_begin(SimpleNamespace(world_size=processes), state, None)
+        return caplog.text
+
+    assert not begin(0) and not begin(4)
+    assert "workers was 2, is 3; processes was 1, is 2" in begin(4, processes=2, workers=3)
+    assert not begin(0, workers=5)  # a new run in an old folder
 
 
 def test_data_set_from_the_hub_is_known_by_its_revision():

@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -24,13 +25,16 @@ from .plots import plot_training_curve
 
 __all__ = ["RunFolder", "command_line", "describe_code", "describe_data", "describe_environment"]
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
 
 class RunFolder(TrainerCallback):
     """Keeps the record of a run in its folder; only the first process writes.
 
-    A resumed run goes on in the same ``history.jsonl``: what came after the checkpoint is dropped from it.
+    A resumed run goes on in the same ``history.jsonl``: what came after the checkpoint is dropped from it. Where it is
+    resumed with other arguments, or another number of processes, a warning names them.
 
     Args:
         path: The folder, ``args.output_dir``.
@@ -57,9 +61,23 @@ class RunFolder(TrainerCallback):
             return
         self.path.mkdir(parents=True, exist_ok=True)
         known = {"code": describe_code(), "environment": describe_environment(args.world_size)}
+        if state.global_step > 0 and (changes := self._changes(args.world_size)):
+            logger.warning(
+                "resumed with other settings, so this is not the run that was stopped: %s", "; ".join(changes)
+            )
         started = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         self._write("run.json", self.description | known | started)
         self._replace("history.jsonl", "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def _changes(self, processes: int) -> list[str]:
+        """What differs from the run.json that the stopped run has left."""
+        try:
+            before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        now = json.loads(json.dumps(self.description["arguments"] | {"processes": processes}, default=str))
+        old = before.get("arguments", {}) | {"processes": before.get("environment", {}).get("processes")}
+        return [f"{key} was {old[key]}, is {now[key]}" for key in now if key in old and old[key] != now[key]]
 
     def on_log(
         self,
