@@ -41,7 +41,7 @@ GATED = (DEFAULT_DATASET,)
 
 _IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-_SEEN = "the accuracy reported is that of images seen in training"
+_SEEN = "after training on it, the accuracy reported is that of images seen in training"
 _EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 _DIGIT_SHARDS = 8
 
