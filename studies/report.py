@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from pgt_hf.diagnostics import History
 from pgt_hf.drawing import new_figure, save
-from pgt_hf.plots import plot_filter_norms
 from pgt_hf.search import Comparison, compare, interval
 
 from .run import HERE, read_rows
@@ -37,10 +36,6 @@ def main() -> None:
     (HERE / "README.md").write_text(readme, encoding="utf-8")
     for name, draw in FIGURES.items():
         save(draw(study), HERE / "figures" / f"{name}.png", None)
-    for path in sorted((HERE / "diagnostics").glob("*_norm-free_*.npz")):
-        data, network, alpha = path.stem.split("_")
-        title = f"{data}, {network}, alpha = {alpha}"
-        plot_filter_norms(History.read(path), HERE / "figures" / f"filters_{path.stem}.png", title)
 
 
 def put(text: str, name: str, lines: Iterable[str]) -> str:
@@ -248,6 +243,9 @@ def search_figure(study: Study) -> Figure:
                     label=f"alpha = {alpha:g}",
                 )  # fmt: skip
         axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 (%)", title=f"{data}, {network}")
+        rates = sorted({rate for line in axes.lines for rate in line.get_xdata()})
+        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
+        axes.minorticks_off()
         if axes.lines:
             axes.legend(fontsize=8)
     figure.suptitle("The search: its first seed, on images that the tables do not use")
@@ -279,7 +277,7 @@ def trend_figure(study: Study) -> Figure:
         "logit norm": "logit_norm",
         "test NLL": "raw_nll",
         "test NLL, fitted temperature": "fitted_nll",
-        "train minus test top-1 (points)": lambda row: 100 * gap(row),
+        "train minus test top-1": lambda row: 100 * gap(row),
     }
     figure, grid = new_figure(len(PAIRS), len(shown), (12, 10), sharex=True)
     for line_of, (data, network) in zip(grid, PAIRS, strict=True):
@@ -293,6 +291,23 @@ def trend_figure(study: Study) -> Figure:
             axes.set_xticks(ALPHAS, [f"{alpha:g}" for alpha in ALPHAS])
             axes.minorticks_off()
         line_of[0].set_ylabel(f"{data}, {network}")
+    return figure
+
+
+def filter_figure(study: Study) -> Figure:
+    """The norm of every filter over that which it began with; norm-free networks, one seed."""
+    shown = (1.0, PGT, 0.05)
+    figure, grid = new_figure(2, len(shown), (10, 5), sharex=True, sharey=True)
+    for line_of, data in zip(grid, ("tiny-imagenet", "fashion-mnist"), strict=True):
+        for axes, alpha in zip(line_of, shown, strict=True):
+            path = HERE / "diagnostics" / f"{data}_norm-free_{alpha:g}.npz"
+            for name, norms in History.read(path).items() if path.is_file() else ():
+                if name.startswith("filter/") and not name.endswith(".fc"):
+                    axes.plot(norms / norms[0], color="C0", linewidth=0.4, alpha=0.3)
+            axes.set(title=f"{data}, alpha = {alpha:g}", ylim=(0, 2.5))
+        line_of[0].set_ylabel("filter norm / its first")
+    for axes in grid[1]:
+        axes.set_xlabel("snapshots, every 20 steps")
     return figure
 
 
@@ -320,6 +335,7 @@ FIGURES: dict[str, Callable[[Study], Figure]] = {
     "search": search_figure,
     "differences": difference_figure,
     "trends": trend_figure,
+    "filters": filter_figure,
     "methods": method_figure,
 }
 

@@ -101,9 +101,9 @@ def fetch(setting: Setting, rate: float, seed: int, cache: Path, results: Path) 
     for row in read_rows(results):
         if _is_of(row, setting) and (row["learning_rate"], row["seed"]) == (rate, seed):
             return row
-    plain = setting.method == "pgt" and not setting.label_smoothing and not setting.clip
+    watched = setting == Setting(setting.data, "norm-free", setting.alpha) and seed == SEEDS[0]
     name = f"{setting.data}_{setting.network}_{setting.alpha:g}.npz"
-    watch = results.parent / "diagnostics" / name if plain and seed == SEEDS[0] else None
+    watch = results.parent / "diagnostics" / name if watched else None
     row = setting.as_row() | {"learning_rate": rate, "seed": seed}
     row |= train(setting, rate, seed, _splits(setting.data, cache), watch)
     with results.open("a", encoding="utf-8") as file:
