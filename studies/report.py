@@ -163,8 +163,8 @@ def methods(network: str) -> list[tuple[str, Setting]]:
     rows = [
         ("cross-entropy", Setting("tiny-imagenet", network)),
         (f"PGT, alpha {PGT:g}", pgt),
-        ("the same, as cross-entropy with the four parts", parts),
-        ("the same, as a temperature with lr / alpha, weight decay * alpha", translated),
+        ("the same by all four parts", parts),
+        ("the same by a translated temperature", translated),
         (f"temperature {1 / PGT:g}, lr searched", replace(pgt, method="temperature")),
     ]
     if network == "norm-free":
@@ -327,7 +327,7 @@ def method_figure(study: Study) -> Figure:
     )  # fmt: skip
     axes.set_yticks(range(len(entries)), [label for label, _ in entries], fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("Tiny-ImageNet test top-1 minus cross-entropy's (points), 95% interval of the paired difference")
+    axes.set(title="Tiny-ImageNet", xlabel="top-1 minus cross-entropy's (points)")
     return figure
 
 
