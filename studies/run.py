@@ -17,6 +17,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,12 @@ def begin() -> None:
 
 
 def carry_out(job: Job, seeds: int, cache: Path, results: Path) -> None:
-    """Searches the learning rate, then trains the setting and its followers on the first ``seeds`` seeds."""
+    """Searches the learning rate, then trains the setting, and its followers on three seeds at most."""
     rate = search(job, cache, results)
-    for setting, factor in ((job.setting, 1.0), *job.followers):
-        for seed in SEEDS[:seeds]:
-            fetch(setting, rate * factor, seed, cache, results)
+    for seed in SEEDS[:seeds]:
+        fetch(job.setting, rate, seed, cache, results)
+    for (setting, factor), seed in product(job.followers, SEEDS[: min(seeds, 3)]):
+        fetch(setting, rate * factor, seed, cache, results)
 
 
 def search(job: Job, cache: Path, results: Path) -> float:
