@@ -54,7 +54,7 @@ class Study:
         self.searched: dict[Setting, dict[float, float]] = {}
         self.trained: dict[Setting, dict[int, Row]] = {}
         for row in rows:
-            setting = Setting(*(tuple(row[key]) if key == "parts" else row[key] for key in Setting.__annotations__))
+            setting = Setting.from_row(row)
             if row["seed"] == SEARCH_SEEDS[0]:
                 self.searched.setdefault(setting, {})[row["learning_rate"]] = row["select_top1"]
             elif row["seed"] not in SEARCH_SEEDS:

@@ -101,7 +101,7 @@ def search(job: Job, cache: Path, results: Path) -> float:
 def fetch(setting: Setting, rate: float, seed: int, cache: Path, results: Path) -> dict[str, Any]:
     """The row of a training: the one that is there, or a new one."""
     for row in read_rows(results):
-        if _is_of(row, setting) and (row["learning_rate"], row["seed"]) == (rate, seed):
+        if (Setting.from_row(row), row["learning_rate"], row["seed"]) == (setting, rate, seed):
             return row
     watched = setting == Setting(setting.data, "norm-free", setting.alpha) and seed == SEEDS[0]
     name = f"{setting.data}_{setting.network}_{setting.alpha:g}.npz"
@@ -118,10 +118,6 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
     if not results.is_file():
         return []
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-
-
-def _is_of(row: dict[str, Any], setting: Setting) -> bool:
-    return all(row[key] == value for key, value in setting.as_row().items())
 
 
 @lru_cache(maxsize=2)

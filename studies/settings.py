@@ -45,7 +45,13 @@ class Setting:
     weight_decay: float = 5e-4
 
     def as_row(self) -> dict[str, Any]:
+        """The fields as JSON has them; ``from_row`` is the way back."""
         return asdict(self) | {"parts": list(self.parts)}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Setting":
+        fields = {field: row[field] for field in cls.__dataclass_fields__}
+        return cls(**fields | {"parts": tuple(row["parts"])})
 
 
 @dataclass(frozen=True)
