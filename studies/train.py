@@ -12,7 +12,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.attach import last_linear
+from pgt_hf.heads import last_linear
 from pgt_hf.calibration import compare_calibration
 from pgt_hf.callbacks import DIAGNOSTICS_FILE, DiagnosticsCallback, DivergenceCallback
 from pgt_hf.diagnostics import filter_norms, logit_statistics, zeroed_filters

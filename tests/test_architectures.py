@@ -10,7 +10,7 @@ from launch import ROOT
 from transformers import AutoModelForImageClassification
 
 from pgt_hf import create_optimizer
-from pgt_hf.attach import last_linear
+from pgt_hf.heads import last_linear
 from pgt_hf.models import create_model
 from pgt_hf.presets import PRESETS, preset_table
 

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .arguments import ImageTrainingArguments, PowerGradTrainingArguments
-from .attach import PowerGradHandle, attach_powergrad, fold_powergrad
+from .attach import PowerGradHandle, attach_powergrad
 from .functional import powergrad_cross_entropy, powergrad_linear_cross_entropy, powergrad_log_softmax
+from .heads import fold_powergrad
 from .logits import PowerGradLogits
 from .loss import PowerGradCrossEntropyLoss
 from .optim import bind_powergrad, create_optimizer, list_optimizers

@@ -16,7 +16,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .attach import find_head, last_linear
+from .heads import find_heads, last_linear
 from .diagnostics import (
     History,
     filter_norms,
@@ -28,7 +28,7 @@ from .diagnostics import (
     recover_target,
     zeroed_filters,
 )
-from .optim import ALPHA_KEY
+from .guard import ALPHA_KEY
 from .schedules import AlphaScheduler, Shape, check_schedule
 
 __all__ = ["DIAGNOSTICS_FILE", "AlphaScheduleCallback", "DiagnosticsCallback", "DivergenceCallback"]
@@ -83,6 +83,16 @@ class AlphaScheduleCallback(TrainerCallback):
             int(warmup),
             last_epoch=state.global_step - 1,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says of the schedule."""
+        scheduler = self.scheduler
+        return {
+            "shape": self.shape if isinstance(self.shape, str) else getattr(self.shape, "__name__", "function"),
+            "first_alpha": None if scheduler is None else scheduler.initial_alpha,
+            "end_alpha": self.end_alpha,
+            "warmup_steps": self.warmup_steps if scheduler is None else scheduler.warmup_steps,
+        }
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -362,7 +372,7 @@ class _LogitProbe:
         self.features: Tensor | None = None
         self._logits: Tensor | None = None
         self._grad: Tensor | None = None
-        self._hooks = [find_head(model, head).register_forward_hook(self._see)]
+        self._hooks = [find_heads(model, head)[0].register_forward_hook(self._see)]
         if features and (layers := last_linear(model)):
             self._hooks.append(layers[0].register_forward_pre_hook(self._see_features))
 

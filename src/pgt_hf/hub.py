@@ -333,7 +333,7 @@ def _fold(model: Path, target: Path, alpha: float | None) -> Path:
     import transformers
 
     from . import models  # noqa: F401  registers this package's timm variants
-    from .attach import fold_powergrad
+    from .heads import fold_powergrad
 
     if alpha is None:
         raise ValueError(f"fold needs the alpha of the training, and neither {CONFIG} nor the run's settings hold it")
