@@ -9,6 +9,7 @@ loss over a log-softmax follows. Everything else in the package calls this file.
 import math
 import numbers
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def powergrad_log_softmax(input: Tensor, dim: int = -1, *, alpha: float | Tensor
         alpha: ``0 <= alpha <= 1``, a number or a 0-dim tensor. 1 is ``torch.log_softmax`` bit for bit.
 
     Returns:
-        Tensor of ``input``'s shape and dtype (float32 under autocast, as torch does).
+        Tensor of ``input``'s shape, in the dtype of ``torch.log_softmax``.
 
     Raises:
         TypeError: ``alpha`` is not a number, or ``input`` is not floating point.
@@ -42,7 +43,7 @@ def powergrad_log_softmax(input: Tensor, dim: int = -1, *, alpha: float | Tensor
         >>> (-q * powergrad_log_softmax(z, alpha=0.25)).sum(-1).mean().backward()
     """
     alpha = check_alpha(alpha)
-    input = _prepare(input)
+    _check_floating(input)
     if _is_one(alpha):
         return F.log_softmax(input, dim)
     return (_LogSoftmaxUnderFunctorch if is_functorch() else LogSoftmax).apply(input, alpha, dim)
@@ -89,8 +90,8 @@ def powergrad_cross_entropy(
         True
     """
     alpha = check_alpha(alpha)
-    input = _prepare(input)
-    _check_cross_entropy(input, target, weight, reduction, label_smoothing)
+    check_cross_entropy(input, target, weight, reduction, label_smoothing)
+    input, target, weight = under_autocast(input, target, weight)
     options = (ignore_index, reduction, label_smoothing)
     if _is_one(alpha):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
@@ -198,7 +199,7 @@ def log_softmax_backward(grad: Tensor, input: Tensor, alpha: float | Tensor, dim
 
 def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
     """p' = softmax(alpha z), in float32 at least: half precision would round alpha z before the exponential."""
-    input = input.to(torch.promote_types(input.dtype, torch.float32))
+    input = input.to(_wide(input))
     scaled = input * alpha
     if isinstance(alpha, Tensor) or alpha == 0:  # 0 * -inf is nan; a masked class keeps p' = 0
         scaled = torch.where(input == -torch.inf, input, scaled)
@@ -246,7 +247,8 @@ class _LogSoftmaxUnderFunctorch(LogSoftmax):
 class CrossEntropy(torch.autograd.Function):
     """Log-softmax and ``_nll`` in one, for eager mode: the log-probabilities become the gradient in their own memory.
 
-    They are a second output, never handed to the caller, through which a second derivative finds its way back.
+    They are a second output, never handed to the caller, through which a second derivative finds its way back. In half
+    precision they have been rounded, so the logits are kept in their place: a softmax does not see the difference.
     """
 
     @staticmethod
@@ -255,23 +257,36 @@ class CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.alpha, ctx.dtype, ctx.options = alpha, input.dtype, options
         ctx.set_materialize_grads(False)
-        log_probs = F.log_softmax(input, _class_dim(input), dtype=torch.promote_types(input.dtype, torch.float32))
-        ctx.save_for_backward(log_probs, target, weight)
-        return _nll(log_probs.to(input.dtype), target, weight, *options), log_probs
+        log_probs = F.log_softmax(input, _class_dim(input))
+        ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
+        return _nll(log_probs, target, weight, *options), log_probs
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_log_probs: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_probs, target, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return CrossEntropy.gradient(ctx, *grads, *ctx.saved_tensors), None, None, None, None, None, None
+
+    @staticmethod
+    def gradient(
+        ctx: Any,
+        grad_output: Tensor | None,
+        grad_log_probs: Tensor | None,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the logits, from what ``forward`` saved."""
         if grad_output is None or grad_log_probs is not None or torch.is_grad_enabled() or _is_batched(grad_output):
             grad = grad_log_probs
             if grad_output is not None:
-                grad = _nll_backward(grad_output, log_probs, target, weight, *ctx.options)
+                grad = _nll_backward(grad_output, logits, target, weight, *ctx.options)
                 grad = grad if grad_log_probs is None else grad + grad_log_probs
-            grad = log_softmax_backward(grad, log_probs, ctx.alpha, _class_dim(log_probs))
+            assert grad is not None
+            grad = log_softmax_backward(grad, logits, ctx.alpha, _class_dim(logits))
         else:
-            buffer = log_probs.clone() if _graph_is_kept() else log_probs
+            in_place = logits.dtype.itemsize > 2 and not _graph_is_kept()
+            buffer = logits.detach() if in_place else logits.to(_wide(logits), copy=True)
             grad = _gradient_in_place(grad_output, buffer, target, weight, ctx.alpha, *ctx.options)
-        return grad.to(ctx.dtype), None, None, None, None, None, None
+        return grad.to(ctx.dtype)
 
 
 def is_fast(target: Tensor, weight: Tensor | None, label_smoothing: float, alpha: float | Tensor) -> bool:
@@ -317,7 +332,7 @@ def _nll(
 
 def _nll_backward(
     grad_output: Tensor,
-    log_probs: Tensor,
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -325,19 +340,19 @@ def _nll_backward(
     label_smoothing: float,
 ) -> Tensor:
     """The gradient of ``_nll`` in the log-probabilities, ``-s q``, itself differentiable."""
-    dim = _class_dim(log_probs)
-    smooth = label_smoothing / log_probs.size(dim)
-    scale, index = _row_scale(grad_output, log_probs, target, weight, ignore_index, reduction)
+    dim = _class_dim(logits)
+    smooth = label_smoothing / logits.size(dim)
+    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
     if index is None:
-        q = target.to(log_probs.dtype) * (1 - label_smoothing) + smooth
+        q = target.to(_wide(logits)) * (1 - label_smoothing) + smooth
     else:
-        q = torch.full_like(log_probs, smooth).scatter(dim, index, 1 - label_smoothing + smooth)
+        q = torch.full_like(logits, smooth, dtype=_wide(logits)).scatter(dim, index, 1 - label_smoothing + smooth)
     return -q * scale
 
 
 def _gradient_in_place(
     grad_output: Tensor,
-    log_probs: Tensor,
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     alpha: float,
@@ -345,10 +360,10 @@ def _gradient_in_place(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """``s (m p' - q)`` with ``m = sum(q)``, in the memory of ``log_probs``."""
-    dim = _class_dim(log_probs)
-    scale, index = _row_scale(grad_output, log_probs, target, weight, ignore_index, reduction)
-    grad = torch.softmax(log_probs.mul_(alpha), dim, out=log_probs)
+    """``s (m p' - q)`` with ``m = sum(q)``, in the memory of ``logits``, which may be log-probabilities."""
+    dim = _class_dim(logits)
+    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
+    grad = torch.softmax(logits.mul_(alpha), dim, out=logits)
     if index is None:
         mass = target.sum(dim, keepdim=True) * (1 - label_smoothing) + label_smoothing
         grad.mul_(mass).sub_(target, alpha=1 - label_smoothing)
@@ -361,17 +376,17 @@ def _gradient_in_place(
 
 def _row_scale(
     grad_output: Tensor,
-    log_probs: Tensor,
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The factor ``s`` of each row, and the row's class index unless the target holds probabilities."""
-    dim = _class_dim(log_probs)
-    scale = grad_output.to(log_probs.dtype)
+    dim = _class_dim(logits)
+    scale = grad_output.to(_wide(logits))
     if target.is_floating_point():
-        rows = log_probs.numel() / log_probs.size(dim)
+        rows = logits.numel() / logits.size(dim)
         return scale / rows if reduction == "mean" else scale.unsqueeze(dim) if reduction == "none" else scale, None
     valid = target != ignore_index
     index = torch.where(valid, target, 0).long()
@@ -402,21 +417,30 @@ def _is_one(alpha: float | Tensor) -> bool:
     return isinstance(alpha, float) and alpha == 1
 
 
-def _prepare(input: Tensor) -> Tensor:
+def _check_floating(input: Tensor) -> None:
     if not input.is_floating_point():
         raise TypeError(f"input must be a floating point tensor of logits, got dtype {input.dtype}")
-    if torch.is_autocast_enabled(input.device.type):
-        return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as autocast does for CE
-    return input
+
+
+def under_autocast(*tensors: Tensor | None) -> Iterator[Any]:
+    """What cross-entropy computes with: under autocast, half precision becomes float32."""
+    for tensor in tensors:
+        half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+        yield tensor.float() if half and torch.is_autocast_enabled(tensor.device.type) else tensor
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _class_dim(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-def _check_cross_entropy(
+def check_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> None:
+    _check_floating(input)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

@@ -22,9 +22,11 @@ __all__ = [
 
 Head = nn.Module | str | Sequence[nn.Module | str]
 
-_HEAD_NAMES = ("timm_model", "classifier", "score", "lm_head", "qa_outputs")
-# Heads that a pretraining model has beside the one on its output embeddings.
-_SECOND_HEADS = ("seq_relationship", "sop_classifier", "multiple_choice_head")
+_HEAD_NAMES = (
+    "timm_model", "classifier", "score", "lm_head", "qa_outputs", "classification_head", "decode_head", "logits_proj",
+)  # fmt: skip
+# Heads that a model has beside its first one, in pretraining or segmentation.
+_SECOND_HEADS = ("seq_relationship", "sop_classifier", "multiple_choice_head", "auxiliary_head")
 _LINEAR = (nn.Linear, nn.Conv2d)
 
 

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from .functional import (
     CrossEntropy,
     LogSoftmax,
-    _check_cross_entropy,
-    _prepare,
     check_alpha,
+    check_cross_entropy,
     is_fast,
     log_softmax_backward,
+    under_autocast,
 )
 
 __all__ = ["StampedGradient", "PowerGradLogits", "State", "TracedGate", "enter"]
@@ -133,7 +133,7 @@ class PowerGradLogits(_Wrapper):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.detach or func is _DATA:
+        if func in _READS:
             # Plain: that is what metrics want. It also tells a compiler to expect plain gradients for the logits that
             # its graph returns, which is what it gets where nobody uses them (pytorch issue 172556).
             return args[0].elem.detach()
@@ -217,23 +217,30 @@ def _ctc_backward(func: Any, args: Any, kwargs: Any) -> Tensor:
 class _FastCrossEntropy(CrossEntropy):
     @staticmethod
     def forward(ctx: Any, logits: PowerGradLogits, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return CrossEntropy.forward(ctx, logits.elem, *args)
+        outputs = CrossEntropy.forward(ctx, logits.elem, *args)
+        if logits.dtype.itemsize == 2:
+            ctx.save_for_backward(logits, *args[:2])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad, *rest = CrossEntropy.backward(ctx, *grads)
-        return _stamp(grad), *rest
+        logits, *rest = ctx.saved_tensors
+        grad = CrossEntropy.gradient(ctx, *grads, _open(logits), *rest)
+        return _stamp(grad), None, None, None, None, None, None
 
 
 class _FastLogSoftmax(LogSoftmax):
     @staticmethod
     def forward(ctx: Any, logits: PowerGradLogits, alpha: float, dim: int) -> PowerGradLogits:  # type: ignore[override]
-        return PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.is_one)
+        log_probs = PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.is_one)
+        ctx.save_for_backward(logits)
+        return log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *rest = LogSoftmax.backward(ctx, grad.elem if isinstance(grad, _Wrapper) else grad)
-        return _stamp(grad), *rest
+        input = _open(*ctx.saved_tensors)
+        grad = log_softmax_backward(_unwrap(grad), input, ctx.alpha, ctx.dim)
+        return _stamp(grad.to(input.dtype)), None, None
 
 
 def _fast_cross_entropy(
@@ -250,8 +257,8 @@ def _fast_cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not _is_plain_call(input, target, weight):
         return None
-    _check_cross_entropy(input, target, weight, reduction, label_smoothing)
-    input = _prepare(input)
+    check_cross_entropy(input, target, weight, reduction, label_smoothing)
+    input, target, weight = under_autocast(input, target, weight)
     alpha = check_alpha(input.alpha)
     if not is_fast(target, weight, label_smoothing, alpha) or alpha == 1:
         return None
@@ -262,7 +269,7 @@ def _fast_log_softmax(input: Tensor, dim: int | None = None, *args: Any, **kwarg
     dtype = kwargs.get("dtype")
     if args or dim is None or kwargs.keys() - {"dtype", "_stacklevel"} or not _is_plain_call(input):
         return None
-    input = _prepare(input if dtype is None else input.to(dtype))
+    input = input if dtype is None else input.to(dtype)
     alpha = check_alpha(input.alpha)
     if not isinstance(alpha, float) or alpha == 1:
         return None
@@ -298,16 +305,36 @@ class _Stamp(torch.autograd.Function):
         return grad.elem if isinstance(grad, _Wrapper) else grad
 
 
-class _Unstamp(torch.autograd.Function):
-    """``grad.elem`` under create_graph."""
+def _unwrap(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, _Wrapper):
+        return tensor
+    return _Unwrap.apply(tensor) if torch.is_grad_enabled() else tensor.elem
+
+
+class _Unwrap(torch.autograd.Function):
+    """``tensor.elem`` under create_graph."""
 
     @staticmethod
-    def forward(ctx: Any, grad: StampedGradient) -> Tensor:
-        return grad.elem.view_as(grad.elem)
+    def forward(ctx: Any, tensor: _Wrapper) -> Tensor:
+        return tensor.elem.view_as(tensor.elem)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+def _open(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, PowerGradLogits):
+        return tensor
+    return _Open.apply(tensor) if torch.is_grad_enabled() else tensor.elem
+
+
+class _Open(_Unwrap):
+    """The logits that PGT's gradient was made of; the derivative of that gradient is PGT's as well."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _stamp(_unwrap(grad))
 
 
 # --- the gate
@@ -429,7 +456,7 @@ class _Gate(torch.autograd.Function):
         if type(grad) is not StampedGradient:
             raise no_pgt(f"a {type(grad).__name__} of shape {tuple(grad.shape)}")
         ctx.state.count()
-        return (_Unstamp.apply(grad) if torch.is_grad_enabled() else grad.elem), None
+        return _unwrap(grad), None
 
 
 class TracedGate(torch.autograd.Function):
@@ -445,13 +472,13 @@ class TracedGate(torch.autograd.Function):
         here = torch.ones((), dtype=torch.float64, device=ctx.device)
         if isinstance(grad, StampedGradient):
             return grad.elem, here, None, None
-        return grad, None, here, None
+        return (grad.elem if isinstance(grad, _Wrapper) else grad), None, here, None
 
 
 # --- ops that need care
 
 
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_READS = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 # What leaves torch, or keeps: answered on the plain values.
 _LEAVES_TORCH = {
