@@ -187,38 +187,56 @@ def check_alpha(alpha: float | Tensor) -> float | Tensor:
     return float(number)
 
 
-def log_softmax_backward(grad: Tensor, input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
+def log_softmax_backward(
+    grad: Tensor, input: Tensor, alpha: float | Tensor, dim: int, is_log_probs: bool = False
+) -> Tensor:
     """PGT itself: the gradient of log-softmax, ``g - softmax(alpha z) sum(g)``, in float32 at least.
 
-    ``input`` may be the logits or their log-probabilities: a softmax does not see a shift.
+    ``input`` may be the logits or their log-probabilities: a softmax does not see a shift. ``is_log_probs`` says that
+    they are that and ``alpha <= 1``: then ``sum p^alpha`` is at least 1 and needs no maximum taken off.
     """
-    powered = _powered_softmax(input, alpha, dim)
-    grad = grad.to(powered.dtype)
-    return grad - powered * grad.sum(dim, keepdim=True)
-
-
-def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    """p' = softmax(alpha z), in float32 at least: half precision would round alpha z before the exponential."""
     input = input.to(_wide(input))
+    powered = _powered_softmax(input, alpha, dim, is_log_probs)
+    grad = grad.to(powered.dtype)
+    total = grad.sum(dim, keepdim=True)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_batched(grad):
+        return grad - powered * total
+    return torch.addcmul(grad, powered, total, value=-1, out=powered)
+
+
+def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, is_log_probs: bool = False) -> Tensor:
+    """p' = softmax(alpha z)."""
     scaled = input * alpha
-    if isinstance(alpha, Tensor) or alpha == 0:  # 0 * -inf is nan; a masked class keeps p' = 0
+    if isinstance(alpha, Tensor) or alpha == 0:  # 0 * -inf is nan, but a masked class keeps p' = 0
         scaled = torch.where(input == -torch.inf, input, scaled)
-    return torch.softmax(scaled, dim)
+    if not is_log_probs:
+        return torch.softmax(scaled, dim)
+    powers = scaled.exp()
+    return powers / powers.sum(dim, keepdim=True)
 
 
 class LogSoftmax(torch.autograd.Function):
-    """Saves the input rather than the output, which half precision would have rounded."""
+    """Keeps the log-probabilities, as torch does; in half precision, where they have been rounded, the logits."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(input)
-        ctx.alpha, ctx.dim = alpha, dim
-        return F.log_softmax(input, dim)
+        output = F.log_softmax(input, dim)
+        LogSoftmax.keep(ctx, (input, alpha, dim), output)
+        return output
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves what ``backward`` needs."""
+        input, ctx.alpha, ctx.dim = inputs
+        ctx.dtype = input.dtype
+        ctx.save_for_backward(input if input.dtype.itemsize == 2 else output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (input,) = ctx.saved_tensors
-        return log_softmax_backward(grad_output, input, ctx.alpha, ctx.dim).to(input.dtype), None, None
+        (kept,) = ctx.saved_tensors
+        is_log_probs = ctx.dtype.itemsize > 2 and isinstance(ctx.alpha, float) and ctx.alpha <= 1
+        grad = log_softmax_backward(grad_output, kept, ctx.alpha, ctx.dim, is_log_probs)
+        return grad.to(ctx.dtype), None, None
 
 
 class _LogSoftmaxUnderFunctorch(LogSoftmax):
@@ -232,15 +250,14 @@ class _LogSoftmaxUnderFunctorch(LogSoftmax):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.alpha, ctx.dim = inputs
-        ctx.save_for_backward(input)
-        ctx.save_for_forward(input)
+        LogSoftmax.keep(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         """The transpose of ``backward``, so that both modes have one derivative."""
         (input,) = ctx.saved_tensors
-        powered = _powered_softmax(input, ctx.alpha, ctx.dim)
+        powered = _powered_softmax(input.to(_wide(input)), ctx.alpha, ctx.dim)
         return (tangent - (powered * tangent).sum(ctx.dim, keepdim=True)).to(input.dtype)
 
 

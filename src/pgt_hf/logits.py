@@ -116,15 +116,15 @@ class StampedGradient(_Wrapper):
 class PowerGradLogits(_Wrapper):
     """Logits of a head under PGT, and all that is computed from them."""
 
-    def __init__(self, elem: Tensor, alpha: Tensor, is_one: bool) -> None:
+    def __init__(self, elem: Tensor, alpha: Tensor, regime: str) -> None:
         self.elem, self.alpha = elem, alpha
-        self.is_one = is_one  # alpha = 1 takes torch's own path; read here, as a compiler cannot read the tensor
+        self.regime = regime  # what a compiler must know of alpha, as it cannot read the tensor
 
-    def __tensor_flatten__(self) -> tuple[list[str], bool]:
-        return ["elem", "alpha"], self.is_one
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return ["elem", "alpha"], self.regime
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: bool, size: Any, stride: Any) -> "PowerGradLogits":
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: str, size: Any, stride: Any) -> "PowerGradLogits":
         return PowerGradLogits(inner["elem"], inner["alpha"], meta)
 
     def __coerce_same_metadata_as_tangent__(self, meta: Any, expected_type: type | None = None) -> Tensor:
@@ -133,20 +133,22 @@ class PowerGradLogits(_Wrapper):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if func in _READS:
             # Plain: that is what metrics want. It also tells a compiler to expect plain gradients for the logits that
             # its graph returns, which is what it gets where nobody uses them (pytorch issue 172556).
             return args[0].elem.detach()
         if func in _LEAVES_TORCH:
             return func(args[0].elem.detach(), *args[1:], **kwargs)
-        if func in _NO_STORAGE:
+        if func is Tensor.data_ptr:
             raise RuntimeError("PGT: the logits of an attached head have no storage of their own; use logits.detach()")
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and func not in _KEEP_ARGUMENTS:
-            if not (name := getattr(func, "__name__", "_")).startswith("_"):
-                _met.append(name)
+        if name != "__get__" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if func in _FAST and (out := _FAST[func](*args, **kwargs)) is not None:
                 return out
-            args, kwargs = _shield(func, args, kwargs)
+            if not name.startswith("_"):
+                _met.append(name)
+            if func not in _KEEP_ARGUMENTS:
+                args, kwargs = _shield(name, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -174,7 +176,7 @@ class PowerGradLogits(_Wrapper):
                 torch.autograd.graph.increment_version(args[0].elem)  # what the head saved of its output is stale now
             return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
         out = func(*plain, **plain_kwargs)
-        carry = lambda t: PowerGradLogits(t, first.alpha, first.is_one) if t.is_floating_point() and t.dim() > 0 else t  # noqa: E731
+        carry = lambda t: PowerGradLogits(t, first.alpha, first.regime) if t.is_floating_point() and t.dim() > 0 else t  # noqa: E731
         return carry(out) if isinstance(out, Tensor) else tree_map_only(Tensor, carry, out)
 
 
@@ -183,14 +185,15 @@ class PowerGradLogits(_Wrapper):
 
 def _log_softmax_backward(grad: Tensor, output: PowerGradLogits, dim: int, dtype: torch.dtype) -> StampedGradient:
     grad = grad.elem if isinstance(grad, _Wrapper) else grad
-    if output.is_one:
+    if output.regime == "plain":
         return StampedGradient(aten._log_softmax_backward_data(grad, output.elem, dim, dtype))
     if torch.is_grad_enabled():
         raise RuntimeError(
             "PGT: create_graph=True works where cross_entropy or log_softmax is called from Python in eager mode; here, "
             "call pgt_hf.powergrad_cross_entropy or pgt_hf.powergrad_log_softmax, and detach the handle"
         )
-    return StampedGradient(log_softmax_backward(grad, output.elem, output.alpha, dim).to(dtype))
+    flat = output.regime == "flat" and output.dtype.itemsize > 2
+    return StampedGradient(log_softmax_backward(grad, output.elem, output.alpha, dim, is_log_probs=flat).to(dtype))
 
 
 _CTC_BACKWARD = {aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor}
@@ -218,7 +221,7 @@ class _FastCrossEntropy(CrossEntropy):
     @staticmethod
     def forward(ctx: Any, logits: PowerGradLogits, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs = CrossEntropy.forward(ctx, logits.elem, *args)
-        if logits.dtype.itemsize == 2:
+        if logits.elem.dtype.itemsize == 2:
             ctx.save_for_backward(logits, *args[:2])
         return outputs
 
@@ -232,7 +235,7 @@ class _FastCrossEntropy(CrossEntropy):
 class _FastLogSoftmax(LogSoftmax):
     @staticmethod
     def forward(ctx: Any, logits: PowerGradLogits, alpha: float, dim: int) -> PowerGradLogits:  # type: ignore[override]
-        log_probs = PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.is_one)
+        log_probs = PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.regime)
         ctx.save_for_backward(logits)
         return log_probs
 
@@ -257,8 +260,9 @@ def _fast_cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not _is_plain_call(input, target, weight):
         return None
-    check_cross_entropy(input, target, weight, reduction, label_smoothing)
-    input, target, weight = under_autocast(input, target, weight)
+    check_cross_entropy(input.elem, target, weight, reduction, label_smoothing)
+    if torch.is_autocast_enabled(input.elem.device.type):
+        input, target, weight = under_autocast(input, target, weight)
     alpha = check_alpha(input.alpha)
     if not is_fast(target, weight, label_smoothing, alpha) or alpha == 1:
         return None
@@ -340,6 +344,11 @@ class _Open(_Unwrap):
 # --- the gate
 
 
+def _regime(alpha: float) -> str:
+    """alpha = 1 takes torch's own path, below 1 log-probabilities need no maximum taken off, above 1 they do."""
+    return "plain" if alpha == 1 else "flat" if alpha < 1 else "sharp"
+
+
 class State:
     """What the gates of one attachment share: alpha, and how many backward passes came through.
 
@@ -353,8 +362,7 @@ class State:
         self.owned = False  # by an optimizer, with which it ends
         self.replaced = False  # by another optimizer of the same model
         self.calls = 0
-        # Graphs that were traced while alpha had never left 1 take torch's own path.
-        self.is_one = alpha == 1
+        self.regime = _regime(alpha)  # of compiled graphs
         self.leaves = self._make_leaves(alpha, torch.device("cpu"))
         self.device_leaves = self.leaves
         self.last_pass = -1
@@ -368,7 +376,8 @@ class State:
     def alpha(self, value: float) -> None:
         for alpha, _ in {id(leaves): leaves for leaves in (self.leaves, self.device_leaves)}.values():
             alpha.detach().fill_(value)
-        self.is_one &= value == 1
+        if value != 1:  # where alpha comes to 1 in the end, the graph at hand is right within rounding
+            self.regime = _regime(value)
 
     def place(self, device: torch.device) -> None:
         """Keeps leaves on the head's device for compiled graphs: a CPU tensor in one stops CUDA graphs."""
@@ -415,7 +424,7 @@ def enter(output: Any, state: State) -> Any:
     gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
     if torch.compiler.is_compiling():
         leaves = state.device_leaves
-        gate = lambda t: TracedGate.apply(t, *leaves, state.is_one)  # noqa: E731
+        gate = lambda t: TracedGate.apply(t, *leaves, state.regime)  # noqa: E731
     if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced
         return _enter_tensor(output, gate)
     seen: set[int] = set()
@@ -449,7 +458,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
         ctx.state = state
-        return PowerGradLogits(logits.view_as(logits), state.leaves[0].detach(), state.alpha == 1)
+        return PowerGradLogits(logits.view_as(logits), state.leaves[0].detach(), _regime(state.alpha))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -463,9 +472,9 @@ class TracedGate(torch.autograd.Function):
     """The gate inside a compiled graph, see ``State``: of tensors alone, and never an error at run time."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, is_one: bool) -> PowerGradLogits:
+    def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, regime: str) -> PowerGradLogits:
         ctx.device = alpha.device
-        return PowerGradLogits(logits.view_as(logits), alpha.detach(), is_one)
+        return PowerGradLogits(logits.view_as(logits), alpha.detach(), regime)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
@@ -485,7 +494,6 @@ _LEAVES_TORCH = {
     Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.share_memory_, Tensor.__dlpack__, Tensor.__dlpack_device__,
     torch.utils.dlpack.to_dlpack, Tensor.__reduce_ex__, Tensor.pin_memory,
 }  # fmt: skip
-_NO_STORAGE = {Tensor.data_ptr}
 _KEEP_ARGUMENTS = {
     torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.retain_grad,
     Tensor.requires_grad_, Tensor.__repr__,
@@ -504,10 +512,9 @@ class _Beyond(torch.autograd.Function):
         return grad.elem if isinstance(grad, _Wrapper) else grad
 
 
-def _shield(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _shield(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     if not any(_is_beyond(t) for t in _flat(args, kwargs)):
         return args, kwargs
-    name = getattr(func, "__name__", "")
     in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
     written = args[: 1 if in_place else 0]
     shield = lambda t: _Beyond.apply(t) if _is_beyond(t) else t  # noqa: E731
