@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import gc
 import pickle
+import subprocess
+import sys
 import types
 from collections import namedtuple
 
@@ -451,18 +453,21 @@ def test_a_plain_optimizer_that_loads_the_state_of_one_with_pgt_stays_plain():
 
 
 def test_a_foreign_optimizers_step_is_not_watched_while_nothing_is_attached():
-    from torch.optim import optimizer as torch_optimizer
-
-    from pgt_hf import guard
-
-    gc.collect()
-    foreign = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    foreign.step()
-    if not guard._watches and not guard._copies:
-        assert guard._before_step not in torch_optimizer._global_optimizer_pre_hooks.values()
-    model = network()
-    with attach_powergrad(model, ALPHA):
-        assert guard._before_step in torch_optimizer._global_optimizer_pre_hooks.values()
+    code = """
+import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+from pgt_hf import attach_powergrad
+optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+model = torch.nn.Linear(3, 2)
+assert not hooks
+handle = attach_powergrad(model, 0.25)
+assert len(hooks) == 1
+handle.remove()
+del handle, model
+optimizer.step()
+assert not hooks
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- alpha acts in the very next forward pass

@@ -117,13 +117,13 @@ def after_closure(args: Any, kwargs: Any, action: Callable[[], None]) -> tuple[A
 def _register() -> None:
     global _hook
     if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_before_step)
+        _hook = register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     global _hook
-    if not _watches and not _copies and _hook is not None:  # nothing is attached any more
-        _hook.remove()
+    if not _copies and _hook is not None and not any(state.enabled for state in _watches):
+        _hook.remove()  # nothing is attached any more
         _hook = None
     name = type(optimizer).__name__
     states = _states_of(optimizer)

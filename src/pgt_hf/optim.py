@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -103,6 +104,7 @@ def bind_powergrad(
     handle.state.owned = True
     for hook in _hooks.pop(stepped, []):  # of an earlier binding of the same optimizer
         hook.remove()
+    _keep_out_of_graphs(stepped)
     link = _Link(handle, stepped)
     for each in {id(each): each for each in (optimizer, stepped)}.values():
         each.powergrad = handle  # type: ignore[attr-defined]
@@ -243,6 +245,24 @@ class _Link:
 def keep_asked_alpha(optimizer: Optimizer) -> None:
     """A checkpoint with another alpha does not change this optimizer's, which was asked for by name."""
     _stepped(optimizer).param_groups[0].link.keep_asked = True
+
+
+def _keep_out_of_graphs(optimizer: Optimizer) -> None:
+    """Lets ``torch.compile`` break its graph at the step: it has no model of ``AlphaGroup``, nor of our hooks."""
+    base = type(optimizer)
+    if not hasattr(base, "without_pgt"):
+        members = {
+            "step": torch.compiler.disable(base.step),
+            "without_pgt": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__reduce__": lambda self: (_new_optimizer, (base,), self.__getstate__()),  # type: ignore[attr-defined]
+        }
+        optimizer.__class__ = type(base.__name__, (base,), members)
+
+
+def _new_optimizer(base: type[Optimizer]) -> Optimizer:
+    return base.__new__(base)
 
 
 def _take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
