@@ -1,6 +1,5 @@
 """Which modules make a model's logits, and folding alpha into them. Knows timm, transformers and PEFT by their attributes."""
 
-import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -98,10 +97,8 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     layers = list(_last_linear(base))
     if not layers:
         raise ValueError(f"found no linear layer at the head of {type(base).__name__}{advice}")
-    get_input = getattr(base, "get_input_embeddings", None)
-    embeddings = get_input() if is_pretrained(base) and get_input is not None else None
     for layer in layers:
-        if embeddings is not None and layer.weight is getattr(embeddings, "weight", None):
+        if _is_tied(base, layer):
             raise ValueError(f"the head of {type(base).__name__} shares its weight with the input embeddings{advice}")
     for layer in layers:
         layer.weight.mul_(alpha)
@@ -139,8 +136,12 @@ def untied_layers(model: nn.Module, heads: list[nn.Module]) -> list[nn.Linear | 
     """The last linear layer of each head, unless another module uses its weight or the head is the whole model."""
     layers = last_linear(model) if heads == [model] and hasattr(model, "get_classifier") else []
     layers += [layer for head in heads if head is not model for layer in _linear(head)[-1:]]
-    users = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    return [layer for layer in layers if users[id(layer.weight)] == 1]
+    return [layer for layer in layers if not _is_tied(model, layer)]
+
+
+def _is_tied(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether another module has the very weight, as the input embeddings of language models often do."""
+    return any(p is layer.weight for each in model.modules() if each is not layer for p in each._parameters.values())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
