@@ -62,6 +62,8 @@ class PowerGradHandle:
         torch.compiler.allow_in_graph(TracedGate)
         self.heads = heads
         self.state = State(alpha)
+        if (parameter := next(heads[0].parameters(), None)) is not None:
+            self.state.place(parameter)
         self._hooks: list[RemovableHandle] = [head.register_forward_hook(_Hook(self.state)) for head in heads]
         inner = unwrap(model)
         if all_heads and is_pretrained(inner):

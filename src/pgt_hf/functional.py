@@ -193,7 +193,7 @@ def log_softmax_backward(
     """PGT itself: the gradient of log-softmax, ``g - softmax(alpha z) sum(g)``, in float32 at least.
 
     ``input`` may be the logits or their log-probabilities: a softmax does not see a shift. ``is_log_probs`` says that
-    they are that and ``alpha <= 1``: then ``sum p^alpha`` is at least 1 and needs no maximum taken off.
+    they are that and ``0 < alpha <= 1``: then ``sum p^alpha`` is at least 1 and needs no maximum taken off.
     """
     input = input.to(_wide(input))
     powered = _powered_softmax(input, alpha, dim, is_log_probs)
@@ -206,13 +206,13 @@ def log_softmax_backward(
 
 def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, is_log_probs: bool = False) -> Tensor:
     """p' = softmax(alpha z)."""
-    scaled = input * alpha
+    scaled = input * (alpha.to(input.dtype) if isinstance(alpha, Tensor) else alpha)
+    if is_log_probs:
+        powers = scaled.exp()
+        return powers / powers.sum(dim, keepdim=True)
     if isinstance(alpha, Tensor) or alpha == 0:  # 0 * -inf is nan, but a masked class keeps p' = 0
         scaled = torch.where(input == -torch.inf, input, scaled)
-    if not is_log_probs:
-        return torch.softmax(scaled, dim)
-    powers = scaled.exp()
-    return powers / powers.sum(dim, keepdim=True)
+    return torch.softmax(scaled, dim)
 
 
 class LogSoftmax(torch.autograd.Function):
@@ -234,7 +234,7 @@ class LogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        is_log_probs = ctx.dtype.itemsize > 2 and isinstance(ctx.alpha, float) and ctx.alpha <= 1
+        is_log_probs = ctx.dtype.itemsize > 2 and isinstance(ctx.alpha, float) and 0 < ctx.alpha <= 1
         grad = log_softmax_backward(grad_output, kept, ctx.alpha, ctx.dim, is_log_probs)
         return grad.to(ctx.dtype), None, None
 

@@ -22,10 +22,10 @@ __all__ = ["ALPHA_KEY", "after_closure", "guard_copies", "guard_steps", "guard_w
 ALPHA_KEY = "powergrad_alpha"
 
 _NO_PASS = (
-    "PGT is attached (alpha={alpha}), but {event}, so this is training without PGT. Usual causes: a fused loss (Liger, "
-    "TRL, linear_cross_entropy) uses the head's weight and keeps no logits: switch it off, or use "
-    "pgt_hf.powergrad_linear_cross_entropy; the model or its head is in eval mode, or was called by forward() past its "
-    "hooks; the head was replaced, resized or copied after attaching: attach again; the loss takes no logits of this "
+    "PGT is attached (alpha={alpha}), but {event}, so this is training without PGT. Usual causes: a fused loss "
+    "(Liger, TRL, linear_cross_entropy) uses the head's weight and keeps no logits: switch it off, or use "
+    "pgt_hf.powergrad_linear_cross_entropy; the model or its head is in eval mode, or was called by forward() past "
+    "its hooks; the head was replaced, resized or copied after attaching: attach again; the loss takes no logits of this "
     "head: pass head=. To train without PGT on purpose: handle.remove()"
 )
 _FOREIGN = (
@@ -143,6 +143,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
 
 def _check(optimizer: Optimizer, states: list[State]) -> None:
     for state in states:
+        state.place(next(iter(optimizer.param_groups[0]["params"])))
         seen = _watches[state].seen
         if state.calls > seen.get(optimizer, 0):
             seen[optimizer] = state.calls

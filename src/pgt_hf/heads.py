@@ -1,4 +1,7 @@
-"""Which modules make a model's logits, and folding alpha into them. Knows timm, transformers and PEFT by their attributes."""
+"""Which modules make a model's logits, and folding alpha into them.
+
+timm, transformers and PEFT are known by their attributes alone.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

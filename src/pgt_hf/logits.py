@@ -1,7 +1,7 @@
 """How PGT finds the softmax: logits that carry alpha, gradients that carry a stamp, and a gate between them.
 
-The head's gate turns its output into ``PowerGradLogits``, a tensor subclass that keeps alpha through every op that torch
-dispatches. Wherever its log-softmax is differentiated (by Python, C++, TorchScript, a checkpoint or a compiler), torch
+The head's gate turns its output into ``PowerGradLogits``, a tensor subclass that keeps alpha through every op that
+torch dispatches. Where its log-softmax is differentiated (by Python, C++, TorchScript, a checkpoint, a compiler), torch
 calls ``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. What
 comes out is a ``StampedGradient``, and stays one on its way up to the gate, which takes nothing else. So a backward pass
 through the head is PGT, or an error.
@@ -36,10 +36,10 @@ __all__ = ["StampedGradient", "PowerGradLogits", "State", "TracedGate", "enter"]
 aten = torch.ops.aten
 
 _NO_PGT = (
-    "PGT is attached, but a gradient reached the head ({found}) that took no log_softmax or cross_entropy of the logits "
-    "on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax that is written out "
+    "PGT is attached, but a gradient reached the head ({found}) that took no log_softmax or cross_entropy of the "
+    "logits on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax that is written out "
     "(softmax().log(), logsumexp, Categorical) becomes pgt_hf.powergrad_log_softmax. Logits must not be detached or "
-    "copied before the loss. If the logits are made elsewhere, or this output is not logits, pass head=. To train "
+    "copied before the loss (a reentrant checkpoint detaches them: use_reentrant=False). If the logits are made elsewhere, or this output is not logits, pass head=. To train "
     "without PGT on purpose: handle.remove()"
 )
 
@@ -189,8 +189,8 @@ def _log_softmax_backward(grad: Tensor, output: PowerGradLogits, dim: int, dtype
         return StampedGradient(aten._log_softmax_backward_data(grad, output.elem, dim, dtype))
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "PGT: create_graph=True works where cross_entropy or log_softmax is called from Python in eager mode; here, "
-            "call pgt_hf.powergrad_cross_entropy or pgt_hf.powergrad_log_softmax, and detach the handle"
+            "PGT: create_graph=True works where cross_entropy or log_softmax is called from Python in eager mode; "
+            "here, call pgt_hf.powergrad_cross_entropy or pgt_hf.powergrad_log_softmax, and detach the handle"
         )
     flat = output.regime == "flat" and output.dtype.itemsize > 2
     return StampedGradient(log_softmax_backward(grad, output.elem, output.alpha, dim, is_log_probs=flat).to(dtype))
@@ -345,8 +345,8 @@ class _Open(_Unwrap):
 
 
 def _regime(alpha: float) -> str:
-    """alpha = 1 takes torch's own path, below 1 log-probabilities need no maximum taken off, above 1 they do."""
-    return "plain" if alpha == 1 else "flat" if alpha < 1 else "sharp"
+    """alpha = 1 takes torch's own path; between 0 and 1, log-probabilities need no maximum taken off."""
+    return "plain" if alpha == 1 else "flat" if 0 < alpha < 1 else "other"
 
 
 class State:
@@ -362,27 +362,30 @@ class State:
         self.owned = False  # by an optimizer, with which it ends
         self.replaced = False  # by another optimizer of the same model
         self.calls = 0
-        self.regime = _regime(alpha)  # of compiled graphs
-        self.leaves = self._make_leaves(alpha, torch.device("cpu"))
-        self.device_leaves = self.leaves
         self.last_pass = -1
+        self.value = torch.tensor(alpha, dtype=torch.float64)
+        self.regime = _regime(alpha)
+        self.graph_regime = self.regime  # one recompilation where alpha leaves 1, none where it comes to it
+        self.leaves = self._make_leaves(torch.float32, torch.device("cpu"))
 
     @property
     def alpha(self) -> float:
         """The exponent of the next forward pass."""
-        return self.leaves[0].item()
+        return self.value.item()
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        for alpha, _ in {id(leaves): leaves for leaves in (self.leaves, self.device_leaves)}.values():
-            alpha.detach().fill_(value)
-        if value != 1:  # where alpha comes to 1 in the end, the graph at hand is right within rounding
-            self.regime = _regime(value)
+        self.value.fill_(value)
+        self.leaves[0].detach().fill_(value)
+        self.regime = _regime(value)
+        if value != 1:
+            self.graph_regime = self.regime
 
-    def place(self, device: torch.device) -> None:
-        """Keeps leaves on the head's device for compiled graphs: a CPU tensor in one stops CUDA graphs."""
-        if self.device_leaves[0].device != device and device.type != "meta":
-            self.device_leaves = self.leaves if device.type == "cpu" else self._make_leaves(self.alpha, device)
+    def place(self, parameter: Tensor) -> None:
+        """Keeps the leaves beside the head's parameters: a CPU tensor in a graph on a GPU stops CUDA graphs."""
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if self.leaves[0].dtype != dtype or self.leaves[0].device != parameter.device:
+            self.leaves = self._make_leaves(dtype, parameter.device)
 
     def count(self) -> None:
         """Once for each backward pass, however often it comes through."""
@@ -390,11 +393,12 @@ class State:
         if task != self.last_pass or task == -1:
             self.calls, self.last_pass = self.calls + 1, task
 
-    def _make_leaves(self, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        leaves = [torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True) for value in (alpha, 0)]
-        for leaf, hook in zip(leaves, (self._on_inside, self._on_border), strict=True):
-            leaf.register_post_accumulate_grad_hook(hook)
-        return leaves[0], leaves[1]
+    def _make_leaves(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        alpha = torch.tensor(self.alpha, dtype=dtype, device=device, requires_grad=True)
+        border = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+        alpha.register_post_accumulate_grad_hook(self._on_inside)
+        border.register_post_accumulate_grad_hook(self._on_border)
+        return alpha, border
 
     def _on_inside(self, leaf: Tensor) -> None:
         if leaf.grad is not None:  # torch calls this for a leaf that got no gradient, too
@@ -423,8 +427,8 @@ def enter(output: Any, state: State) -> Any:
     """
     gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
     if torch.compiler.is_compiling():
-        leaves = state.device_leaves
-        gate = lambda t: TracedGate.apply(t, *leaves, state.regime)  # noqa: E731
+        leaves = state.leaves
+        gate = lambda t: TracedGate.apply(t, *leaves, state.graph_regime)  # noqa: E731
     if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced
         return _enter_tensor(output, gate)
     seen: set[int] = set()
@@ -441,7 +445,14 @@ def enter(output: Any, state: State) -> Any:
 
 
 def _enter_tensor(value: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-    return gate(value) if value.requires_grad and value.is_floating_point() and value.dim() > 0 else value
+    if not (value.requires_grad and value.is_floating_point() and value.dim() > 0):
+        return value
+    if hasattr(value, "placements"):
+        raise NotImplementedError(
+            f"PGT: the logits are a DTensor with placements {value.placements}, as for loss_parallel; let the head give "
+            "a whole local tensor: ColwiseParallel(output_layouts=Replicate(), use_local_output=True)"
+        )
+    return gate(value)
 
 
 def _attributes(value: Any) -> list[str]:
@@ -453,12 +464,12 @@ def _attributes(value: Any) -> list[str]:
 
 
 class _Gate(torch.autograd.Function):
-    """The gate in eager mode: ``PowerGradLogits`` on the way down, and on the way up a stamped gradient or an error."""
+    """The gate in eager mode: ``PowerGradLogits`` on the way down, a stamped gradient or an error on the way up."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
         ctx.state = state
-        return PowerGradLogits(logits.view_as(logits), state.leaves[0].detach(), _regime(state.alpha))
+        return PowerGradLogits(logits.view_as(logits), state.value, state.regime)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -473,12 +484,12 @@ class TracedGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, regime: str) -> PowerGradLogits:
-        ctx.device = alpha.device
+        ctx.like = {"dtype": alpha.dtype, "device": alpha.device}
         return PowerGradLogits(logits.view_as(logits), alpha.detach(), regime)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        here = torch.ones((), dtype=torch.float64, device=ctx.device)
+        here = torch.ones((), **ctx.like)
         if isinstance(grad, StampedGradient):
             return grad.elem, here, None, None
         return (grad.elem if isinstance(grad, _Wrapper) else grad), None, here, None
