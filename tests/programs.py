@@ -30,6 +30,32 @@ def scripted() -> Loss:
     return loss
 
 
+def weights(logits: Tensor) -> Tensor:
+    return torch.arange(1, CLASSES + 1).to(logits.dtype)
+
+
+def masked(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.arange(CLASSES) == CLASSES - 1, -torch.inf)
+
+
+def upcast(logits: Tensor) -> Tensor:
+    return (2 * logits + 1).to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+
+
+def per_sample(logits: Tensor, target: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return (losses * torch.linspace(0, 1, len(target)).to(logits.dtype)).sum()
+
+
+def bce(logits: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, soft(target).to(logits.dtype))
+
+
+def softmax_focal(logits: Tensor, target: Tensor) -> Tensor:
+    probs = logits.softmax(-1).gather(1, target[:, None])
+    return -((1 - probs) ** 2 * probs.log()).mean()
+
+
 def focal(logits: Tensor, target: Tensor) -> Tensor:
     log_probs = F.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
     return -((1 - log_probs.exp()) ** 2 * log_probs).mean()
@@ -55,11 +81,11 @@ EXACT: dict[str, Loss] = {
     "F.cross_entropy": F.cross_entropy,
     "nn.CrossEntropyLoss": lambda z, y: nn.CrossEntropyLoss()(z, y),
     "label smoothing": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
-    "class weights": lambda z, y: F.cross_entropy(z, y, torch.arange(1, CLASSES + 1).to(z.dtype)),
-    "weights and smoothing": lambda z, y: F.cross_entropy(z, y, torch.arange(1, CLASSES + 1).to(z.dtype), label_smoothing=0.1),
+    "class weights": lambda z, y: F.cross_entropy(z, y, weights(z)),
+    "weights and smoothing": lambda z, y: F.cross_entropy(z, y, weights(z), label_smoothing=0.1),
     "ignore_index": lambda z, y: F.cross_entropy(z, torch.where(y == 0, -100, y)),
     "reduction sum": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
-    "sample weights": lambda z, y: (F.cross_entropy(z, y, reduction="none") * torch.linspace(0, 1, len(y)).to(z.dtype)).sum(),
+    "sample weights": per_sample,
     "soft targets": lambda z, y: F.cross_entropy(z, soft(y).to(z.dtype)),
     "soft targets and smoothing": lambda z, y: F.cross_entropy(z, soft(y).to(z.dtype), label_smoothing=0.1),
     "nll_loss of log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z, -1), y),
@@ -71,9 +97,9 @@ EXACT: dict[str, Loss] = {
     "timm JSD": lambda z, y: JsdCrossEntropy(num_splits=2, smoothing=0)(z, y),
     "focal on log_softmax": focal,
     "a regulariser beside it": lambda z, y: F.cross_entropy(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean(),
-    "scaled, shifted, cast": lambda z, y: F.cross_entropy((2 * z + 1).to(torch.promote_types(z.dtype, torch.float32)).contiguous(), y),
+    "scaled, shifted, cast": lambda z, y: F.cross_entropy(upcast(z), y),
     "sliced and joined": lambda z, y: F.cross_entropy(torch.cat([z[:2], z[2:]]).view(-1, CLASSES), y),
-    "masked with -inf": lambda z, y: F.cross_entropy(z.masked_fill((torch.arange(CLASSES) == CLASSES - 1), -torch.inf), y % (CLASSES - 1)),
+    "masked with -inf": lambda z, y: F.cross_entropy(masked(z), y % (CLASSES - 1)),
     "a loop over the rows": in_a_loop,
     "metrics under no_grad": logged_perplexity(F.cross_entropy),
     "scripted": scripted(),
@@ -93,11 +119,11 @@ def into_a_buffer(logits: Tensor, target: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, Loss] = {
-    "binary cross-entropy": lambda z, y: F.binary_cross_entropy_with_logits(z, soft(y).to(z.dtype)),
-    "BCE beside logged perplexity": logged_perplexity(lambda z, y: F.binary_cross_entropy_with_logits(z, soft(y).to(z.dtype))),
+    "binary cross-entropy": bce,
+    "BCE beside logged perplexity": logged_perplexity(bce),
     "softmax().log()": lambda z, y: F.nll_loss(z.softmax(-1).log(), y),
-    "softmax-focal": lambda z, y: (lambda p: -((1 - p) ** 2 * p.log()).mean())(z.softmax(-1).gather(1, y[:, None])),
-    "softmax-focal beside logged perplexity": logged_perplexity(lambda z, y: (lambda p: -((1 - p) ** 2 * p.log()).mean())(z.softmax(-1).gather(1, y[:, None]))),
+    "softmax-focal": softmax_focal,
+    "softmax-focal beside logged perplexity": logged_perplexity(softmax_focal),
     "logsumexp by hand": lambda z, y: (z.logsumexp(-1) - z.gather(1, y[:, None]).squeeze(1)).mean(),
     "Categorical": lambda z, y: -Categorical(logits=z).log_prob(y).mean(),
     "multi-margin": lambda z, y: F.multi_margin_loss(z, y),

@@ -1,4 +1,4 @@
-"""Nobody trains without PGT and does not know it: every program gives PGT's gradient, or an error that says what to do."""
+"""Never plain by accident: every program gives PGT's gradient, or an error that says what to do."""
 
 import contextlib
 import copy
@@ -392,7 +392,7 @@ def test_two_optimizers_may_step_after_one_backward_pass():
 
 
 def test_a_step_that_changes_nothing_needs_no_backward_pass():
-    model, (inputs, target) = network(), data()
+    model = network()
     attach_powergrad(model, ALPHA)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     optimizer.step()  # no gradients

@@ -1,4 +1,4 @@
-"""Heads that PEFT copies, wraps or adds to after PGT was attached: the handle moves what is trained, or a step refuses."""
+"""Heads that PEFT copies or a user replaces after attaching: the handle moves what is trained, or a step refuses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models of transformers that compute their loss inside ``forward``, each with a batch: what the tests of models share."""
+"""Models of transformers that compute their loss inside ``forward``, each with a batch."""
 
 import torch
 import transformers as T
@@ -43,13 +43,14 @@ MODELS = {
         T.BertForQuestionAnswering(T.BertConfig(**TEXT | {"num_labels": 2})),
         IDS | {"start_positions": CLASS, "end_positions": CLASS + 1}),
     "BertForMultipleChoice": lambda: (
-        T.BertForMultipleChoice(T.BertConfig(**TEXT)), {"input_ids": IDS["input_ids"][:, None].expand(4, 3, 7) - torch.arange(3)[:, None].clamp(max=1), "labels": CLASS}),
+        T.BertForMultipleChoice(T.BertConfig(**TEXT)), {"input_ids": _draw(50, 4, 3, 7, low=1), "labels": CLASS}),
     "BertForNextSentencePrediction": lambda: (
         T.BertForNextSentencePrediction(T.BertConfig(**TEXT)), IDS | {"labels": CLASS % 2}),
     "BertForPreTraining": lambda: (
         T.BertForPreTraining(T.BertConfig(**TEXT)), IDS | {"labels": TOKENS, "next_sentence_label": CLASS % 2}),
     "AlbertForPreTraining": lambda: (
-        T.AlbertForPreTraining(T.AlbertConfig(**TEXT | {"num_labels": 2}, embedding_size=8, classifier_dropout_prob=0.0)),
+        T.AlbertForPreTraining(
+            T.AlbertConfig(**TEXT | {"num_labels": 2}, embedding_size=8, classifier_dropout_prob=0.0)),
         IDS | {"labels": TOKENS, "sentence_order_label": CLASS % 2}),
     "RobertaForSequenceClassification": lambda: (
         T.RobertaForSequenceClassification(T.RobertaConfig(**TEXT, **SPECIAL)), IDS | {"labels": CLASS}),

@@ -1,6 +1,6 @@
 """``attach_powergrad``: put PGT on any model's logits, without touching the model, its loss or the loop around it.
 
-A forward hook on the head sends its output through the gate of ``logits.py``; the loss does the rest. Works on plain
+A forward hook on the head sends its output through the gate of ``gate.py``; the loss does the rest. Works on plain
 modules, timm, torchvision, transformers and PEFT models, before or after they are wrapped for distribution.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .functional import check_alpha, is_functorch
+from .gate import State, TracedGate, enter
 from .guard import guard_steps, guard_weights
 from .heads import Head, candidates, find_heads, is_pretrained, untied_layers, unwrap
-from .logits import PowerGradLogits, State, TracedGate, enter
+from .logits import PowerGradLogits
 
 __all__ = ["PowerGradHandle", "attach_powergrad", "release_powergrad"]
 
@@ -180,4 +181,5 @@ def release_powergrad(model: nn.Module) -> None:
 
 
 def _hooks_of(module: nn.Module) -> dict[int, _StateHook]:
-    return {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, _StateHook)}
+    hooks: dict[int, Any] = dict(module._forward_hooks)
+    return {key: hook for key, hook in hooks.items() if isinstance(hook, _StateHook)}

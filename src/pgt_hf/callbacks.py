@@ -16,7 +16,6 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .heads import find_heads, last_linear
 from .diagnostics import (
     History,
     filter_norms,
@@ -29,6 +28,7 @@ from .diagnostics import (
     zeroed_filters,
 )
 from .guard import ALPHA_KEY
+from .heads import find_heads, last_linear
 from .schedules import AlphaScheduler, Shape, check_schedule
 
 __all__ = ["DIAGNOSTICS_FILE", "AlphaScheduleCallback", "DiagnosticsCallback", "DivergenceCallback"]

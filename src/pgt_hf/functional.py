@@ -280,18 +280,14 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return CrossEntropy.gradient(ctx, *grads, *ctx.saved_tensors), None, None, None, None, None, None
+        return CrossEntropy.gradient(ctx, grads, *ctx.saved_tensors), None, None, None, None, None, None
 
     @staticmethod
     def gradient(
-        ctx: Any,
-        grad_output: Tensor | None,
-        grad_log_probs: Tensor | None,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
+        ctx: Any, grads: tuple[Tensor | None, ...], logits: Tensor, target: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The gradient of the logits, from what ``forward`` saved."""
+        """The gradient of the logits, from those of the outputs and what ``forward`` saved."""
+        grad_output, grad_log_probs = grads
         if grad_output is None or grad_log_probs is not None or torch.is_grad_enabled() or _is_batched(grad_output):
             grad = grad_log_probs
             if grad_output is not None:
@@ -442,8 +438,10 @@ def _check_floating(input: Tensor) -> None:
 def under_autocast(*tensors: Tensor | None) -> Iterator[Any]:
     """What cross-entropy computes with: under autocast, half precision becomes float32."""
     for tensor in tensors:
-        half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
-        yield tensor.float() if half and torch.is_autocast_enabled(tensor.device.type) else tensor
+        if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
+            yield tensor
+        else:
+            yield tensor.float() if torch.is_autocast_enabled(tensor.device.type) else tensor
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

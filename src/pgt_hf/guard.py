@@ -1,6 +1,6 @@
 """No step without PGT: an optimizer's step on a model under PGT needs a backward pass that came through its head.
 
-The gate (``logits.py``) judges the gradients that reach it. What never reaches it is found here, before the step: a
+The gate (``gate.py``) judges the gradients that reach it. What never reaches it is found here, before the step: a
 fused loss that passes the head by, a head that was replaced or copied, a model left in eval mode. Torch calls one hook
 before every optimizer's step; it is registered only while PGT is attached to something.
 """
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .logits import State
+from .gate import State
 
 __all__ = ["ALPHA_KEY", "after_closure", "guard_copies", "guard_steps", "guard_weights"]
 
@@ -25,8 +25,8 @@ _NO_PASS = (
     "PGT is attached (alpha={alpha}), but {event}, so this is training without PGT. Usual causes: a fused loss "
     "(Liger, TRL, linear_cross_entropy) uses the head's weight and keeps no logits: switch it off, or use "
     "pgt_hf.powergrad_linear_cross_entropy; the model or its head is in eval mode, or was called by forward() past "
-    "its hooks; the head was replaced, resized or copied after attaching: attach again; the loss takes no logits of this "
-    "head: pass head=. To train without PGT on purpose: handle.remove()"
+    "its hooks; the head was replaced, resized or copied after attaching: attach again; the loss takes no logits of "
+    "this head: pass head=. To train without PGT on purpose: handle.remove()"
 )
 _FOREIGN = (
     "a plain {optimizer} steps on a model that another optimizer trains with PGT (alpha={alpha}); call "
@@ -164,7 +164,8 @@ def _states_of(optimizer: Optimizer) -> list[State]:
             if model is not None and any(id(parameter) in stepped for parameter in model.parameters()):
                 found.append(weakref.ref(state))
         known = _concerned[optimizer] = key, found
-    return [state for ref in known[1] if (state := ref()) is not None and state.enabled]
+    states = [ref() for ref in known[1]]
+    return [state for state in states if state is not None and state.enabled]
 
 
 def _changes_anything(optimizer: Optimizer) -> bool:

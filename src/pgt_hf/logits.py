@@ -1,17 +1,12 @@
-"""How PGT finds the softmax: logits that carry alpha, gradients that carry a stamp, and a gate between them.
+"""Logits that carry alpha, and gradients that carry a stamp: how PGT finds the softmax.
 
-The head's gate turns its output into ``PowerGradLogits``, a tensor subclass that keeps alpha through every op that
-torch dispatches. Where its log-softmax is differentiated (by Python, C++, TorchScript, a checkpoint, a compiler), torch
-calls ``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. What
-comes out is a ``StampedGradient``, and stays one on its way up to the gate, which takes nothing else. So a backward pass
-through the head is PGT, or an error.
-
-A compiler traces the backward pass before there is one. Its gate cannot raise; it reports instead, through the
-gradients of two leaf tensors (``State``).
+``PowerGradLogits`` is a tensor subclass that keeps alpha through every op that torch dispatches. Where its log-softmax
+is differentiated (by Python, C++, TorchScript, a checkpoint, a compiler), torch calls
+``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. What
+comes out is a ``StampedGradient`` and stays one on its way up to the gate of the head (``gate.py``).
 """
 
 import collections
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .functional import (
     CrossEntropy,
@@ -31,16 +26,16 @@ from .functional import (
     under_autocast,
 )
 
-__all__ = ["StampedGradient", "PowerGradLogits", "State", "TracedGate", "enter"]
+__all__ = ["PowerGradLogits", "StampedGradient", "elem_of", "no_pgt", "unwrap"]
 
 aten = torch.ops.aten
 
 _NO_PGT = (
     "PGT is attached, but a gradient reached the head ({found}) that took no log_softmax or cross_entropy of the "
-    "logits on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax that is written out "
-    "(softmax().log(), logsumexp, Categorical) becomes pgt_hf.powergrad_log_softmax. Logits must not be detached or "
-    "copied before the loss (a reentrant checkpoint detaches them: use_reentrant=False). If the logits are made elsewhere, or this output is not logits, pass head=. To train "
-    "without PGT on purpose: handle.remove()"
+    "logits on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax written out by "
+    "hand (softmax().log(), logsumexp, Categorical) becomes pgt_hf.powergrad_log_softmax. Logits must not be detached "
+    "or copied before the loss (a reentrant checkpoint detaches them: use_reentrant=False). If the logits are made "
+    "elsewhere, or this output is not logits, pass head=. To train without PGT on purpose: handle.remove()"
 )
 
 _met: "collections.deque[str]" = collections.deque(maxlen=6)  # the last functions that logits met, for the message
@@ -74,6 +69,11 @@ class _Wrapper(Tensor):
         return f"{type(self).__name__}({self.elem!r})"
 
 
+def elem_of(tensor: Any) -> Any:
+    """The plain tensor inside, for what is not differentiated."""
+    return tensor.elem if isinstance(tensor, _Wrapper) else tensor
+
+
 class StampedGradient(_Wrapper):
     """A gradient that PGT has acted on. Sums keep the stamp: PGT plus a regulariser is still PGT."""
 
@@ -90,7 +90,7 @@ class StampedGradient(_Wrapper):
         return StampedGradient(inner["elem"])
 
     def __coerce_same_metadata_as_tangent__(self, meta: Any, expected_type: type | None = None) -> Tensor:
-        """A compiled backward pass takes the gradient of its logits plain: see ``PowerGradLogits.__torch_function__``."""
+        """A compiled graph takes the gradient of the logits it returned plain, see ``PowerGradLogits``."""
         if expected_type in (None, StampedGradient):
             return self
         StampedGradient.crossing = torch._C._current_graph_task_id()
@@ -104,9 +104,9 @@ class StampedGradient(_Wrapper):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        plain, plain_kwargs = tree_map_only(_Wrapper, lambda t: t.elem, (args, kwargs))
+        plain, plain_kwargs = tree_map_only(_Wrapper, elem_of, (args, kwargs))
         out = func(*plain, **plain_kwargs)
         if func._schema.is_mutable:
             return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
@@ -153,19 +153,15 @@ class PowerGradLogits(_Wrapper):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func is aten._log_softmax_backward_data.default and isinstance(args[1], PowerGradLogits):
             return _log_softmax_backward(*args)
         if func in _CTC_BACKWARD and isinstance(args[1], PowerGradLogits):
             return StampedGradient(_ctc_backward(func, args, kwargs))
-        logits: list[PowerGradLogits] = []
-        plain, plain_kwargs = tree_map_only(PowerGradLogits, lambda t: (logits.append(t), t.elem)[1], (args, kwargs))
+        plain, plain_kwargs = tree_map_only(PowerGradLogits, elem_of, (args, kwargs))
         if StampedGradient in types:
             return StampedGradient.__torch_dispatch__(func, types, plain, plain_kwargs)
-        first = logits[0]
-        if len(logits) > 1:
-            _check_one_alpha(logits)
         if func._schema.is_mutable:
             if torch.is_grad_enabled() and _writes_into_plain(func, args, kwargs):
                 raise RuntimeError(
@@ -175,16 +171,20 @@ class PowerGradLogits(_Wrapper):
             if isinstance(args[0], PowerGradLogits) and type(args[0].elem) is Tensor:
                 torch.autograd.graph.increment_version(args[0].elem)  # what the head saved of its output is stale now
             return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
-        out = func(*plain, **plain_kwargs)
-        carry = lambda t: PowerGradLogits(t, first.alpha, first.regime) if t.is_floating_point() and t.dim() > 0 else t  # noqa: E731
-        return carry(out) if isinstance(out, Tensor) else tree_map_only(Tensor, carry, out)
+        logits = _the_logits(args, kwargs)
+
+        def carry(tensor: Tensor) -> Tensor:
+            keeps = tensor.is_floating_point() and tensor.dim() > 0
+            return PowerGradLogits(tensor, logits.alpha, logits.regime) if keeps else tensor
+
+        return tree_map_only(Tensor, carry, func(*plain, **plain_kwargs))
 
 
 # --- where PGT acts
 
 
 def _log_softmax_backward(grad: Tensor, output: PowerGradLogits, dim: int, dtype: torch.dtype) -> StampedGradient:
-    grad = grad.elem if isinstance(grad, _Wrapper) else grad
+    grad = elem_of(grad)
     if output.regime == "plain":
         return StampedGradient(aten._log_softmax_backward_data(grad, output.elem, dim, dtype))
     if torch.is_grad_enabled():
@@ -205,10 +205,9 @@ def _ctc_backward(func: Any, args: Any, kwargs: Any) -> Tensor:
     torch's own hands out ``softmax - q``, which would leave the log-softmax nothing to transform. The rows of
     impossible alignments and those past a sequence's end have none.
     """
-    (grad, log_probs, _, input_lengths, _, losses, *_), kwargs = tree_map_only(
-        _Wrapper, lambda t: t.elem, (args, kwargs)
-    )
-    out = func(*tree_map_only(_Wrapper, lambda t: t.elem, args), **kwargs)
+    args, kwargs = tree_map_only(_Wrapper, elem_of, (args, kwargs))
+    grad, log_probs, _, input_lengths, _, losses, *_ = args
+    out = func(*args, **kwargs)
     steps = torch.arange(log_probs.size(0), device=log_probs.device).view(-1, *[1] * (log_probs.dim() - 2))
     used = (steps < torch.as_tensor(input_lengths, device=log_probs.device)) & losses.isfinite()
     return out - torch.where(used, grad, 0).unsqueeze(-1) * log_probs.exp()
@@ -228,7 +227,7 @@ class _FastCrossEntropy(CrossEntropy):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         logits, *rest = ctx.saved_tensors
-        grad = CrossEntropy.gradient(ctx, *grads, _open(logits), *rest)
+        grad = CrossEntropy.gradient(ctx, grads, _open(logits), *rest)
         return _stamp(grad), None, None, None, None, None, None
 
 
@@ -242,12 +241,12 @@ class _FastLogSoftmax(LogSoftmax):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input = _open(*ctx.saved_tensors)
-        grad = log_softmax_backward(_unwrap(grad), input, ctx.alpha, ctx.dim)
+        grad = log_softmax_backward(unwrap(grad), input, ctx.alpha, ctx.dim)
         return _stamp(grad.to(input.dtype)), None, None
 
 
 def _fast_cross_entropy(
-    input: Tensor,
+    input: Any,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -269,7 +268,7 @@ def _fast_cross_entropy(
     return _FastCrossEntropy.apply(input, target, weight, alpha, ignore_index, reduction, label_smoothing)[0]
 
 
-def _fast_log_softmax(input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
+def _fast_log_softmax(input: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
     dtype = kwargs.get("dtype")
     if args or dim is None or kwargs.keys() - {"dtype", "_stacklevel"} or not _is_plain_call(input):
         return None
@@ -280,7 +279,7 @@ def _fast_log_softmax(input: Tensor, dim: int | None = None, *args: Any, **kwarg
     return _FastLogSoftmax.apply(input, alpha, dim)
 
 
-def _is_plain_call(input: Tensor, *others: Tensor | None) -> bool:
+def _is_plain_call(input: Any, *others: Tensor | None) -> bool:
     return type(input) is PowerGradLogits and not any(isinstance(other, _Wrapper) for other in others)
 
 
@@ -306,18 +305,17 @@ class _Stamp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.elem if isinstance(grad, _Wrapper) else grad
+        return elem_of(grad)
 
 
-def _unwrap(tensor: Tensor) -> Tensor:
+def unwrap(tensor: Tensor) -> Tensor:
+    """The plain tensor inside, also under create_graph."""
     if not isinstance(tensor, _Wrapper):
         return tensor
     return _Unwrap.apply(tensor) if torch.is_grad_enabled() else tensor.elem
 
 
 class _Unwrap(torch.autograd.Function):
-    """``tensor.elem`` under create_graph."""
-
     @staticmethod
     def forward(ctx: Any, tensor: _Wrapper) -> Tensor:
         return tensor.elem.view_as(tensor.elem)
@@ -328,6 +326,7 @@ class _Unwrap(torch.autograd.Function):
 
 
 def _open(tensor: Tensor) -> Tensor:
+    """What the forward pass has saved, plain."""
     if not isinstance(tensor, PowerGradLogits):
         return tensor
     return _Open.apply(tensor) if torch.is_grad_enabled() else tensor.elem
@@ -338,161 +337,7 @@ class _Open(_Unwrap):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _stamp(_unwrap(grad))
-
-
-# --- the gate
-
-
-def _regime(alpha: float) -> str:
-    """alpha = 1 takes torch's own path; between 0 and 1, log-probabilities need no maximum taken off."""
-    return "plain" if alpha == 1 else "flat" if 0 < alpha < 1 else "other"
-
-
-class State:
-    """What the gates of one attachment share: alpha, and how many backward passes came through.
-
-    A compiled graph cannot count. Its gate gives a gradient to one of two leaf tensors instead, to alpha where the
-    stamp was seen while the graph was traced, and to ``border`` where the logits leave the graph and the stamp must
-    come in from outside. Hooks on the leaves count, so nothing ever waits for a device.
-    """
-
-    def __init__(self, alpha: float) -> None:
-        self.enabled = True
-        self.owned = False  # by an optimizer, with which it ends
-        self.replaced = False  # by another optimizer of the same model
-        self.calls = 0
-        self.last_pass = -1
-        self.value = torch.tensor(alpha, dtype=torch.float64)
-        self.regime = _regime(alpha)
-        self.graph_regime = self.regime  # one recompilation where alpha leaves 1, none where it comes to it
-        self.leaves = self._make_leaves(torch.float32, torch.device("cpu"))
-
-    @property
-    def alpha(self) -> float:
-        """The exponent of the next forward pass."""
-        return self.value.item()
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self.value.fill_(value)
-        self.leaves[0].detach().fill_(value)
-        self.regime = _regime(value)
-        if value != 1:
-            self.graph_regime = self.regime
-
-    def place(self, parameter: Tensor) -> None:
-        """Keeps the leaves beside the head's parameters: a CPU tensor in a graph on a GPU stops CUDA graphs."""
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        if self.leaves[0].dtype != dtype or self.leaves[0].device != parameter.device:
-            self.leaves = self._make_leaves(dtype, parameter.device)
-
-    def count(self) -> None:
-        """Once for each backward pass, however often it comes through."""
-        task = torch._C._current_graph_task_id()
-        if task != self.last_pass or task == -1:
-            self.calls, self.last_pass = self.calls + 1, task
-
-    def _make_leaves(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        alpha = torch.tensor(self.alpha, dtype=dtype, device=device, requires_grad=True)
-        border = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        alpha.register_post_accumulate_grad_hook(self._on_inside)
-        border.register_post_accumulate_grad_hook(self._on_border)
-        return alpha, border
-
-    def _on_inside(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:  # torch calls this for a leaf that got no gradient, too
-            leaf.grad = None
-            self.count()
-
-    def _on_border(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            leaf.grad = None
-            if StampedGradient.crossing != torch._C._current_graph_task_id():
-                raise no_pgt("at the border of a compiled graph")
-            self.count()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "enabled": self.enabled and not self.owned, "calls": self.calls}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["alpha"])  # type: ignore[misc]
-        self.enabled, self.calls = state["enabled"], state["calls"]
-
-
-def enter(output: Any, state: State) -> Any:
-    """The head's output, in which every floating tensor that is to be differentiated has become ``PowerGradLogits``.
-
-    Looks into whatever torch knows as a pytree, and into the attributes of other objects, which it changes in place.
-    """
-    gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
-    if torch.compiler.is_compiling():
-        leaves = state.leaves
-        gate = lambda t: TracedGate.apply(t, *leaves, state.graph_regime)  # noqa: E731
-    if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced
-        return _enter_tensor(output, gate)
-    seen: set[int] = set()
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return _enter_tensor(leaf, gate)
-        for name in _attributes(leaf) if id(leaf) not in seen else ():
-            seen.add(id(leaf))
-            object.__setattr__(leaf, name, tree_map(visit, getattr(leaf, name)))
-        return leaf
-
-    return tree_map(visit, output)
-
-
-def _enter_tensor(value: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-    if not (value.requires_grad and value.is_floating_point() and value.dim() > 0):
-        return value
-    if hasattr(value, "placements"):
-        raise NotImplementedError(
-            f"PGT: the logits are a DTensor with placements {value.placements}, as for loss_parallel; let the head give "
-            "a whole local tensor: ColwiseParallel(output_layouts=Replicate(), use_local_output=True)"
-        )
-    return gate(value)
-
-
-def _attributes(value: Any) -> list[str]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [field.name for field in dataclasses.fields(value)]
-    return (
-        [] if isinstance(value, (type, torch.nn.Module)) or callable(value) else list(getattr(value, "__dict__", ()))
-    )
-
-
-class _Gate(torch.autograd.Function):
-    """The gate in eager mode: ``PowerGradLogits`` on the way down, a stamped gradient or an error on the way up."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
-        ctx.state = state
-        return PowerGradLogits(logits.view_as(logits), state.value, state.regime)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if type(grad) is not StampedGradient:
-            raise no_pgt(f"a {type(grad).__name__} of shape {tuple(grad.shape)}")
-        ctx.state.count()
-        return _unwrap(grad), None
-
-
-class TracedGate(torch.autograd.Function):
-    """The gate inside a compiled graph, see ``State``: of tensors alone, and never an error at run time."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, regime: str) -> PowerGradLogits:
-        ctx.like = {"dtype": alpha.dtype, "device": alpha.device}
-        return PowerGradLogits(logits.view_as(logits), alpha.detach(), regime)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        here = torch.ones((), **ctx.like)
-        if isinstance(grad, StampedGradient):
-            return grad.elem, here, None, None
-        return (grad.elem if isinstance(grad, _Wrapper) else grad), None, here, None
+        return _stamp(unwrap(grad))
 
 
 # --- ops that need care
@@ -520,7 +365,7 @@ class _Beyond(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.elem if isinstance(grad, _Wrapper) else grad
+        return elem_of(grad)
 
 
 def _shield(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -545,19 +390,21 @@ def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
             yield value
 
 
-def _check_one_alpha(logits: list[PowerGradLogits]) -> None:
-    first, *others = (each.alpha for each in logits)
+def _the_logits(args: Any, kwargs: Any) -> PowerGradLogits:
+    """The first logits among the arguments; those of two heads must agree on alpha."""
+    first, *others = (value for value in tree_leaves((args, kwargs)) if isinstance(value, PowerGradLogits))
     for other in others:
-        if (
-            other is not first
-            and type(other) is Tensor is type(first)
-            and other.device.type == "cpu" == first.device.type
-        ):
-            if other.item() != first.item():
-                raise RuntimeError(
-                    f"PGT: logits of two heads with alpha={first.item()} and alpha={other.item()} were combined; "
-                    "attach both with the same alpha, or detach one"
-                )
+        if other.alpha is not first.alpha and _readable(other.alpha, first.alpha) and other.alpha != first.alpha:
+            raise RuntimeError(
+                f"PGT: logits of two heads with alpha={first.alpha.item()} and alpha={other.alpha.item()} were "
+                "combined; attach both with the same alpha, or detach one"
+            )
+    return first
+
+
+def _readable(*alphas: Tensor) -> bool:
+    """Whether reading them neither breaks a graph nor waits for a device."""
+    return all(type(alpha) is Tensor and alpha.device.type == "cpu" for alpha in alphas)
 
 
 def _as_passed(out: Any, plain: Any, wrapped: Any) -> Any:

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from .attach import PowerGradHandle, attach_powergrad, release_powergrad
 from .clipping import ClipGradients, check_clipping
 from .functional import check_alpha
+from .gate import State
 from .guard import ALPHA_KEY, guard_copies
 from .heads import Head, last_linear
-from .logits import State
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
@@ -75,8 +75,8 @@ def create_optimizer(
     check_clipping(clip_mode, clip_value)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got a {type(model).__name__}: PGT acts on the model's logits, so parameters "
-            "alone are not enough; make the optimizer with timm or torch, then call bind_powergrad(optimizer, model)"
+            f"model must be a torch.nn.Module, got a {type(model).__name__}: PGT acts on the model's logits, so "
+            "parameters alone are not enough; make the optimizer with timm or torch, then call bind_powergrad(optimizer, model)"
         )
     name = _base_name(opt)
     if kwargs.get("momentum") == 0 and "nesterov" in allowed_options(opt):
@@ -244,7 +244,8 @@ class _Link:
 
 def keep_asked_alpha(optimizer: Optimizer) -> None:
     """A checkpoint with another alpha does not change this optimizer's, which was asked for by name."""
-    _stepped(optimizer).param_groups[0].link.keep_asked = True
+    group: Any = _stepped(optimizer).param_groups[0]
+    group.link.keep_asked = True
 
 
 def _keep_out_of_graphs(optimizer: Optimizer) -> None:
@@ -281,7 +282,8 @@ def _stepped(optimizer: Any) -> Optimizer:
             inner = getattr(inner, name)
     if not isinstance(inner, Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or wrap one as its 'optimizer', got a {type(optimizer).__name__}"
+            "optimizer must be a torch.optim.Optimizer or wrap one as its 'optimizer', "
+            f"got a {type(optimizer).__name__}"
         )
     return inner
 
