@@ -76,7 +76,8 @@ def create_optimizer(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got a {type(model).__name__}: PGT acts on the model's logits, so "
-            "parameters alone are not enough; make the optimizer with timm or torch, then call bind_powergrad(optimizer, model)"
+            "parameters alone are not enough; make the optimizer with timm or torch, then call "
+            "bind_powergrad(optimizer, model)"
         )
     name = _base_name(opt)
     if kwargs.get("momentum") == 0 and "nesterov" in allowed_options(opt):
