@@ -33,13 +33,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.data import DIGITS, class_names, load_image_dataset
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.metrics import ClassificationMetrics
-from pgt_hf.models import create_model
-from pgt_hf.result_plots import plot_heat_map
-from pgt_hf.search import PAPER_ALPHAS, Point, compare, interval, powergrad_hp_space
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.analysis import ClassificationMetrics, Point, compare, interval, plot_heat_map
+from pgt_hf.images import DIGITS, ImageDataset, ImageTransform, class_names, collate, create_model, load_image_dataset
+from pgt_hf.trainer import PAPER_ALPHAS, powergrad_hp_space
 
 SIDES = ("baseline", "pgt")
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

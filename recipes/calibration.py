@@ -24,14 +24,9 @@ from torch import Tensor
 from transformers import set_seed
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.calibration import Calibration, compare_calibration
-from pgt_hf.data import ImageDataset, class_names, load_image_dataset
-from pgt_hf.drawing import require_matplotlib
+from pgt_hf.analysis import Calibration, compare_calibration, plot_reliability, reliability, require_matplotlib
 from pgt_hf.functional import check_alpha
-from pgt_hf.metrics import reliability
-from pgt_hf.models import create_model
-from pgt_hf.result_plots import plot_reliability
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.images import ImageDataset, ImageTransform, class_names, collate, create_model, load_image_dataset
 
 KINDS = ("raw", "folded", "fitted")
 SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}

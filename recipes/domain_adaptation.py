@@ -44,21 +44,24 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pgt_hf import powergrad_cross_entropy
-from pgt_hf.adaptation import (
+from pgt_hf.analysis import plot_adaptation, require_matplotlib
+from pgt_hf.functional import check_alpha
+from pgt_hf.images import (
+    CORRUPTIONS,
+    DIGITS,
+    Corrupted,
     DomainAdversary,
+    ImageDataset,
+    ImageTransform,
+    class_names,
+    collate,
     confident_labels,
     entropy,
+    load_image_dataset,
     reversal_strength,
     train_norms_alone,
 )
-from pgt_hf.corruptions import CORRUPTIONS, Corrupted
-from pgt_hf.data import DIGITS, class_names, load_image_dataset
-from pgt_hf.drawing import require_matplotlib
-from pgt_hf.functional import check_alpha
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.result_plots import plot_adaptation
-from pgt_hf.run_folder import describe_code, describe_environment
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.runs import describe_code, describe_environment
 
 METHODS = ("source-only", "bn", "tent", "pseudo-labels", "dann")
 SMOKE = {"alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192}

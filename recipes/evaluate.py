@@ -34,12 +34,18 @@ if __name__ == "evaluate":
     del sys.modules["evaluate"]
     import evaluate  # noqa: F401
 else:
-    from pgt_hf.calibration import compare_calibration
-    from pgt_hf.data import DEFAULT_DATASET, ImageDataset, class_names, load_image_dataset
-    from pgt_hf.evaluation import load_classifier, match_labels, preprocessing
+    from pgt_hf.analysis import BINS, IGNORED, TopKAccuracy, compare_calibration
     from pgt_hf.functional import check_alpha
-    from pgt_hf.metrics import BINS, IGNORED, TopKAccuracy
-    from pgt_hf.transforms import collate
+    from pgt_hf.images import (
+        DEFAULT_DATASET,
+        ImageDataset,
+        class_names,
+        collate,
+        load_classifier,
+        load_image_dataset,
+        match_labels,
+        preprocessing,
+    )
 
 
 def main() -> None:

@@ -30,33 +30,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments, create_optimizer, fold_powergrad
-from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
-from pgt_hf.data import DIGITS, check_access, class_names, load_image_dataset
-from pgt_hf.drawing import require_matplotlib
-from pgt_hf.evaluation import load_classifier, preprocessing
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.image_trainer import ImageTrainer
-from pgt_hf.metrics import IGNORED, ClassificationMetrics
-from pgt_hf.models import create_model
-from pgt_hf.optim import PREFIX
-from pgt_hf.registration import parse_optim_args
-from pgt_hf.result_plots import plot_confusion, plot_mistakes
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
-from pgt_hf.transfer import (
+from pgt_hf.analysis import (
+    ClassificationMetrics,
+    confusion_matrix,
+    plot_confusion,
+    plot_images,
+    require_matplotlib,
+    worst_mistakes,
+)
+from pgt_hf.images import (
+    DIGITS,
+    ImageDataset,
+    ImageTransform,
     add_lora,
+    check_access,
+    class_names,
     class_weights,
+    collate,
+    create_model,
     freeze_backbone,
+    load_classifier,
+    load_image_dataset,
     merge_lora,
     parameter_groups,
+    preprocessing,
     replace_head,
     set_image_size,
 )
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.optim import PREFIX
+from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.trainer import ImageTrainer, StopOnSigterm, find_checkpoint, parse_optim_args
 
 CPUS_PER_PROCESS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
@@ -314,18 +321,12 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
 
 
 def draw_mistakes(predicted: Any, images: Any, names: list[str], folder: Path, title: str) -> None:
-    """confusion_matrix.png, and mistakes.png: the wrong images whose own class got the least probability."""
-    truth, best, log_prob = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[1][:, 0]
-    confidence = predicted.predictions[1][:, 1]
-    counted = truth != IGNORED
-    counts = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(counts, (truth[counted], best[counted]), 1)
-    plot_confusion(counts, names, folder / "confusion_matrix.png", title)
-    wrong = np.flatnonzero(counted & (truth != best))
-    worst = wrong[np.argsort(log_prob[wrong], kind="stable")][:MISTAKES]
-    if len(worst):
-        captions = [(names[truth[i]], f"{names[best[i]]}, {confidence[i]:.0%}") for i in worst]
-        plot_mistakes([images[int(i)]["image"] for i in worst], captions, folder / "mistakes.png", title)
+    """confusion_matrix.png, and mistakes.png: the wrong images that the model was surest of."""
+    truth, best, confidence = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
+    plot_confusion(confusion_matrix(truth, best, len(names)), names, folder / "confusion_matrix.png", title)
+    if worst := worst_mistakes(truth, best, confidence, MISTAKES):
+        captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {confidence[i]:.0%}" for i in worst]
+        plot_images([images[i]["image"] for i in worst], captions, folder / "mistakes.png", title)
 
 
 def summarize(
@@ -378,7 +379,7 @@ def tell(report: dict[str, Any], folder: str, dataset_name: str) -> None:
 Written to {folder}
   model.safetensors, config.json   the model of the best epoch, as transformers reads it
   confusion_matrix.png             which class was taken for which
-  mistakes.png                     the images that it got most wrong
+  mistakes.png                     the wrong images that it was surest of
   metrics.json, run.json           these numbers, and all that they were made with
   history.jsonl, training_curve.png
 

@@ -27,18 +27,26 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from pgt_hf import ImageTrainingArguments
-from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
-from pgt_hf.checkpoints import StopOnSigterm, find_checkpoint
-from pgt_hf.data import DEFAULT_DATASET, DIGITS, check_access, class_names, load_image_dataset, num_images
-from pgt_hf.drawing import require_matplotlib
-from pgt_hf.image_dataset import ImageDataset, ImageStream
-from pgt_hf.image_trainer import ImageTrainer
-from pgt_hf.metrics import ClassificationMetrics
-from pgt_hf.models import create_model, load
-from pgt_hf.presets import PAPER, PRESETS, preset_table
-from pgt_hf.report import examine, write_report
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.analysis import ClassificationMetrics, examine, require_matplotlib
+from pgt_hf.images import (
+    DEFAULT_DATASET,
+    DIGITS,
+    PAPER,
+    PRESETS,
+    ImageDataset,
+    ImageStream,
+    ImageTransform,
+    check_access,
+    class_names,
+    collate,
+    create_model,
+    load,
+    load_image_dataset,
+    num_images,
+    preset_table,
+)
+from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, ImageTrainer, StopOnSigterm, find_checkpoint
 
 CPUS_PER_PROCESS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
@@ -190,7 +198,7 @@ def main() -> None:
         tell(report)
         if run_args.report:
             best = model if trainer.ema is None else trainer.ema.module
-            examine(best, validation, alpha=args.alpha).save(args.output_dir)
+            write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
             write_report(args.output_dir)
         tell_what_next(args, data_args)
     if args.push_to_hub:
@@ -362,7 +370,7 @@ Written to {args.output_dir}
   history.jsonl        everything that was logged, a line each
   training_curve.png   loss, accuracy and learning rate
   report.html          curves, calibration, confusion, worst mistakes, in one page
-  diagnostics.npz      logits, filters, gradients; drawn by python -m pgt_hf.plots {where}
+  diagnostics.npz      logits, filters, gradients; drawn by pgt-hf plot {where}
   model.safetensors    the model, with config.json: transformers' auto classes and pipelines read it{ema}
   checkpoint-*         to go on from
 
@@ -370,7 +378,7 @@ What next
   evaluate   python recipes/evaluate.py {where} --dataset-name {data}
   go on      accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}
   compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + "-plain")}
-  publish    python -m pgt_hf.hub push {where} --repo-id <you>/<name of the model>
+  publish    pgt-hf push {where} --repo-id <you>/<name of the model>
 """)
 
 

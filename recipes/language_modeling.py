@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
+from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
 
 LARGE_VOCABULARY = 32768

@@ -21,9 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
-from pgt_hf.data import DEFAULT_DATASET, DIGITS, class_names, load_image_dataset
-from pgt_hf.decoding import BadImageError, shrink
-from pgt_hf.image_dataset import read_image
+from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
 
 MANIFEST = "manifest.json"
 ROW_GROUP = 100

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.metrics import ClassificationMetrics
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
+from pgt_hf.analysis import ClassificationMetrics
+from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
 
 SCRATCH = "scratch"

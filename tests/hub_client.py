@@ -39,7 +39,8 @@ from pathlib import Path
 import torch
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.hub import *
-from pgt_hf.models import create_model, load
+from pgt_hf.hub.publish import take_over
+from pgt_hf.images import create_model, load
 
 torch.manual_seed(0)
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -69,7 +70,8 @@ class Client:
         settings = {
             "PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home),
             "USER": "canaryuser", "LOGNAME": "canaryuser", "HOME": "/home/canary",
-            "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
         return {key: value for key, value in os.environ.items() if "TOKEN" not in key} | settings
 

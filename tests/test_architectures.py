@@ -11,8 +11,7 @@ from transformers import AutoModelForImageClassification
 
 from pgt_hf import create_optimizer
 from pgt_hf.attach import last_linear
-from pgt_hf.models import create_model
-from pgt_hf.presets import PRESETS, preset_table
+from pgt_hf.images import PRESETS, create_model, preset_table
 
 NAMES, SIDE, ALPHA, STEPS = [str(i) for i in range(10)], 32, 0.25, 3
 SHALLOW, NARROW = {"layers": [1, 1, 1, 1]}, {"channels": [16, 32, 64, 128]}

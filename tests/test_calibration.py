@@ -6,7 +6,7 @@ import torch
 from launch import PYTHON, ROOT, run
 from sklearn.metrics import log_loss
 
-from pgt_hf.calibration import compare_calibration, fit_temperature
+from pgt_hf.analysis import compare_calibration, fit_temperature
 
 
 def drawn(count: int, seed: int = 1, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

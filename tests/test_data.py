@@ -9,10 +9,17 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pictures
 from torch.utils.data import DataLoader
 
-import pgt_hf.data
-from pgt_hf.data import ImageDataset, check_access, class_names, load_image_dataset
-from pgt_hf.models import create_model
-from pgt_hf.transforms import ImageTransform, collate, to_rgb
+from pgt_hf.images import (
+    ImageDataset,
+    ImageTransform,
+    check_access,
+    class_names,
+    collate,
+    create_model,
+    load_image_dataset,
+    sources,
+    to_rgb,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CONFIG = {"input_size": (3, 32, 32), "crop_pct": 1.0}
@@ -93,18 +100,18 @@ def test_single_split_serves_twice_and_a_warning_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = load_image_dataset(folder)
     assert dataset["train"]["label"][:] == dataset["validation"]["label"][:] == [0, 1, 1]
-    assert "images seen in training" in caplog.text
+    assert "examples seen in training" in caplog.text
 
 
 def test_no_labels_at_all_is_an_error(tmp_path):
     folder = parquet_folder(tmp_path / "set", {"train": [-1, -1], "test": [-1]})
-    with pytest.raises(ValueError, match=r"no labelled images in its splits \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"nothing labelled in its splits \['test', 'train'\]"):
         load_image_dataset(folder)
 
 
 @pytest.mark.parametrize(
     ("labels", "names", "numbers"),
-    [(["dog", "cat", "dog"], ["cat", "dog"], [1, 0, 1]), ([10, 2, 0], [str(i) for i in range(11)], [10, 2, 0])],
+    [(["dog", "cat", "dog"], ["cat", "dog"], [1, 0, 1]), ([10, 2, 0], ["0", "2", "10"], [2, 1, 0])],
     ids=["words", "numbers"],
 )
 def test_labels_without_class_names_get_them(labels, names, numbers, tmp_path):
@@ -129,8 +136,8 @@ def test_sample_limits_draw_the_same_images_for_the_same_seed(tmp_path):
 
 
 def test_gated_data_set_without_a_token_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pgt_hf.data, "get_token", lambda: None)
-    monkeypatch.setattr(pgt_hf.data.datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "get_token", lambda: None)
+    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(PermissionError) as error:
         load_image_dataset()
     for part in ("huggingface.co/datasets/ILSVRC/imagenet-1k", "hf auth login", "HF_TOKEN", "--dataset-name digits"):
@@ -140,7 +147,7 @@ def test_gated_data_set_without_a_token_is_an_error_that_says_how_to_get_it(tmp_
 
 def test_name_that_cannot_be_reached_is_said_to_be_neither_a_folder_nor_on_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(pgt_hf.data.datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sources.datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="'no/such-set' is neither a local folder nor in the cache"):
         load_image_dataset("no/such-set")
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, attach_powergrad
-from pgt_hf.callbacks import CURVE_ALPHAS, DiagnosticsCallback, DivergenceCallback
-from pgt_hf.diagnostics import (
+from pgt_hf.analysis import (
+    CURVE_ALPHAS,
     History,
     filter_norms,
     gradient_cosine,
@@ -35,6 +35,7 @@ from pgt_hf.diagnostics import (
     recover_target,
     zeroed_filters,
 )
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 SMALL = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=6)
 
@@ -367,7 +368,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 args = PowerGradTrainingArguments(
     "out", optim="powergrad_sgd", learning_rate=0.01, max_steps=20, per_device_train_batch_size=4, report_to="none",

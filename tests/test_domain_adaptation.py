@@ -18,19 +18,23 @@ from datasets import Image as Feature
 from launch import ROOT, TWO, run
 from PIL import Image
 
-from pgt_hf.adaptation import (
+from pgt_hf.analysis import plot_adaptation
+from pgt_hf.images import (
+    CORRUPTIONS,
+    LEVELS,
+    Corrupted,
     DomainAdversary,
+    ImageDataset,
+    ImageTransform,
     confident_labels,
+    corrupt,
     entropy,
+    load_image_dataset,
     reversal_strength,
     reverse_gradient,
+    seeded,
     train_norms_alone,
 )
-from pgt_hf.corruptions import CORRUPTIONS, LEVELS, Corrupted, corrupt
-from pgt_hf.data import load_image_dataset
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.result_plots import plot_adaptation
-from pgt_hf.transforms import ImageTransform, seeded
 
 RECIPE = str(ROOT / "recipes" / "domain_adaptation.py")
 

@@ -16,11 +16,19 @@ from timm.data import ImageNetInfo
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.data import ImageDataset, load_image_dataset
-from pgt_hf.evaluation import load_classifier, load_weights, match_labels, preprocessing
-from pgt_hf.metrics import reliability
-from pgt_hf.models import create_model
-from pgt_hf.transforms import BadImageError, ImageTransform, collate
+from pgt_hf.analysis import reliability
+from pgt_hf.images import (
+    BadImageError,
+    ImageDataset,
+    ImageTransform,
+    collate,
+    create_model,
+    load_classifier,
+    load_image_dataset,
+    load_weights,
+    match_labels,
+    preprocessing,
+)
 
 SHARED = ROOT.parent / "shared" / "data"
 EVALUATE = str(ROOT / "recipes" / "evaluate.py")

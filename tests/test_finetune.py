@@ -26,13 +26,14 @@ from transformers import (
 )
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
-from pgt_hf.data import class_names, load_image_dataset
-from pgt_hf.models import create_model
-from pgt_hf.result_plots import plot_confusion, plot_mistakes
-from pgt_hf.transfer import (
+from pgt_hf.analysis import plot_confusion, plot_images
+from pgt_hf.images import (
     add_lora,
+    class_names,
     class_weights,
+    create_model,
     freeze_backbone,
+    load_image_dataset,
     merge_lora,
     parameter_groups,
     replace_head,
@@ -391,10 +392,10 @@ def test_pretrained_network_from_a_file_of_weights_is_fine_tuned_on_real_photos(
 def test_pictures_of_mistakes_are_drawn_and_mismatches_are_errors(tmp_path):
     pytest.importorskip("matplotlib")
     plot_confusion(np.eye(3, dtype=int), NEW, tmp_path / "confusion.png", "title")
-    plot_mistakes([Image.new("L", (8, 8))] * 7, [("cat", "dog, 98%")] * 7, tmp_path / "mistakes.png")
+    plot_images([Image.new("L", (8, 8))] * 7, ["cat\nnot dog, 98%"] * 7, tmp_path / "mistakes.png")
     for name in ("confusion.png", "mistakes.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"counts must have shape \(3, 3\), got \(2, 2\)"):
         plot_confusion(np.eye(2), NEW, tmp_path / "none.png")
     with pytest.raises(ValueError, match="as many, at least 1, got 0 and 0"):
-        plot_mistakes([], [], tmp_path / "none.png")
+        plot_images([], [], tmp_path / "none.png")

@@ -14,13 +14,13 @@ def run(client, tmp_path_factory):
     """A run that was never pushed: trained for four steps, with a card's worth of records."""
     folder = tmp_path_factory.mktemp("runs") / "ants"
     client.run(f"""
-        from pgt_hf.plots import plot_training_curve
+        from pgt_hf.analysis import plot_training_curve
         t = trainer({str(folder)!r}, save_total_limit=None)
         t.train()
         t.save_model()
         arguments = {{"alpha": 0.25, "hub_token": {TOKEN!r}, "optim": "powergrad_sgd", "output_dir": {str(folder)!r}}}
         run = {{"dataset_name": "digits", "arguments": arguments, "host": "canaryhost", "user": "canaryuser",
-               "versions": {{"torch": torch.__version__}}}}
+               "packages": {{"torch": torch.__version__}}}}
         Path({str(folder)!r}, "run.json").write_text(json.dumps(run))
         metrics = {{"top1": 0.5, "top5": 1.0, "nll": 1.5, "ece": 0.3, "ece_folded": 0.1, "eval_images": 360}}
         Path({str(folder)!r}, "metrics.json").write_text(json.dumps(metrics))
@@ -70,9 +70,9 @@ def test_repository_holds_safetensors_card_and_pictures_and_nothing_that_unpickl
     assert set(pushed) == files
 
 
-def test_weights_went_by_lfs_since_this_hub_offers_no_xet(server, pushed):
+def test_weights_went_by_lfs_where_xet_is_switched_off(server, pushed):
     assert any(request.startswith("PUT /lfs/") for request in server.requests)
-    assert "GET /api/models/alice/ants/xet-write-token/main" in server.requests
+    assert not any("xet" in request for request in server.requests)
 
 
 def test_no_token_host_user_or_local_path_is_among_the_pushed_bytes(pushed, run):
@@ -239,7 +239,7 @@ def test_push_survives_a_passing_failure(server, client, run, fault):
         ({"pattern": "PUT /lfs/", "status": 507}, "507"),
         ({"pattern": "POST .*/commit/", "drop_after": 50}, "broke off"),
         ({"pattern": "POST .*/commit/", "status": 500}, "500"),
-        ({"pattern": "GET .*/xet-write-token/", "drop_after": 0}, "OSError: the push to 'alice/ants' broke off"),
+        ({"pattern": "POST .*/preupload", "drop_after": 0}, "OSError: the push to 'alice/ants' broke off"),
         ({"pattern": "POST /api/repos/create", "status": 503}, "answered HTTP 503"),
         ({"pattern": "POST /api/repos/create", "drop_after": 0}, "could not be reached"),
     ],
@@ -283,13 +283,13 @@ def test_command_line_tells_its_errors_in_one_line(client, tmp_path):
         ("main(['export', 'nowhere', 'out'])", "error: there is no model in nowhere"),
         ("main(['pull', 'alice/absent', 'out'])", "error: "),
     ):
-        _, error = client.attempt(f"from pgt_hf.hub import main\n{program}")
+        _, error = client.attempt(f"from pgt_hf.__main__ import main\n{program}")
         assert f"SystemExit: {message}" in error
 
 
 def test_export_writes_what_a_push_would_bring(client, run, pushed, tmp_path):
     client.run(f"""
-        from pgt_hf.hub import main
+        from pgt_hf.__main__ import main
         main(["export", {str(run)!r}, {str(tmp_path / "release")!r}, "--repo-id", "alice/ants"])
     """)
     assert {path.name: path.read_bytes() for path in (tmp_path / "release").iterdir()} == pushed

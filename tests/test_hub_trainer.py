@@ -21,9 +21,9 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".npy")
 
 
 def command_in(printed: str) -> list[str]:
-    """The words of the command that is to push the run later, after ``python -m pgt_hf.hub``."""
-    (command,) = re.findall(r"^\s+(python -m pgt_hf\.hub push .*)$", printed, re.MULTILINE)
-    return shlex.split(command)[3:]
+    """The words of the command that is to push the run later, after ``pgt-hf``."""
+    (command,) = re.findall(r"^\s+(pgt-hf push .*)$", printed, re.MULTILINE)
+    return shlex.split(command)[1:]
 
 
 def test_training_pushes_its_checkpoints_and_its_end(server, client, tmp_path):
@@ -31,7 +31,7 @@ def test_training_pushes_its_checkpoints_and_its_end(server, client, tmp_path):
         t = trainer({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/steps", hub_private_repo=True)
         t.train()
         assert t.push_to_hub(dataset="digits", license="mit").commit_message == "End of training"
-        assert t.unpushed is None
+        assert take_over(t).unpushed is None
         there = load("alice/steps", token={TOKEN!r})
         assert torch.allclose(logits(there), logits(t.model), rtol=1e-6, atol=1e-6)
     """)
@@ -75,8 +75,7 @@ def test_checkpoint_on_the_hub_holds_no_pickle_and_resumes_on_the_same_bits(serv
 
 def test_averaged_weights_are_what_image_trainer_publishes(server, client, tmp_path):
     client.run(f"""
-        from pgt_hf.arguments import ImageTrainingArguments
-        from pgt_hf.image_trainer import ImageTrainer
+        from pgt_hf import ImageTrainer, ImageTrainingArguments
         args = ImageTrainingArguments({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/averages", max_steps=4,
             optim="powergrad_sgd", learning_rate=0.01, per_device_train_batch_size=4, report_to="none", use_cpu=True,
             save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, disable_tqdm=True, ema_decay=0.5,
@@ -115,7 +114,7 @@ def test_model_that_nobody_could_load_is_refused_before_the_first_step(client, t
         import timm
         trainer({str(tmp_path / "run")!r}, model=timm.create_model("resnet10t", num_classes=4), {PUSH})
     """)
-    assert "ValueError: push_to_hub needs a transformers model, got a ResNet" in error
+    assert "ValueError: publishing needs a transformers model, got a ResNet" in error
 
 
 def test_hub_that_is_down_changes_nothing_but_the_last_message(server, client, tmp_path):
@@ -125,7 +124,7 @@ def test_hub_that_is_down_changes_nothing_but_the_last_message(server, client, t
         t.train()
         assert t.state.global_step == 4
         assert t.push_to_hub() is None
-        assert "ConnectionError" in t.unpushed
+        assert "ConnectionError" in take_over(t).unpushed
     """)
     assert "Training starts all the same" in printed and TOKEN not in printed
     last = printed[printed.rindex("NOT PUSHED") :]
@@ -135,7 +134,7 @@ def test_hub_that_is_down_changes_nothing_but_the_last_message(server, client, t
     assert not list((tmp_path / "run").glob("_hub*"))
     server.faults.clear()
     client.run(f"""
-        from pgt_hf.hub import main
+        from pgt_hf.__main__ import main
         os.environ["HF_TOKEN"] = {TOKEN!r}
         main({command_in(last)!r})
         there, here = load("alice/down").state_dict(), load({str(tmp_path / "run")!r}).state_dict()
@@ -163,7 +162,7 @@ def test_token_that_is_revoked_in_mid_training_stops_nothing(server, client, tmp
     printed = client.run(f"""
         t = trainer({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/revoked")
         t.train()
-        assert t.state.global_step == 4 and t.unpushed
+        assert t.state.global_step == 4 and take_over(t).unpushed
     """)
     assert "NOT PUSHED: the model of checkpoint-" in printed
     assert server.files("alice/revoked") == {}
@@ -175,7 +174,7 @@ def test_rotation_of_checkpoints_does_not_wait_for_a_slow_upload(server, client,
         t = trainer({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/rotated", hub_always_push=True,
                     hub_strategy="all_checkpoints", max_steps=3, save_steps=1, save_total_limit=1)
         t.train()
-        assert t.unpushed is None
+        assert take_over(t).unpushed is None
         assert [path.name for path in Path({str(tmp_path / "run")!r}).glob("checkpoint-*")] == ["checkpoint-3"]
     """)
     pushed = {name.split("/")[0] for name in server.files("alice/rotated") if "/" in name}
@@ -192,7 +191,7 @@ t.train()
 t.save_model()
 results = t.evaluate()
 if t.is_world_process_zero():
-    print("evaluated", "eval_loss" in results, t.unpushed is not None)
+    print("evaluated", "eval_loss" in results, take_over(t).unpushed is not None)
 t.end()
 """
     )

@@ -12,8 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pgt_hf.data import ImageDataset, ImageStream, load_image_dataset, num_images
-from pgt_hf.transforms import BadImageError, ImageTransform, collate
+from pgt_hf.images import (
+    BadImageError,
+    ImageDataset,
+    ImageStream,
+    ImageTransform,
+    collate,
+    load_image_dataset,
+    num_images,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet"
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0}

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
-from pgt_hf.checkpoints import STAGING, latest_checkpoint
-from pgt_hf.models import create_model, load
+from pgt_hf.images import create_model, load
+from pgt_hf.trainer import latest_checkpoint
+from pgt_hf.trainer.checkpoints import STAGING
 
 ALPHA, CLASSES, SIDE = 0.25, 10, 32
 

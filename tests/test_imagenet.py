@@ -16,11 +16,7 @@ from datasets import Dataset, Image
 from launch import ONE, PYTHON, ROOT, TWO, environment, run
 from safetensors.torch import load_file
 
-from pgt_hf.data import load_image_dataset
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.models import load
-from pgt_hf.presets import PRESETS
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.images import PRESETS, ImageDataset, ImageTransform, collate, load, load_image_dataset
 
 RECIPE = str(ROOT / "recipes" / "imagenet.py")
 CONFIGS = ROOT / "recipes" / "configs"

@@ -6,13 +6,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from pgt_hf import fold_powergrad
-from pgt_hf.metrics import (
-    ClassificationMetrics,
-    ProbabilityScores,
-    TopKAccuracy,
-    reliability,
-    score_logits,
-)
+from pgt_hf.analysis import ClassificationMetrics, ProbabilityScores, TopKAccuracy, reliability, score_logits
 
 CLASSES = 12
 

@@ -8,9 +8,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from pgt_hf import attach_powergrad
-from pgt_hf.data import load_image_dataset
-from pgt_hf.models import create_model, load
-from pgt_hf.transforms import ImageTransform
+from pgt_hf.images import ImageTransform, create_model, load, load_image_dataset
 
 NAMES = ["zero", "one", "two", "three", "four", "five"]
 VARIANTS = [{}, {"norm_free": True}, {"small_images": True}, {"norm_free": True, "small_images": True}]

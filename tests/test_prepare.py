@@ -16,8 +16,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pictures
 
-from pgt_hf.data import class_names, load_image_dataset
-from pgt_hf.image_dataset import read_image
+from pgt_hf.images import class_names, load_image_dataset, read_image
 
 ROOT = Path(__file__).parents[1]
 PREPARE = str(ROOT / "recipes" / "prepare.py")

@@ -1,10 +1,18 @@
 """What a run leaves behind, apart from what the recipes' own tests look at."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
-from pgt_hf.run_folder import RunFolder, command_line, describe_code, describe_data, describe_environment
+import timm
+import torch
+
+import pgt_hf
+from pgt_hf.runs import RunFolder, command_line, describe_data, describe_environment, package_versions
 
 
 def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, monkeypatch):
@@ -45,6 +53,33 @@ def test_data_set_from_the_hub_is_known_by_its_revision():
     }
 
 
-def test_code_and_environment_name_versions():
-    assert describe_code()["version"]
-    assert {"torch", "timm", "transformers"} <= set(describe_environment(2)["packages"])
+def test_environment_is_that_of_this_interpreter():
+    found = describe_environment(2)
+    packages = package_versions()
+    assert (found["processes"], found["packages"]) == (2, packages)
+    assert (packages["torch"], packages["timm"]) == (torch.__version__.partition("+")[0], timm.__version__)
+
+
+def test_code_is_known_by_its_commit_and_whether_it_was_changed(tmp_path):
+    package = Path(shutil.copytree(Path(pgt_hf.__file__).parent, tmp_path / "pgt_hf"))
+    program = "from pgt_hf.runs import describe_code; import json; print(json.dumps(describe_code()))"
+
+    def described() -> dict:
+        told = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return json.loads(told.stdout)
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert described() == {}  # no checkout
+    git("init", "-q")
+    (tmp_path / ".gitignore").write_text("__pycache__\n")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    assert described() == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    (package / "loss.py").write_text("")
+    assert described()["modified"] is True

@@ -10,8 +10,7 @@ from test_trainer import Data, arguments, wrapper
 from transformers import TrainerCallback
 
 from pgt_hf import PowerGradTrainer, powergrad_hp_space
-from pgt_hf.result_plots import plot_heat_map
-from pgt_hf.search import Point, compare, interval
+from pgt_hf.analysis import Point, compare, interval, plot_heat_map
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

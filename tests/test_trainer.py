@@ -95,7 +95,7 @@ def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, 
         elif kind == "ours":
             args = arguments(tmp_path, ours=True, optim=name, optim_args=options or None)
         else:
-            base = pgt_hf.optim.create_optimizer(wrapper(), name, lr=LR, momentum=0.9)
+            base = pgt_hf.create_optimizer(wrapper(), name, lr=LR, momentum=0.9)
             accepted = inspect.signature(type(base)).parameters
             defaults = {k: v for k, v in base.defaults.items() if k in accepted}
             args = arguments(tmp_path, ours=True, optim="adamw_torch")

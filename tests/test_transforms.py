@@ -9,10 +9,19 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 
-from pgt_hf.data import load_image_dataset
-from pgt_hf.decoding import BadImageError, decode, shrink
-from pgt_hf.image_dataset import read_image
-from pgt_hf.transforms import ImageTransform, collate, normalize, preserve_rng, seed_sample, seeded
+from pgt_hf.images import (
+    BadImageError,
+    ImageTransform,
+    collate,
+    decode,
+    load_image_dataset,
+    normalize,
+    preserve_rng,
+    read_image,
+    seed_sample,
+    seeded,
+    shrink,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
 SIZE = 64

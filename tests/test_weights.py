@@ -10,10 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgt_hf.hub import prepare_release
-from pgt_hf.models import create_model, load
-from pgt_hf.training_state import pack_checkpoint, unpack_checkpoint
-from pgt_hf.weights import ALIGNMENT, read_header, rewrite_safetensors
+from pgt_hf.hub import ALIGNMENT, pack_checkpoint, prepare_release, read_header, rewrite_safetensors, unpack_checkpoint
+from pgt_hf.images import create_model, load
 
 TENSORS = {
     "net.a": torch.randn(3),

@@ -1,0 +1,15 @@
+from .alpha_callback import AlphaScheduleCallback as AlphaScheduleCallback
+from .arguments import PowerGradTrainingArguments as PowerGradTrainingArguments
+from .checkpoints import AtomicCheckpoints as AtomicCheckpoints
+from .checkpoints import StopOnSigterm as StopOnSigterm
+from .checkpoints import find_checkpoint as find_checkpoint
+from .checkpoints import latest_checkpoint as latest_checkpoint
+from .diagnostics_callback import DiagnosticsCallback as DiagnosticsCallback
+from .divergence_callback import DivergenceCallback as DivergenceCallback
+from .hp_space import PAPER_ALPHAS as PAPER_ALPHAS
+from .hp_space import powergrad_hp_space as powergrad_hp_space
+from .image_arguments import ImageTrainingArguments as ImageTrainingArguments
+from .images import ImageTrainer as ImageTrainer
+from .powergrad import PowerGradTrainer as PowerGradTrainer
+from .registration import TRAINER_OPTIMIZERS as TRAINER_OPTIMIZERS
+from .registration import parse_optim_args as parse_optim_args
