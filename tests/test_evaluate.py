@@ -31,7 +31,7 @@ from pgt_hf.images import (
 )
 
 SHARED = ROOT.parent / "shared" / "data"
-EVALUATE = str(ROOT / "recipes" / "evaluate.py")
+EVALUATE = str(ROOT / "recipes" / "evaluate_images.py")
 DIGITS = ["--dataset-name", "digits", "--num-workers", "0"]
 IMAGES = 51  # neither the processes nor the batch divide it
 ALPHA = 0.25
@@ -105,11 +105,6 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
     assert again["raw"]["nll"] == pytest.approx(report[0]["raw"]["nll"], rel=0.05)
 
 
-def test_recipe_called_evaluate_does_not_hide_the_package_of_that_name():
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r}); import evaluate; print(evaluate.Metric)"
-    assert "evaluate.module.Metric" in run(*PYTHON, "-c", program, cwd=ROOT).stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,13 +112,13 @@ def test_recipe_called_evaluate_does_not_hide_the_package_of_that_name():
         (["resnet10t"], "timm's weights of 'resnet10t' cannot be had; give a local file of weights"),
         ([".", *DIGITS], "'.' holds no config.json"),
         (["resnet10t", "--bins", "0"], "--bins must be at least 1, got 0"),
-        (["resnet10t", "--alpha", "-1"], "--alpha: alpha must lie in [0, 1], got -1.0"),
+        (["resnet10t", "--alpha", "-1"], "alpha must lie in [0, 1], got -1.0"),
         (["resnet10t", "--weights", "none.pth"], "weights must name a local file, got 'none.pth'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, *DIGITS])
+    monkeypatch.setattr(sys, "argv", ["evaluate_images.py", *arguments, *DIGITS])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(EVALUATE, run_name="__main__")
     assert message in f"{stopped.value} {capsys.readouterr().err}"

@@ -5,6 +5,8 @@ from .comparison import Comparison as Comparison
 from .comparison import Point as Point
 from .comparison import compare as compare
 from .comparison import interval as interval
+from .confusion import confusion_matrix as confusion_matrix
+from .confusion import worst_mistakes as worst_mistakes
 from .diagnostics import CURVE_ALPHAS as CURVE_ALPHAS
 from .diagnostics import History as History
 from .diagnostics import filter_norms as filter_norms
@@ -29,13 +31,12 @@ from .metrics import reliability as reliability
 from .metrics import score_logits as score_logits
 from .predictions import Evaluation as Evaluation
 from .predictions import Mistake as Mistake
-from .predictions import confusion_matrix as confusion_matrix
 from .predictions import examine as examine
-from .predictions import worst_mistakes as worst_mistakes
 from .result_plots import plot_adaptation as plot_adaptation
 from .result_plots import plot_confusion as plot_confusion
 from .result_plots import plot_heat_map as plot_heat_map
 from .result_plots import plot_images as plot_images
+from .result_plots import plot_mistakes as plot_mistakes
 from .result_plots import plot_reliability as plot_reliability
 from .run_plots import plot_against_alpha as plot_against_alpha
 from .run_plots import plot_filter_norms as plot_filter_norms

@@ -20,6 +20,12 @@ class Point:
     def mean(self) -> float:
         return statistics.fmean(self.scores)
 
+    def cells(self) -> list[str]:
+        """Alpha, learning rate, number of scores, mean and half the width of its interval, for a table."""
+        mean, half = interval(self.scores)
+        width = f"{half:.4f}" if len(self.scores) > 1 else "-"
+        return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
+
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Mean and half the width of Student's t interval; the half width of a single value is infinite.

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .confusion import worst_mistakes
 from .figures import finish, new_figure, save, shorten
 
 if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
 
-__all__ = ["plot_adaptation", "plot_confusion", "plot_heat_map", "plot_images", "plot_reliability"]
+__all__ = ["plot_adaptation", "plot_confusion", "plot_heat_map", "plot_images", "plot_mistakes", "plot_reliability"]
 
 
 def plot_reliability(
@@ -128,6 +129,40 @@ def plot_images(
         axes.imshow(np.asarray(image), cmap="gray")
         axes.set_title("\n".join(shorten(line) for line in caption.splitlines()), fontsize=7)
     save(figure, path, title)
+
+
+def plot_mistakes(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    confidence: ArrayLike,
+    images: Any,
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str | None = None,
+    most: int = 36,
+) -> None:
+    """Draws the images that were classified wrong with the highest probability; nothing where all are right.
+
+    Args:
+        labels: The true classes, (N).
+        predicted: What they were taken for, (N).
+        confidence: The probability of that, (N).
+        images: A split whose column ``image`` has the pictures.
+        names: The classes.
+        path: Where the picture is written.
+        title: A line above it.
+        most: How many are drawn at most.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> plot_mistakes([0, 1], [0, 0], [0.9, 0.8], load_image_dataset("digits")["train"], names, "mistakes.png")
+    """
+    truth, best, sure = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
+    if worst := worst_mistakes(truth, best, sure, most):
+        captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {sure[i]:.0%}" for i in worst]
+        plot_images([images[i]["image"] for i in worst], captions, path, title)
 
 
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:

@@ -4,6 +4,9 @@ from .adaptation import entropy as entropy
 from .adaptation import reversal_strength as reversal_strength
 from .adaptation import reverse_gradient as reverse_gradient
 from .adaptation import train_norms_alone as train_norms_alone
+from .adaptation_run import METHODS as METHODS
+from .adaptation_run import AdaptationRun as AdaptationRun
+from .arguments import ImageDataArguments as ImageDataArguments
 from .classifiers import load_classifier as load_classifier
 from .classifiers import load_weights as load_weights
 from .classifiers import match_labels as match_labels

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "add_to_record", "write_evaluation"]
 
 logger = logging.getLogger(__name__)
+
+_TIMING = ("runtime", "per_second", "preparation_time", "epoch")
 
 
 class RunFolder(TrainerCallback):
@@ -46,6 +49,7 @@ class RunFolder(TrainerCallback):
         public = {key: value for key, value in arguments.items() if not key.endswith("token")}
         self.description = dict(description) | {"arguments": public}
         self.title = title
+        self._started = time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,9 +95,34 @@ class RunFolder(TrainerCallback):
 
             plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes ``metrics.json``; call it on the first process, when everything has been evaluated."""
-        _write_json(self.path / RESULTS, result)
+    def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
+        """Writes ``metrics.json``; to be called on the first process, when everything has been evaluated.
+
+        Args:
+            trainer: For what the results were made with: alpha, seed, steps, batch, processes.
+            metrics: As ``trainer.evaluate`` gives them; timings are left out.
+            **more: JSON values to be written beside them.
+
+        Returns:
+            What was written.
+        """
+        args, state = trainer.args, trainer.state
+        losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
+        result = {
+            "dataset": self.description.get("data", {}).get("name"),
+            **{key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(_TIMING)},
+            "train_loss": losses[-1] if losses else None,
+            "alpha": getattr(args, "alpha", None),
+            "seed": args.seed,
+            "epochs": state.epoch,
+            "steps": state.global_step,
+            "learning_rate": args.learning_rate,
+            "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "world_size": args.world_size,
+            "seconds": round(time.perf_counter() - self._started, 1),
+        }
+        _write_json(self.path / RESULTS, result | more)
+        return result | more
 
 
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG",
+    "CONTENTS",
     "CURVE",
     "DIAGNOSTICS",
     "EMA",
@@ -42,6 +43,19 @@ EVALUATION, REPORT, DIAGNOSTICS = "evaluation.json", "report.html", "diagnostics
 # Written by transformers.
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "trainer_state.json"
 EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which is then the one to publish
+
+# What each of them holds, for people.
+CONTENTS = {
+    RESULTS: "the results, and what they were made with",
+    RECORD: "arguments, code, data, seed, environment",
+    HISTORY: "everything that was logged, a line each",
+    CURVE: "loss, accuracy and learning rate",
+    REPORT: "curves, calibration, confusion, worst mistakes, in one page",
+    DIAGNOSTICS: "logits, filters, gradients; pgt-hf plot draws them",
+    WEIGHTS: "the model, with config.json: transformers' auto classes and pipelines read it",
+    EMA: "the averaged model, in the same form",
+    "checkpoint-*": "to resume from",
+}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

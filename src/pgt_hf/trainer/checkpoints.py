@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,10 +16,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from ..runs.environment import command_line
+
 __all__ = ["AtomicCheckpoints", "StopOnSigterm", "find_checkpoint", "latest_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
+_SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
 STAGING = ".unfinished-checkpoint"  # not "checkpoint-<step>": nothing that looks for checkpoints finds it
 
 
@@ -108,6 +112,8 @@ class StopOnSigterm(TrainerCallback):
     Example:
         >>> stop = StopOnSigterm()
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[stop])
+        >>> trainer.train()
+        >>> stop.leave(trainer)
     """
 
     def __init__(self) -> None:
@@ -141,6 +147,16 @@ class StopOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+    def leave(self, trainer: Trainer) -> None:
+        """Ends the program where the run was stopped: says how to resume it, and exits with 143, as SIGTERM does."""
+        if not self.stopped:
+            return
+        if trainer.is_world_process_zero():
+            again = f"accelerate launch {command_line()} --resume auto"
+            print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; resume with: {again}")
+        trainer.end()
+        sys.exit(_SIGTERM_STATUS)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
