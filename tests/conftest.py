@@ -1,4 +1,4 @@
-"""Settings that every test shares: two threads at most, no network, float64 where nothing else is said."""
+"""Settings that every test shares: one thread, no network, a fixed seed."""
 
 import os
 

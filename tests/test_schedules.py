@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from reference import powergrad_gradient
-from test_trainer import Data, arguments, weights, wrapper
+from tiny import Data, arguments, weights, wrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback
 

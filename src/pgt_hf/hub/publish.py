@@ -180,8 +180,9 @@ class PublishCallback(TrainerCallback):
         known = {"license": license, "tags": tags, "base_model": finetuned_from}
         self._record(trainer.args, trainer.state, {key: value for key, value in known.items() if value}, dataset)
         files = [path.name for path in folder.iterdir()]
-        options = {"license": license, "tags": tags, "base_model": finetuned_from, "files": files}
-        (folder / "README.md").write_text(model_card(read_run(folder), str(self.repo_id), **options), encoding="utf-8")
+        run = read_run(folder)
+        card = model_card(run, str(self.repo_id), license=license, tags=tags, base_model=finetuned_from, files=files)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _record(
         self, args: Any, state: TrainerState, card: dict[str, Any] | None = None, dataset: str | None = None

@@ -90,7 +90,7 @@ def push_release(
         if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, ignore_patterns=[]
+            repo_id=repo_id, folder_path=Path(folder), commit_message=message, revision=revision, ignore_patterns=[]
         )
     except ValueError:
         raise

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .dataset import ImageDataset
 from .sources import load_image_dataset
 from .transforms import ImageTransform
@@ -77,6 +79,6 @@ class ImageDataArguments:
         train = ImageDataset(splits["train"], augment, seed=seed, on_bad_image=self.on_bad_image)
         return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=normalize))
 
-    def evaluation(self, splits: Any, transform: Callable[[Any], Any]) -> ImageDataset:
+    def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:
         """The evaluation images."""
         return ImageDataset(splits["validation"], transform, on_bad_image=self.on_bad_image)

@@ -42,7 +42,7 @@ class ImageDataset(Dataset):
 
     Args:
         split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
-        transform: An ``ImageTransform``.
+        transform: An ``ImageTransform``, or another function of an image or the bytes of its file.
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
             and the metrics leave out, warns with the index, and counts it in ``bad_images``.
@@ -62,7 +62,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         split: datasets.Dataset,
-        transform: ImageTransform,
+        transform: Callable[[Any], Tensor],
         *,
         seed: int = 0,
         on_bad_image: str = "error",
@@ -307,7 +307,7 @@ def read_image(image: Any) -> bytes | Pictures.Image:
 class _Reader:
     """One example from its row, or what stands for it where the image is bad."""
 
-    def __init__(self, transform: ImageTransform, seed: int, on_bad_image: str) -> None:
+    def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
         if on_bad_image not in _ON_BAD_IMAGE:
             raise ValueError(f"on_bad_image must be one of {_ON_BAD_IMAGE}, got {on_bad_image!r}")
         self.transform, self.seed, self.on_bad_image = transform, seed, on_bad_image

@@ -184,7 +184,7 @@ def paired_points(study: optuna.Study, settings: Mapping[str, Point]) -> dict[st
     """
     done: dict[str, dict[int, float]] = {side: {} for side in settings}
     for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.COMPLETE:
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
             done[trial.params["side"]][trial.params["seed"]] = trial.value
     shared = sorted(set.intersection(*(set(scores) for scores in done.values())))
     return {

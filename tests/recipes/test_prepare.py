@@ -14,11 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
+from launch import ROOT
 from PIL import Image as Pictures
 
 from pgt_hf.images import class_names, load_image_dataset, read_image
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 PREPARE = str(ROOT / "recipes" / "prepare.py")
 SHARED = ROOT.parent / "shared" / "data" / "imagenet-sample"
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog", "newt"])})

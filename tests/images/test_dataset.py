@@ -7,6 +7,7 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from launch import SHARED
 from PIL import Image as Pictures
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from pgt_hf.images import (
     num_images,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet"
+TINY_IMAGENET = SHARED / "tiny-imagenet"
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0}
 BAD = (3, 10)
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(24)])})
@@ -366,9 +367,9 @@ def test_digits_stream_too():
     assert len(load(part)["labels"]) == 40
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="Tiny-ImageNet is not on this machine")
+@pytest.mark.skipif(not TINY_IMAGENET.is_dir(), reason="Tiny-ImageNet is not on this machine")
 def test_real_parquet_streams():
-    dataset = load_image_dataset(str(SHARED), streaming=True)
+    dataset = load_image_dataset(str(TINY_IMAGENET), streaming=True)
     assert (num_images(dataset["train"]), dataset["validation"].num_rows) == (40000, 10000)
     labels = load(stream(dataset["train"], num_samples=64, block_size=100), workers=2)["labels"]
     assert len(labels.unique()) > 1

@@ -6,7 +6,7 @@ import optuna
 import pytest
 from PIL import Image
 from scipy.stats import ttest_rel
-from test_trainer import Data, arguments, wrapper
+from tiny import Data, arguments, wrapper
 from transformers import TrainerCallback
 
 from pgt_hf import PowerGradTrainer, powergrad_hp_space

@@ -1,4 +1,4 @@
-"""An interpreter that knows the local Hub only, and the fixtures that tests of the Hub share."""
+"""An interpreter that knows the local Hub only."""
 
 import json
 import os
@@ -7,10 +7,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-from hub_server import HubServer, User
+from hub_server import User
+from launch import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOKEN, READER, STRANGER = "hf_canaryTokenOfAlice", "hf_readOnlyToken", "hf_tokenOfMallory"
 USERS = {
     TOKEN: User("alice", organizations=("lab",)),
@@ -99,23 +98,3 @@ class Client:
         self.process.stdin.close()
         self.process.wait(60)
         self.errors.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub"), USERS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    client = Client(server.url, tmp_path_factory.mktemp("client"))
-    yield client
-    client.close()
-
-
-@pytest.fixture(autouse=True)
-def no_faults(request):
-    yield
-    if "server" in request.fixturenames:
-        request.getfixturevalue("server").faults.clear()

@@ -1,5 +1,4 @@
 """Trainer and a Hub that works, fails, hangs or refuses: training ends, checkpoints stay, what is missing is said."""
-# ruff: noqa: F811  fixtures are imported
 
 import json
 import re
@@ -9,8 +8,11 @@ import sys
 import time
 
 import pytest
-from hub_client import COMMON, READER, ROOT, TOKEN, Client, client, no_faults, server  # noqa: F401  fixtures
+from hub_client import COMMON, READER, TOKEN, Client
+from launch import ROOT
 from safetensors import safe_open
+
+pytestmark = pytest.mark.slow
 
 PUSH = f"push_to_hub=True, hub_token={TOKEN!r}, logging_steps=1"
 LAUNCH_TWO = (
@@ -227,3 +229,34 @@ def test_imagenet_recipe_pushes_from_two_processes_and_its_token_goes_nowhere_el
     for name, content in files.items() | left.items():
         assert TOKEN.encode() not in content, name
     assert TOKEN not in run.stdout
+
+
+def test_plain_trainer_publishes_by_the_callback_alone(server, client, tmp_path):
+    client.run(f"""
+        from transformers import Trainer, TrainingArguments
+        publish = PublishCallback("alice/plain", token={TOKEN!r}, strategy="checkpoint", always=True, timeout=60)
+        args = TrainingArguments({str(tmp_path / "run")!r}, max_steps=4, save_steps=2, per_device_train_batch_size=4,
+                                 report_to="none", use_cpu=True, disable_tqdm=True)
+        t = Trainer(create_model("resnet10t", NAMES, image_size=32), args, train_dataset=DATA, callbacks=[publish])
+        t.train()
+        assert publish.unpushed is None
+        assert publish.push(t, dataset="digits", license="mit").commit_message == "End of training"
+    """)
+    files = server.files("alice/plain")
+    assert {"README.md", "config.json", "model.safetensors", "last-checkpoint/model.safetensors"} <= set(files)
+    assert "license: mit" in files["README.md"].decode()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_run_has_one_record_whoever_writes_into_it(client, tmp_path):
+    client.run(f"""
+        from pgt_hf.runs import RunFolder, read_record
+        record = RunFolder({str(tmp_path / "run")!r}, {{"arguments": {{"alpha": 0.25, "note": "mine"}}, "seed": 7}})
+        t = trainer({str(tmp_path / "run")!r}, {PUSH}, hub_model_id="alice/recorded")
+        t.add_callback(record)
+        t.train()
+        found = read_record({str(tmp_path / "run")!r})
+        assert found["hub_model_id"] == "alice/recorded" and found["arguments"]["note"] == "mine"
+        assert found["environment"]["packages"]["torch"] and found["seed"] == 7
+    """)
+    assert not (tmp_path / "run" / "trainer_run.json").exists()

@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import language_modeling  # noqa: E402
 import text_classification  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSIFY, MODEL = (str(ROOT / "recipes" / name) for name in ("text_classification.py", "language_modeling.py"))
 
 

@@ -1,12 +1,14 @@
 """Push, load back and fail, against the Hub of hub_server.py over a socket; the client is another interpreter."""
-# ruff: noqa: F811  fixtures are imported
 
 import re
 import socket
 
 import pytest
-from hub_client import READER, ROOT, STRANGER, TOKEN, client, no_faults, server  # noqa: F401  fixtures
+from hub_client import READER, STRANGER, TOKEN
 from huggingface_hub import ModelCard
+from launch import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from pgt_hf.images import (
     preprocessing,
 )
 
+pytestmark = pytest.mark.slow
+
 SHARED = ROOT.parent / "shared" / "data"
 EVALUATE = str(ROOT / "recipes" / "evaluate_images.py")
 DIGITS = ["--dataset-name", "digits", "--num-workers", "0"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import ROOT, TWO, run
+from launch import ROOT, SHARED, TWO, run
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
@@ -40,8 +40,9 @@ from pgt_hf.images import (
     set_image_size,
 )
 
+pytestmark = pytest.mark.slow
+
 RECIPE = str(ROOT / "recipes" / "finetune.py")
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 OLD, NEW = ["a", "b", "c", "d"], ["cat", "dog", "cow"]
 SIDE = 32

@@ -36,6 +36,8 @@ from pgt_hf.images import (
     train_norms_alone,
 )
 
+pytestmark = pytest.mark.slow
+
 RECIPE = str(ROOT / "recipes" / "domain_adaptation.py")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from launch import SHARED
 from PIL import Image as Pictures
 from torch.utils.data import DataLoader
 
@@ -21,7 +22,6 @@ from pgt_hf.images import (
     to_rgb,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 CONFIG = {"input_size": (3, 32, 32), "crop_pct": 1.0}
 
 

@@ -16,6 +16,8 @@ from pgt_hf import powergrad_hp_space
 sys.path.insert(0, str(ROOT / "recipes"))
 import alpha_search  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 RECIPE = str(ROOT / "recipes" / "alpha_search.py")
 
 

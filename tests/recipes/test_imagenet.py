@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from pgt_hf.images import PRESETS, ImageDataset, ImageTransform, collate, load, load_image_dataset
 
+pytestmark = pytest.mark.slow
+
 RECIPE = str(ROOT / "recipes" / "imagenet.py")
 CONFIGS = ROOT / "recipes" / "configs"
 SHORT = ["--dataset-name", "digits", "--max-steps", "6", "--max-train-samples", "200", "--logging-steps", "2"]

@@ -1,11 +1,11 @@
 import io
 import pickle
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import SHARED
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 
@@ -23,7 +23,7 @@ from pgt_hf.images import (
     shrink,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
+SAMPLE = SHARED / "imagenet-sample"
 SIZE = 64
 
 
@@ -266,9 +266,9 @@ def test_batches_are_stacked():
     assert batch["labels"].tolist() == [1, 2]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the ImageNet sample is not on this machine")
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the ImageNet sample is not on this machine")
 def test_real_photos_agree_with_timm_in_training_and_evaluation():
-    split = load_image_dataset(str(SHARED), max_eval_samples=80)["validation"]
+    split = load_image_dataset(str(SAMPLE), max_eval_samples=80)["validation"]
     files = [read_image(cell) for cell in split.with_format("arrow")[:]["image"].to_pylist()]
     for training, most in ((False, 0.1), (True, 0.7)):
         theirs = create_transform(**config(224, crop_pct=None), is_training=training, normalize=False)

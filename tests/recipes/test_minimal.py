@@ -1,7 +1,10 @@
 import re
 from pathlib import Path
 
+import pytest
 from launch import ROOT, TWO, run
+
+pytestmark = pytest.mark.slow
 
 MINIMAL = str(ROOT / "recipes" / "minimal.py")
 
