@@ -6,6 +6,8 @@ token that stands in a run's settings does not reach it.
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -21,12 +23,6 @@ TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForCausalLM": "text-generation",
 }
-CITATION = """@article{das2021altering,
-  title   = {Altering Backward Pass Gradients improves Convergence},
-  author  = {Das, Bishshoy and Mondal, Milton and Lall, Brejesh and Joshi, Shiv Dutt and Dutta Roy, Sumantra},
-  journal = {arXiv preprint arXiv:2111.12495},
-  year    = {2021}
-}"""
 
 
 def model_card(
@@ -71,19 +67,22 @@ def model_card(
     )
     how = "trained with the PowerGrad Transform" if run.alpha is not None else "trained"
     weights = "an exponential moving average of those of training" if ema else "the last ones of training"
-    sections = [
-        f"# {repo_id.split('/')[-1]}",
-        f"`{architecture(run.config)}`, {how}{_alpha(run)} on {terms.name}. The weights are {weights}.",
-        "## Results\n\n" + _results(run),
-        "## How to use it\n\n" + _usage(run.config, repo_id, task),
-        "## Probabilities\n\n" + _calibration(run),
-        "## Training\n\n" + _training(run, files),
-        f"## Data\n\n{terms.name[0].upper()}{terms.name[1:]}. {terms.licence}"
-        + ("" if license else "\n\nThe author of this model has named no licence for its weights."),
-        "## Citation\n\n```bibtex\n" + CITATION + "\n```",
-    ]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    return card.content
+    unlicensed = "" if license else "\n\nThe author of this model has named no licence for its weights."
+    card = _read("card.md").substitute(
+        metadata=data.to_yaml(),
+        name=repo_id.split("/")[-1],
+        summary=f"`{architecture(run.config)}`, {how}{_alpha(run)} on {terms.name}. The weights are {weights}.",
+        results=_results(run),
+        usage=_usage(run.config, repo_id, task),
+        probabilities=_calibration(run),
+        training=_training(run, files),
+        data=f"{terms.name[0].upper()}{terms.name[1:]}. {terms.licence}{unlicensed}",
+    )
+    return ModelCard(card).content
+
+
+def _read(name: str) -> Template:
+    return Template(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def _alpha(run: Run) -> str:
@@ -119,52 +118,13 @@ def _results(run: Run) -> str:
 
 
 def _usage(config: Mapping[str, Any], repo_id: str, task: str) -> str:
+    """Code that runs as it stands."""
     if task != "image-classification":
-        return _block(f"""
-            import transformers
-
-            model = transformers.{_model_class(config)}.from_pretrained("{repo_id}")
-        """)
-    variant = "import pgt_hf.models  # pip install pgt_hf: makes this ResNet variant known to timm\n"
-    first = variant if config.get("architecture") == "pgt_resnet" else ""
-    blocks = [
-        "A pipeline:\n\n"
-        + _block(f"""
-            from transformers import pipeline
-
-            print(pipeline("image-classification", "{repo_id}")("image.jpg"))
-        """).replace("```python\n", "```python\n" + first),
-        "transformers:\n\n"
-        + _block(f"""
-            import torch
-            from PIL import Image
-            from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-            processor = AutoImageProcessor.from_pretrained("{repo_id}")
-            model = AutoModelForImageClassification.from_pretrained("{repo_id}").eval()
-            image = Image.open("image.jpg").convert("RGB")
-            with torch.no_grad():
-                logits = model(**processor(image, return_tensors="pt")).logits
-            print(model.config.id2label[logits.argmax().item()])
-        """).replace("```python\n", "```python\n" + first),
-    ]
-    if _is_timm(config):
-        blocks.append(
-            "timm:\n\n"
-            + _block(f"""
-                import timm
-                import torch
-                from PIL import Image
-
-                model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
-                transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-                image = Image.open("image.jpg").convert("RGB")
-                with torch.no_grad():
-                    logits = model(transform(image).unsqueeze(0))
-                print(model.pretrained_cfg["label_names"][logits.argmax().item()])
-            """).replace("```python\n", "```python\n" + first)
-        )
-    return "\n\n".join(blocks)
+        return _read("usage.md").substitute(repo_id=repo_id, model_class=_model_class(config)).strip()
+    # This package makes its ResNet variant known to timm.
+    first = "import pgt_hf.models  # pip install pgt_hf\n" if config.get("architecture") == "pgt_resnet" else ""
+    text = _read("usage_images.md").substitute(repo_id=repo_id, first=first)
+    return (text if _is_timm(config) else text.partition("timm:\n")[0]).strip()
 
 
 def _calibration(run: Run) -> str:
@@ -217,9 +177,3 @@ def _is_timm(config: Mapping[str, Any]) -> bool:
 
 def _libraries(config: Mapping[str, Any]) -> list[str]:
     return ["transformers", "timm"] if _is_timm(config) else ["transformers"]
-
-
-def _block(code: str) -> str:
-    lines = code.strip("\n").rstrip().splitlines()
-    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
-    return "```python\n" + "\n".join(line[indent:] for line in lines) + "\n```"

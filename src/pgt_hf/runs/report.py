@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,9 @@ def write_report(
         ]
     if rows := shown_settings(run):
         sections.append(_section("Settings", _table(("setting", "value"), rows)))
-    page = _PAGE.format(title=escape(f"{name} on {dataset_terms(run.dataset).name}"), body="\n".join(sections))
+    template = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
+    title = escape(f"{name} on {dataset_terms(run.dataset).name}")
+    page = template.substitute(title=title, body="\n".join(sections))
     path = Path(target or Path(folder, REPORT))
     with replacing(path) as draft:
         draft.write_text(page, encoding="utf-8")
@@ -253,60 +256,3 @@ def _picture(png: bytes, alt: str) -> str:
 
 def _short(name: str, length: int = 14) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ --ink: #1b1f24; --soft: #5b6570; --line: #e2e6ea; --paper: #fff; --tile: #f5f7f9 }}
-* {{ box-sizing: border-box }}
-body {{ margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; color: var(--ink); background: var(--paper);
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }}
-header p {{ margin: 0; color: var(--soft); font-size: 1.1rem }}
-h1 {{ margin: 0; font-size: 2rem; letter-spacing: -.02em; overflow-wrap: anywhere }}
-h2 {{ margin: 0 0 .75rem; font-size: 1.3rem }}
-h3 {{ margin: 0 0 .5rem; font-size: 1rem }}
-section {{ margin-top: 2.5rem; padding-top: 1.5rem; border-top: 1px solid var(--line) }}
-section p {{ color: var(--soft); margin: 0 0 1rem }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
-         margin-top: 1.5rem }}
-.tile {{ background: var(--tile); border-radius: .6rem; padding: .8rem 1rem }}
-.tile b {{ display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }}
-.tile span {{ color: var(--soft); font-size: .85rem }}
-.plot {{ display: block; max-width: 100%; height: auto; max-height: 40rem; margin: 0 auto; background: #fff }}
-.framed img {{ border: 1px solid var(--line) }}
-table {{ border-collapse: collapse; font-size: .92rem }}
-th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-         font-variant-numeric: tabular-nums; overflow-wrap: anywhere }}
-th {{ color: var(--soft); font-weight: 600; white-space: nowrap }}
-.wide {{ overflow-x: auto }}
-.matrix {{ border-collapse: separate; border-spacing: 2px; margin: 0 auto }}
-.matrix th {{ border: 0; font-size: .8rem; padding: .2rem .4rem; text-align: right; white-space: nowrap }}
-.matrix th[scope=col] {{ text-align: center }}
-.turned {{ writing-mode: vertical-rl; transform: rotate(180deg) }}
-.matrix td {{ border: 0; min-width: 2.3rem; height: 2.1rem; padding: .1rem; text-align: center; font-size: .8rem;
-             border-radius: .25rem }}
-.hit {{ background: color-mix(in srgb, #2563eb calc(var(--share) * 70%), var(--tile)) }}
-.miss {{ background: color-mix(in srgb, #dc2626 calc(min(1, var(--share) * 4) * 80%), var(--tile)) }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 2rem; margin-top: 1.75rem }}
-.mistakes {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }}
-figure img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--tile); border-radius: .4rem }}
-figcaption {{ font-size: .82rem; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere }}
-footer {{ margin-top: 3rem; color: var(--soft); font-size: .85rem }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e9ec; --soft: #9aa5b1; --line: #2b3138; --paper: #14171a; --tile: #1e2328 }}
-  .plot {{ border-radius: .5rem; padding: .5rem }}
-}}
-</style>
-</head>
-<body>
-{body}
-<footer>Made by pgt_hf from what the run recorded.</footer>
-</body>
-</html>
-"""
