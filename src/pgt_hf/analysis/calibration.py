@@ -102,7 +102,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])), 2)
         2.73
     """
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]  # scikit-learn brings it
+    from scipy.optimize import minimize_scalar
 
     counted = labels != IGNORED
     logits, labels = logits[counted].double(), labels[counted]

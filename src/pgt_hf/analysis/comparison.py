@@ -35,7 +35,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         >>> f"{mean:.2f} +- {half:.2f}"
         '0.92 +- 0.05'
     """
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     mean = statistics.fmean(values)
     if len(values) < 2:

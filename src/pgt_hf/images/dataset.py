@@ -35,7 +35,7 @@ _MOST_WORKERS = 256
 _ROWS_AT_ONCE = 64
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[dict[str, Any]]):
     """The images of a ``datasets.Dataset`` as tensors, for any ``DataLoader``.
 
     A sample is a function of (seed, epoch, index) alone: the same bits for any number of workers or processes.
@@ -108,7 +108,7 @@ class ImageDataset(Dataset):
         return not known
 
 
-class ImageStream(IterableDataset):
+class ImageStream(IterableDataset[dict[str, Any]]):
     """The images of a ``datasets.IterableDataset`` as tensors, the same number of batches on every rank.
 
     The readers are the ``DataLoader``'s workers on all ranks. At every epoch the source's shards are shuffled by

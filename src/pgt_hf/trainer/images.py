@@ -118,7 +118,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
     # --- data
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         dataset = self.train_dataset
         if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
@@ -143,7 +143,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             dispatch_batches=False,
         )
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training  # Trainer would leave out images of the evaluation
         try:
@@ -151,7 +151,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if hasattr(dataset, "epoch") and not isinstance(dataset, IterableDataset):
             return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
@@ -196,7 +196,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
         return loss / num_items_in_batch
 
-    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
         values = super().set_initial_training_values(args, dataloader)
         self._updates_per_epoch = values[1]
         return values
@@ -223,7 +223,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     # --- the averaged model
 
     def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.ema is not None and description == "Evaluation":
