@@ -1,6 +1,7 @@
 """Settings that every test shares: one thread, no network, a fixed seed."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,16 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+# Tests of the root that take more than a few seconds; the other files mark their own.
+SLOW = re.compile(r"test_attach.*(vgg|inductor|soft_targets)|powergrad_kron|tritons_interpreter|test_readme")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

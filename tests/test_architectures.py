@@ -75,7 +75,7 @@ def test_vision_transformer_is_built_for_the_size_of_its_images():
 
 def test_every_setting_of_a_preset_is_an_argument_of_the_recipe():
     recipe = runpy.run_path(str(ROOT / "recipes" / "imagenet.py"), run_name="recipe")
-    groups = ("ModelArguments", "DataArguments", "RunArguments", "ImageTrainingArguments")
+    groups = ("ModelArguments", "DataArguments", "RecipeArguments", "ImageTrainingArguments")
     known = {name for group in groups for name in recipe[group].__dataclass_fields__}
     for name, preset in PRESETS.items():
         assert set(preset.settings) <= known, name

@@ -95,6 +95,7 @@ class Remember(TrainerCallback):
         self.seen.append((group["powergrad_alpha"], inner.powergrad.alpha, group["lr"], inner.powergrad.calls))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["powergrad_sgd", "sgd"])
 def test_the_trainers_own_search_trains_each_trial_with_its_alpha_and_learning_rate(tmp_path, optim):
     trained = Remember()
@@ -118,6 +119,7 @@ def test_the_trainers_own_search_trains_each_trial_with_its_alpha_and_learning_r
     assert best.hyperparameters in trials
 
 
+@pytest.mark.slow
 def test_without_a_space_the_trainer_searches_around_its_own_learning_rate(tmp_path):
     trained = Remember()
     args = arguments(tmp_path, ours=True, optim="powergrad_sgd", max_steps=1, logging_strategy="no")

@@ -386,6 +386,7 @@ trainer.end()
 """
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_step_at_which_one_of_them_is_lost(tmp_path):
     (tmp_path / "program.py").write_text(TWO_PROCESSES)
     run(*TWO, "program.py", cwd=tmp_path)

@@ -148,6 +148,7 @@ def test_skipped_image_is_black_ignored_by_the_loss_and_said_once(training, capl
     assert logits.grad[list(BAD)].abs().sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(2, "fork"), (1, "spawn")])
 def test_bad_images_of_an_epoch_are_counted_over_all_workers(workers, how):
     dataset = ImageDataset(images(bad=BAD), transform(), on_bad_image="skip")
@@ -266,6 +267,7 @@ def test_bad_images_of_a_stream_are_counted_and_named(workers):
         load(stream(source), workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_accelerate_tells_the_epoch_to_the_stream_and_resumes_it_on_the_same_bits(workers):
     source = images().to_iterable_dataset(num_shards=3)

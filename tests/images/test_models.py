@@ -27,6 +27,7 @@ def test_saved_model_loads_with_the_same_logits_and_labels(name, variant, tmp_pa
         assert again.config.id2label == dict(enumerate(NAMES))
 
 
+@pytest.mark.slow
 def test_stock_networks_load_where_this_package_was_never_imported(tmp_path):
     create_model("resnet10t", NAMES, image_size=32).save_pretrained(tmp_path)
     program = (

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import timm
 import torch
 
@@ -60,6 +61,7 @@ def test_environment_is_that_of_this_interpreter():
     assert (packages["torch"], packages["timm"]) == (torch.__version__.partition("+")[0], timm.__version__)
 
 
+@pytest.mark.slow
 def test_code_is_known_by_its_commit_and_whether_it_was_changed(tmp_path):
     package = Path(shutil.copytree(Path(pgt_hf.__file__).parent, tmp_path / "pgt_hf"))
     program = "from pgt_hf.runs import describe_code; import json; print(json.dumps(describe_code()))"

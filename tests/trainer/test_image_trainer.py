@@ -17,6 +17,8 @@ from pgt_hf.images import create_model, load
 from pgt_hf.trainer import latest_checkpoint
 from pgt_hf.trainer.checkpoints import STAGING
 
+pytestmark = pytest.mark.slow
+
 ALPHA, CLASSES, SIDE = 0.25, 10, 32
 
 
