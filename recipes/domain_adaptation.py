@@ -46,7 +46,7 @@ from pgt_hf.images import (
     ImageTransform,
     class_names,
     load_image_dataset,
-)  # fmt: skip
+)
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import describe_code, describe_environment
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pgt_hf.analysis import BINS, IGNORED, TopKAccuracy, compare_calibration
+from pgt_hf.analysis import BINS, IGNORED, compare_calibration, top_k_accuracy
 from pgt_hf.functional import check_alpha
 from pgt_hf.images import (
     DEFAULT_DATASET,
@@ -32,7 +32,7 @@ from pgt_hf.images import (
     load_image_dataset,
     match_labels,
     preprocessing,
-)  # fmt: skip
+)
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import package_versions
 
@@ -133,7 +133,7 @@ def score(logits: Tensor, labels: Tensor, alpha: float | None, bins: int, seed: 
     counted = labels != IGNORED
     best = logits[counted].topk(min(5, logits.size(1))).indices
     report = {"images": int(counted.sum()), "skipped": int((~counted).sum()), "alpha": alpha, "bins": bins}
-    report |= TopKAccuracy().compute(predictions=best, references=labels[counted])
+    report |= top_k_accuracy(best, labels[counted])
     for name, found in compare_calibration(logits, labels, alpha, bins=bins, seed=seed).items():
         report[name] = {"temperatures": found.temperatures, "nll": found.nll, "ece": found.ece, "brier": found.brier}
     return report

@@ -34,7 +34,7 @@ from pgt_hf.analysis import (
     plot_confusion,
     plot_mistakes,
     require_matplotlib,
-)  # fmt: skip
+)
 from pgt_hf.images import (
     DIGITS,
     ImageDataArguments,
@@ -51,7 +51,7 @@ from pgt_hf.images import (
     preprocessing,
     replace_head,
     set_image_size,
-)  # fmt: skip
+)
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
@@ -82,9 +82,7 @@ SMOKE: dict[str, Any] = {  # hflip: a mirrored 2 is no 2
 
 @dataclass
 class ModelArguments:
-    model_name: str = field(
-        default="resnet50.a1_in1k", metadata={"help": "timm name, Hub id, or the folder of a trained model."}
-    )
+    model_name: str = field(default="resnet50.a1_in1k", metadata={"help": "timm name, Hub id, or a model's folder."})
     weights: str | None = field(default=None, metadata={"help": "Local file of the model's pretrained weights."})
     pretrained: bool = field(default=True, metadata={"help": "Begin with trained weights; else timm's random ones."})
     mode: str = field(default="full", metadata={"help": f"What is trained: {', '.join(MODES)}."})
@@ -214,11 +212,9 @@ def build_data(
 
 
 def choose_trained(model: Any, model_args: ModelArguments) -> Any:
-    if model_args.mode == "linear":
-        return freeze_backbone(model)
     if model_args.mode == "lora":
         return add_lora(model, model_args.lora_rank, scale=model_args.lora_scale, dropout=model_args.lora_dropout)
-    return model
+    return freeze_backbone(model) if model_args.mode == "linear" else model
 
 
 def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) -> dict[str, Any]:
@@ -236,12 +232,12 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
 
 
 def say(summary: dict[str, Any], folder: str, dataset_name: str) -> None:
-    where = shlex.quote(folder)
+    where, same = shlex.quote(folder), command_line()
     then = {
         "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
         "predict": f"pgt-hf predict {where} photo.jpg",
         "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {shlex.quote(dataset_name)}",
-        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"

@@ -39,7 +39,7 @@ from pgt_hf.images import (
     load_classifier,
     num_images,
     preset_table,
-)  # fmt: skip
+)
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint

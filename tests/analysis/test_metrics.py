@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from pgt_hf import fold_powergrad
-from pgt_hf.analysis import ClassificationMetrics, ProbabilityScores, TopKAccuracy, reliability, score_logits
+from pgt_hf.analysis import ClassificationMetrics, probability_scores, reliability, score_logits, top_k_accuracy
 
 CLASSES = 12
 
@@ -48,7 +48,7 @@ def test_top_k_accuracy_counts_what_numpy_counts(k, scores):
     logits, labels = scores
     better = (logits.numpy() > logits.numpy()[np.arange(200), labels][:, None]).sum(axis=1)
     ranked = logits.topk(5).indices
-    result = TopKAccuracy().compute(predictions=ranked, references=labels, k=(k,))
+    result = top_k_accuracy(ranked, labels, k=(k,))
     assert result == {f"top{k}": pytest.approx((better < k).mean())}
 
 
@@ -133,6 +133,34 @@ def test_with_fewer_classes_than_five_the_figure_is_named_after_their_number():
     assert result["top3"] == 1
 
 
+MINE = """
+import datasets
+import evaluate
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references, first=0):
+        return {"%s": sum(p == r for p, r in zip(predictions, references)) + first}
+"""
+
+
+def test_metrics_of_the_evaluate_package_are_combined_by_name(scores, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    names = []
+    for name in ("right", "also_right"):
+        (tmp_path / name).mkdir()
+        names.append(str(tmp_path / name / f"{name}.py"))
+        (tmp_path / name / f"{name}.py").write_text(MINE % name)
+    metrics = ClassificationMetrics(also=names, first=1000)
+    result = evaluate_in_batches(metrics, *scores, 64)
+    right = (scores[0].argmax(1) == scores[1]).sum().item()
+    assert (result["right"], result["also_right"]) == (1000 + right, 1000 + right)
+    assert result["top1"] == pytest.approx(right / 200)
+
+
 class Images(Dataset):
     """40 images of noise, two of them without a label."""
 
@@ -169,7 +197,7 @@ def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TopKAccuracy().compute(predictions=[[0, 1]], references=[0], k=(0, 5)), r"k must be .* got \(0, 5\)"),
+        (lambda: top_k_accuracy([[0, 1]], [0], k=(0, 5)), r"k must be .* got \(0, 5\)"),
         (lambda: ClassificationMetrics(top_k=0), "top_k must be at least 1, got 0"),
         (lambda: ClassificationMetrics(bins=0), "bins must be at least 1, got 0"),
         (lambda: ClassificationMetrics(alpha=-1), "alpha must lie in"),
@@ -177,7 +205,7 @@ def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
         (lambda: reliability([0.5, 0.6], [1]), r"shape \(N,\), got \(2,\) and \(1,\)"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0, 3])), r"labels must lie in \[0, 3\) .* got 0 to 3"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0])), r"got \(2, 3\) and \(1,\)"),
-        (lambda: ProbabilityScores().compute(predictions=np.zeros((1, 3)), references=[0], bins=0), "bins must be"),
+        (lambda: probability_scores(np.zeros((1, 3)), [0], bins=0), "bins must be"),
     ],
 )
 def test_what_cannot_be_scored_is_an_error_that_names_it(call, message):

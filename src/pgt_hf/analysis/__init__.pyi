@@ -24,11 +24,11 @@ from .figures import save as save
 from .metrics import BINS as BINS
 from .metrics import IGNORED as IGNORED
 from .metrics import ClassificationMetrics as ClassificationMetrics
-from .metrics import ProbabilityScores as ProbabilityScores
 from .metrics import Reliability as Reliability
-from .metrics import TopKAccuracy as TopKAccuracy
+from .metrics import probability_scores as probability_scores
 from .metrics import reliability as reliability
 from .metrics import score_logits as score_logits
+from .metrics import top_k_accuracy as top_k_accuracy
 from .predictions import Evaluation as Evaluation
 from .predictions import Mistake as Mistake
 from .predictions import examine as examine

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import check_alpha
 from ..splits import IGNORED
-from .metrics import BINS, ProbabilityScores, Reliability, reliability, score_logits
+from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
 
 __all__ = ["Calibration", "compare_calibration", "fit_temperature"]
 
@@ -119,6 +119,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def _score(temperatures: tuple[float, ...], scores: Tensor, hits: NDArray[np.bool_], bins: int) -> Calibration:
     rows = scores.cpu().numpy()
-    values = ProbabilityScores().compute(predictions=rows, references=hits, bins=bins)
+    values = probability_scores(rows, hits, bins)
     confidence = rows[:, 1]
     return Calibration(temperatures, **values, confidence=confidence, reliability=reliability(confidence, hits, bins))

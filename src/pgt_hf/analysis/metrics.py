@@ -1,22 +1,20 @@
-"""Accuracy and calibration through ``evaluate``, without a network and without keeping every logit.
+"""Accuracy and calibration of classifiers, without keeping every logit.
 
-``evaluate.load("accuracy")`` fetches its code from the Hub; the metrics here live in this file. In Trainer,
-``ClassificationMetrics`` keeps a few numbers of each image as the batches pass, and scores them at the end.
+In Trainer, ``ClassificationMetrics`` keeps a few numbers of each image as the batches pass, and scores them at the
+end; other metrics of the best class come from the ``evaluate`` package, by name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
-from datasets import Features, Value
-from datasets import Sequence as ListOf
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..extras import require
 from ..functional import check_alpha
 from ..splits import IGNORED
 
@@ -25,91 +23,71 @@ __all__ = [
     "IGNORED",
     "TOP_K",
     "ClassificationMetrics",
-    "ProbabilityScores",
     "Reliability",
-    "TopKAccuracy",
+    "probability_scores",
     "reliability",
     "score_logits",
+    "top_k_accuracy",
 ]
 
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
 
 
-class TopKAccuracy(evaluate.Metric):
-    """The share of images whose class is among the k best predictions, as an ``evaluate`` metric.
+def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
+    """The shares of images whose class is among the k best predictions.
 
-    Its ``compute`` and ``add_batch`` take ``predictions`` of shape (N, K), class numbers from best to worst, and
-    ``references`` of shape (N). ``compute(..., k=(1, 5))`` says which k to report. A k above K, as where there are
-    fewer classes, is reported as top-K under that name.
+    Args:
+        ranked: Class numbers from best to worst, (N, K).
+        labels: The true classes, (N).
+        k: Which k to report. One above K, as where there are fewer classes, is reported as top-K under that name.
 
     Raises:
         ValueError: There is nothing to count, or a k is below 1.
 
     Example:
-        >>> TopKAccuracy().compute(predictions=[[2, 0], [1, 2]], references=[2, 2], k=(1, 2))
+        >>> top_k_accuracy([[2, 0], [1, 2]], [2, 2], k=(1, 2))
         {'top1': 0.5, 'top2': 1.0}
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**({"keep_in_memory": True} | kwargs))
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _describe(self, predictions=ListOf(Value("int64")), references=Value("int64"))
-
-    def _compute(
-        self, *, predictions: Sequence[Sequence[int]], references: Sequence[int], k: Sequence[int] = (1, TOP_K)
-    ) -> dict[str, float]:
-        ranked, truth = np.asarray(predictions), np.asarray(references)
-        if not len(truth):
-            raise ValueError("top-k accuracy of no images at all is not defined")
-        if min(k) < 1:
-            raise ValueError(f"k must be at least 1, got {tuple(k)}")
-        hits = ranked == truth[:, None]  # (N, K)
-        depths = sorted({min(depth, ranked.shape[1]) for depth in k})
-        return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in depths}
+    best, truth = np.asarray(ranked), np.asarray(labels)
+    if not len(truth):
+        raise ValueError("top-k accuracy of no images at all is not defined")
+    if min(k) < 1:
+        raise ValueError(f"k must be at least 1, got {tuple(k)}")
+    hits = best == truth[:, None]  # (N, K)
+    depths = sorted({min(depth, best.shape[1]) for depth in k})
+    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in depths}
 
 
-class ProbabilityScores(evaluate.Metric):
-    """How good the probabilities are: NLL, ECE and Brier score, as an ``evaluate`` metric.
-
-    Its ``compute`` and ``add_batch`` take ``predictions`` of shape (N, 3), what ``score_logits`` keeps of an image:
-    the log-probability of its class, the probability of the best class, and the sum of all squared probabilities;
-    and ``references`` of shape (N), 1 where the best class is the image's, else 0. ``compute(..., bins=15)`` sets the
-    number of equal-width bins of the expected calibration error.
+def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: int = BINS) -> dict[str, float]:
+    """How good the probabilities are: NLL, ECE and Brier score.
 
     With p the probabilities, y the class and q its one-hot vector, over N images:
 
         nll = mean(-log p_y),  brier = mean(sum_i (p_i - q_i)^2),
         ece = sum over bins of (images in it / N) |accuracy in it - mean confidence in it|
 
+    Args:
+        scores: What ``score_logits`` keeps of each image, (N, 3).
+        hits: Whether the best class is the image's, (N).
+        bins: Number of equal-width bins of the expected calibration error.
+
     Raises:
         ValueError: There is nothing to score, or ``bins`` is below 1.
 
     Example:
-        >>> scores = ProbabilityScores().compute(predictions=[[np.log(0.75), 0.75, 0.625]], references=[1])
-        >>> {name: round(value, 4) for name, value in scores.items()}
+        >>> {name: round(value, 4) for name, value in probability_scores([[np.log(0.75), 0.75, 0.625]], [1]).items()}
         {'nll': 0.2877, 'ece': 0.25, 'brier': 0.125}
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**({"keep_in_memory": True} | kwargs))
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _describe(self, predictions=ListOf(Value("float64")), references=Value("int64"))
-
-    def _compute(
-        self, *, predictions: Sequence[Sequence[float]], references: Sequence[int], bins: int = BINS
-    ) -> dict[str, float]:
-        scores, hits = np.asarray(predictions, dtype=np.float64).reshape(-1, 3), np.asarray(references)
-        if not len(hits):
-            raise ValueError("the calibration of no images at all is not defined")
-        log_prob, confidence, squares = scores.T
-        return {
-            "nll": float(-log_prob.mean()),
-            "ece": reliability(confidence, hits, bins).ece,
-            "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
-        }
+    rows, right = np.asarray(scores, dtype=np.float64).reshape(-1, 3), np.asarray(hits)
+    if not len(right):
+        raise ValueError("the calibration of no images at all is not defined")
+    log_prob, confidence, squares = rows.T
+    return {
+        "nll": float(-log_prob.mean()),
+        "ece": reliability(confidence, right, bins).ece,
+        "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
+    }
 
 
 @dataclass(frozen=True)
@@ -158,7 +136,7 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Rel
 
 
 def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
-    """What ``ProbabilityScores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
+    """What ``probability_scores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
 
     Args:
         logits: Shape (N, C).
@@ -203,9 +181,13 @@ class ClassificationMetrics:
             and ``fold_powergrad`` gives. The attribute may be moved.
         top_k: The second accuracy to report, next to top-1.
         bins: Number of bins of the ECE.
+        also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
+            path of a metric of your own.
+        **options: For those, such as ``average="macro"``.
 
     Raises:
         TypeError, ValueError: ``alpha``, ``top_k`` or ``bins`` is not allowed.
+        ImportError: ``also`` is used and ``evaluate`` is not installed.
 
     Example:
         >>> metrics = ClassificationMetrics(alpha=0.25)
@@ -215,7 +197,14 @@ class ClassificationMetrics:
         >>> trainer = Trainer(..., compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess)
     """
 
-    def __init__(self, alpha: float | None = None, top_k: int = TOP_K, bins: int = BINS) -> None:
+    def __init__(
+        self,
+        alpha: float | None = None,
+        top_k: int = TOP_K,
+        bins: int = BINS,
+        also: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         if alpha is not None:
             check_alpha(alpha)
         for name, value in (("top_k", top_k), ("bins", bins)):
@@ -224,6 +213,13 @@ class ClassificationMetrics:
         self.alpha = alpha
         self.top_k = top_k
         self.bins = bins
+        self._options = options
+        self._also: Any = None
+        if also:
+            require("evaluate", "also=")
+            import evaluate
+
+            self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
         """Keeps of each image: its best classes, from best to worst, and its scores, raw and folded.
@@ -243,10 +239,12 @@ class ClassificationMetrics:
         counted = np.asarray(prediction.label_ids) != IGNORED
         labels = np.asarray(prediction.label_ids)[counted]
         best, *scores = (np.asarray(part)[counted] for part in prediction.predictions)
-        results = dict(TopKAccuracy().compute(predictions=best, references=labels, k=(1, self.top_k)))
+        results = top_k_accuracy(best, labels, k=(1, self.top_k))
         for suffix, rows in zip(self._scales, scores, strict=True):
-            values = ProbabilityScores().compute(predictions=rows, references=best[:, 0] == labels, bins=self.bins)
+            values = probability_scores(rows, best[:, 0] == labels, self.bins)
             results |= {name + suffix: value for name, value in values.items()}
+        if self._also is not None:
+            results |= self._also.compute(predictions=best[:, 0], references=labels, **self._options)
         if skipped := int((~counted).sum()):
             results["skipped"] = skipped
         return results
@@ -254,10 +252,3 @@ class ClassificationMetrics:
     @property
     def _scales(self) -> dict[str, float]:
         return {"": 1.0} if self.alpha is None or self.alpha == 1 else {"": 1.0, "_folded": self.alpha}
-
-
-def _describe(metric: evaluate.Metric, **features: Any) -> evaluate.MetricInfo:
-    text = str(metric.__doc__)
-    return evaluate.MetricInfo(
-        description=text.partition("\n")[0], citation="", inputs_description=text, features=Features(features)
-    )
