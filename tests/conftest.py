@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread, no network, a fixed seed."""
+"""What every test shares: one thread, no network, a fixed seed; and a device to be given to those that ask for one."""
 
 import os
 import re
@@ -25,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)

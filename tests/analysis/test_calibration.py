@@ -34,9 +34,9 @@ def test_temperature_of_images_that_are_all_right_is_small_and_that_is_a_warning
     assert "fitted to 5 images that are all right says nothing of others" in caplog.text
 
 
-def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha():
+def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha(device):
     logits, labels = drawn(5000)
-    scores = compare_calibration(logits / 0.25, labels, alpha=0.25)
+    scores = compare_calibration((logits / 0.25).to(device), labels.to(device), alpha=0.25)
     assert scores["raw"].ece > 0.1
     assert scores["folded"].ece < 0.02
     assert scores["folded"].temperatures == (4.0,)

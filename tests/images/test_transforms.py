@@ -183,7 +183,7 @@ def test_what_cannot_be_decoded_is_a_bad_image(file, training):
         ImageTransform(config(), training)(file)
 
 
-def test_bytes_to_normalise_on_the_device_are_the_normalised_image():
+def test_bytes_to_normalise_on_the_device_are_the_normalised_image(device):
     for training in (True, False):
         with seeded(0, 0, 1):
             raw = ImageTransform(config(), training, normalize=False)
@@ -192,7 +192,8 @@ def test_bytes_to_normalise_on_the_device_are_the_normalised_image():
             normalised = ImageTransform(config(), training)(photo())
         assert (pixels.dtype, normalised.dtype) == (torch.uint8, torch.float32)
         assert pixels.is_contiguous()
-        assert torch.equal(normalize(pixels[None], raw.mean, raw.std)[0], normalised)
+        on_device = normalize(pixels[None].to(device), raw.mean, raw.std)[0]
+        assert on_device.device.type == device.type and torch.equal(on_device.cpu(), normalised)
         expected = (pixels / 255 - torch.tensor(raw.mean).view(3, 1, 1)) / torch.tensor(raw.std).view(3, 1, 1)
         torch.testing.assert_close(normalised, expected)
         assert (raw.blank().shape, raw.blank().dtype) == (pixels.shape, pixels.dtype)

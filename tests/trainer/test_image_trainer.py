@@ -263,8 +263,9 @@ STRENGTHS = {
 
 
 @pytest.mark.parametrize("settings", STRENGTHS.values(), ids=STRENGTHS)
-def test_everything_at_once_trains(tmp_path, settings):
-    trainer = build(tmp_path, max_steps=3, **STRONG | {"channels_last": True} | settings)
+def test_everything_at_once_trains(tmp_path, settings, device):
+    where = {"use_cpu": device.type == "cpu", "channels_last": True}
+    trainer = build(tmp_path, max_steps=3, **STRONG | where | settings)
     trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
     assert trainer._handle.calls == 3
