@@ -84,7 +84,7 @@ def load_plain_text(
     Args:
         name: "stdlib" (a document is a module), a text, JSON, CSV or Parquet file, a folder of such, or a Hub id.
         config: The configuration, where a Hub data set has several.
-        text_column: The column with the text, if not found by itself.
+        text_column: The column with the text, if it cannot be detected.
         seed: For the documents that are held out where there is no validation or test split.
 
     Raises:

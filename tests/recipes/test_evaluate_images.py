@@ -111,7 +111,7 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
     ("arguments", "message"),
     [
         (["resnet1o"], "'resnet1o' is no folder, no timm model (near: ['resnet18'"),
-        (["resnet10t"], "timm's weights of 'resnet10t' cannot be had; give a local file of weights"),
+        (["resnet10t"], "timm's weights of 'resnet10t' are not available; give a local file"),
         ([".", *DIGITS], "'.' holds no config.json"),
         (["resnet10t", "--bins", "0"], "--bins must be at least 1, got 0"),
         (["resnet10t", "--alpha", "-1"], "alpha must lie in [0, 1], got -1.0"),

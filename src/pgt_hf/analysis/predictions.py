@@ -144,7 +144,7 @@ def examine(
 
 
 def _thumbnail(dataset: Any, index: int) -> str | None:
-    """The image as it is in the data set, small; None where it cannot be had."""
+    """The image as it is in the data set, small; None where there is none."""
     split = getattr(dataset, "split", None)
     if split is None or "image" not in split.column_names:
         return None

@@ -171,7 +171,7 @@ def pull_checkpoint(
     token: str | None = None,
     revision: str | None = None,
 ) -> Path:
-    """Fetches a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to go on from it here.
+    """Fetches a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to resume from it here.
 
     Args:
         repo_id: The repository.

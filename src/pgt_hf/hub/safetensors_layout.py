@@ -1,4 +1,4 @@
-"""Safetensors files rewritten at the level of bytes: other names for the tensors, and each where kernels like it."""
+"""Safetensors files rewritten byte by byte: other names for the tensors, and each aligned in the file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A trained network from wherever it lies, with its own preprocessing and its own class names, ready to be evaluated.
+"""A trained network from a folder, the Hub or timm, with its own preprocessing and class names, ready to evaluate.
 
 A folder, a Hub id or a timm name becomes a transformers model; the classes of a data set are found among the model's.
 """
@@ -46,7 +46,7 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
         A transformers model in evaluation mode; ``config.id2label`` names its classes.
 
     Raises:
-        OSError: There is no such model, or its weights cannot be had.
+        OSError: There is no such model, or its weights are not available.
         ValueError: The weights do not fit the model.
 
     Example:
@@ -204,7 +204,7 @@ def _load_timm(name: str, pretrained: bool) -> TimmWrapperForImageClassification
     try:
         network = timm.create_model(name, pretrained=pretrained)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"timm's weights of {name!r} cannot be had; give a local file of weights: {error}") from error
+        raise OSError(f"timm's weights of {name!r} are not available; give a local file: {error}") from error
     config = TimmWrapperConfig.from_dict(
         {
             "architecture": name,

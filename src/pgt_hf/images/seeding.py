@@ -13,7 +13,7 @@ __all__ = ["preserve_rng", "seed_sample", "seeded"]
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Gives the random states of Python, numpy and torch back as they were.
+    """Restores the random states of Python, numpy and torch when the block ends.
 
     Example:
         >>> with preserve_rng():

@@ -155,8 +155,8 @@ def _calibration(evaluation: Evaluation) -> str:
         plot_reliability(evaluation.calibration, path, columns=2)
         picture = _picture(path.read_bytes(), "Accuracy against confidence")
     return (
-        "<p>Of the images that the model is sure of by so much, how many are right: on the diagonal it is as sure as "
-        f"it should be, below it is over-confident.</p>{picture}"
+        "<p>Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
+        f"over-confident.</p>{picture}"
     )
 
 

@@ -14,14 +14,14 @@ __all__ = ["PowerGradTrainingArguments"]
 
 @dataclass
 class PowerGradTrainingArguments(TrainingArguments):
-    """Arguments of ``PowerGradTrainer``; any ``optim`` may be used, PGT does not live in it.
+    """Arguments of ``PowerGradTrainer``, for any ``optim``.
 
     Args:
         alpha: The exponent of PGT, ``0 <= alpha <= 1``; 1 is plain training.
         clip_mode: None (Trainer's own ``max_grad_norm`` holds), or "norm", "value", "agc": clipping before each step,
             in place of ``max_grad_norm``, which is then set to 0.
         clip_value: The bound that ``clip_mode`` needs (for AGC its factor, 0.01 in the paper).
-        powergrad_head: Dotted name of the module that makes the logits, where it is not found by itself.
+        powergrad_head: Dotted name of the module that makes the logits, if it cannot be detected.
         hub_fold: Publish weights with alpha multiplied into the head, whose softmax gives calibrated probabilities.
         hub_timeout: Seconds that the end of training waits for an upload to the Hub. The other processes wait as well,
             so keep it well below ``ddp_timeout``.

@@ -33,7 +33,7 @@ class DiagnosticsCallback(TrainerCallback):
     """Records logit statistics, filter norms, gradient norms and probabilities every ``interval`` optimizer steps.
 
     They go to ``diagnostics.npz`` in the output folder, with every checkpoint and at the end, for
-    ``python -m pgt_hf.plots FOLDER``; ``PowerGradTrainer`` also sends the scalars to its logs and trackers. What is
+    ``pgt-hf plot FOLDER``; ``PowerGradTrainer`` also sends the scalars to its logs and trackers. What is
     recorded is the first micro-batch of the main process, and the gradients as they are before the optimizer's step:
     after ``max_grad_norm``, before ``clip_mode``.
 

@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class DivergenceCallback(TrainerCallback):
-    """Stops a run that is lost, within ``interval`` steps, and says what to try.
+    """Stops a run that has diverged, within ``interval`` steps, and says what to try.
 
-    It looks at the logits every ``interval`` steps, and at what is logged. A run is lost when logits, loss or gradient
-    norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or ``alpha *
-    logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is 1,000 times
-    its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the place of a loss
-    that is not finite.)
+    It looks at the logits every ``interval`` steps, and at what is logged. A run has diverged when logits, loss or
+    gradient norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or
+    ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is
+    1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the
+    place of a loss that is not finite.)
 
     In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is no
     divergence, and common at the start; only ``max_skipped`` skipped steps in a row stop the run, with other advice.
@@ -36,7 +36,7 @@ class DivergenceCallback(TrainerCallback):
 
     Args:
         interval: Optimizer steps from one look at the logits to the next.
-        factor: The run is lost when the loss exceeds so many times the larger of log(C) and the first one seen.
+        factor: The run has diverged when the loss exceeds so many times the larger of log(C) and the first one seen.
         max_skipped: Steps that the gradient scaler may skip in a row.
         head: As for ``attach_powergrad``.
 

@@ -1,7 +1,7 @@
-"""``ImageTrainer``: ``PowerGradTrainer`` for image classifiers, at timm's strength and to the bit.
+"""``ImageTrainer``: ``PowerGradTrainer`` for image classifiers, with timm's regularisation; a resumed run is exact.
 
 Images come as uint8 and are normalised, mixed and erased on the device; an average of the weights is kept beside the
-model; each step's randomness is a function of (seed, step, process), so a run that was killed goes on as if it had not
+model; each step's randomness is a function of (seed, step, process), so a run that was killed resumes as if it had not
 been.
 """
 
