@@ -74,6 +74,7 @@ def recorded(folder, alpha: float, layers: int = 5) -> None:
     (folder / "trainer_state.json").write_text(json.dumps(state))
 
 
+@pytest.mark.slow
 def test_one_command_draws_all_that_the_runs_files_hold(tmp_path, capsys):
     for alpha in (1.0, 0.1):
         recorded(tmp_path / f"run-{alpha:g}", alpha)

@@ -57,6 +57,7 @@ def digits() -> Dataset:
     return load_image_dataset("digits", max_train_samples=120)["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "how"), [(1, "fork"), (4, "fork"), (1, "spawn")])
 def test_any_number_of_workers_gives_the_same_bits(workers, how, digits):
     dataset = ImageDataset(digits, transform())
@@ -97,6 +98,7 @@ def test_random_numbers_of_the_training_loop_are_left_alone(digits):
     assert torch.equal(torch.rand(2), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_epoch_reaches_workers_that_are_running_already(how, digits):
     dataset = ImageDataset(digits.select(range(16)), transform())
@@ -303,6 +305,7 @@ class Recorder(nn.Module):
         return {"loss": self.weight * pixel_values.float().mean(), "logits": pixel_values.float().mean((2, 3))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map", "stream"])
 def test_trainer_sees_every_epoch_augmented_anew(kind, tmp_path):
     dataset = (

@@ -47,6 +47,7 @@ def test_initial_weights_are_those_that_timm_draws():
     assert not ours["layer1.0.bn2.weight"].any()  # timm's zero-initialised last norm of each block
 
 
+@pytest.mark.slow
 def test_norm_free_network_has_no_norm_layer_and_learns():
     torch.manual_seed(0)
     model = create_model("resnet18", NAMES, image_size=32, norm_free=True).train()
