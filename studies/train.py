@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import compare_calibration, filter_norms, logit_statistics, zeroed_filters
-from pgt_hf.attach import last_linear
+from pgt_hf.heads import last_linear
 from pgt_hf.images import collate, create_model, normalize
 from pgt_hf.runs.record import DIAGNOSTICS
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback

@@ -10,7 +10,7 @@ from launch import ROOT
 from transformers import AutoModelForImageClassification
 
 from pgt_hf import create_optimizer
-from pgt_hf.attach import last_linear
+from pgt_hf.heads import last_linear
 from pgt_hf.images import PRESETS, create_model, preset_table
 
 NAMES, SIDE, ALPHA, STEPS = [str(i) for i in range(10)], 32, 0.25, 3

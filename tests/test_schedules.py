@@ -182,8 +182,7 @@ def test_in_a_trainer_a_resumed_run_has_the_very_same_alphas_and_weights(tmp_pat
     stopped = make_trainer(tmp_path / "stopped", ours)
     stopped.add_callback(Stop())
     stopped.train()
-    other_alpha = {"alpha": 0.7} if ours else {"optim_args": "alpha=0.7,momentum=0.9,nesterov=true"}
-    resumed = make_trainer(tmp_path / "stopped", ours, **other_alpha)
+    resumed = make_trainer(tmp_path / "stopped", ours)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-5"))
     for a, b in zip(weights(whole.model), weights(resumed.model), strict=True):
         assert torch.equal(a, b)

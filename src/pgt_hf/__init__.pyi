@@ -1,9 +1,9 @@
 from .attach import PowerGradHandle as PowerGradHandle
 from .attach import attach_powergrad as attach_powergrad
-from .attach import fold_powergrad as fold_powergrad
 from .functional import powergrad_cross_entropy as powergrad_cross_entropy
 from .functional import powergrad_linear_cross_entropy as powergrad_linear_cross_entropy
 from .functional import powergrad_log_softmax as powergrad_log_softmax
+from .heads import fold_powergrad as fold_powergrad
 from .logits import PowerGradLogits as PowerGradLogits
 from .loss import PowerGradCrossEntropyLoss as PowerGradCrossEntropyLoss
 from .optim import bind_powergrad as bind_powergrad

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guard import after_closure
+
 __all__ = ["CLIP_MODES", "ClipGradients", "check_clipping"]
 
 CLIP_MODES = ("norm", "value", "agc")
@@ -39,7 +41,11 @@ class ClipGradients:
         self.clip_value = clip_value
         self.exclude = {id(parameter) for parameter in exclude} if clip_mode == "agc" else set()
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        return after_closure(args, kwargs, lambda: self.clip(optimizer))
+
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradients that the optimizer is about to use."""
         from timm.utils.clip_grad import dispatch_clip_grad
 
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,122 +1,252 @@
-"""``PowerGradLogits``: logits that know how they want to be differentiated.
+"""How PGT finds the softmax: logits that carry alpha, gradients that carry a stamp, and a gate between them.
 
-A tensor subclass that carries ``alpha`` from the classification head to wherever the softmax is taken. It stays itself
-through reshapes, casts, slices and arithmetic; where ``log_softmax`` or ``cross_entropy`` meets it, the value is the
-true one and the gradient is PGT's.
+The head's gate turns its output into ``PowerGradLogits``, a tensor subclass that keeps alpha through every op that torch
+dispatches. Wherever its log-softmax is differentiated (by Python, C++, TorchScript, a checkpoint or a compiler), torch
+calls ``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. What
+comes out is a ``StampedGradient``, and stays one on its way up to the gate, which takes nothing else. So a backward pass
+through the head is PGT, or an error.
+
+A compiler traces the backward pass before there is one. Its gate cannot raise; it reports instead, through the
+gradients of two leaf tensors (``State``).
 """
 
-from collections.abc import Callable
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .functional import powergrad_cross_entropy, powergrad_log_softmax
+from .functional import (
+    CrossEntropy,
+    LogSoftmax,
+    check_alpha,
+    check_cross_entropy,
+    is_fast,
+    log_softmax_backward,
+    under_autocast,
+)
 
-__all__ = ["PowerGradLogits", "PowerGradState"]
+__all__ = ["StampedGradient", "PowerGradLogits", "State", "TracedGate", "enter"]
 
+aten = torch.ops.aten
 
-class PowerGradState:
-    """What the logits of one head share: alpha, how often a softmax has used it, and who owns it.
+_NO_PGT = (
+    "PGT is attached, but a gradient reached the head ({found}) that took no log_softmax or cross_entropy of the logits "
+    "on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax that is written out "
+    "(softmax().log(), logsumexp, Categorical) becomes pgt_hf.powergrad_log_softmax. Logits must not be detached or "
+    "copied before the loss. If the logits are made elsewhere, or this output is not logits, pass head=. To train "
+    "without PGT on purpose: handle.remove()"
+)
 
-    alpha and calls are 0-dim CPU tensors: moved in place, they neither recompile a graph nor wait for a device.
-    A state that an optimizer owns reads alpha through ``before_use``; its copies (an EMA of the model, a pickle) have
-    no owner and no effect, so that nobody trains a copy with PGT without knowing.
-    """
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = torch.tensor(alpha, dtype=torch.float64)
-        self.calls = torch.zeros((), dtype=torch.int64)
-        self.met: list[str] = []  # functions that met the logits instead, for the error message
-        self.owned = False
-        self.before_use: Callable[[], None] | None = None
-
-    @property
-    def active(self) -> bool:
-        return not self.owned or self.before_use is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"before_use": None}
+_met: "collections.deque[str]" = collections.deque(maxlen=6)  # the last functions that logits met, for the message
 
 
-class PowerGradLogits(Tensor):
-    """A tensor with a ``PowerGradState``. Made by ``PowerGradLogits.wrap``; ordinary in every other way."""
+def no_pgt(found: str) -> RuntimeError:
+    """The error of a backward pass in which PGT did not act."""
+    names = list(dict.fromkeys(_met))
+    return RuntimeError(_NO_PGT.format(found=found, met=f"; it met {', '.join(names)}" if names else ""))
 
-    powergrad_state: PowerGradState
+
+class _Wrapper(Tensor):
+    """A tensor that holds another one and decides in ``__torch_dispatch__`` what happens to it."""
+
+    elem: Tensor
 
     @staticmethod
-    def wrap(logits: Tensor, state: PowerGradState) -> "PowerGradLogits":
-        wrapped = logits.as_subclass(PowerGradLogits)
-        wrapped.powergrad_state = state
-        return wrapped
+    def __new__(cls, elem: Tensor, *_: Any) -> "_Wrapper":
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            elem.shape,
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            layout=elem.layout,
+            device=elem.device,
+            requires_grad=elem.requires_grad,
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.elem!r})"
+
+
+class StampedGradient(_Wrapper):
+    """A gradient that PGT has acted on. Sums keep the stamp: PGT plus a regulariser is still PGT."""
+
+    crossing = -1  # the backward pass in which one of them last went into a compiled graph
+
+    def __init__(self, elem: Tensor) -> None:
+        self.elem = elem
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["elem"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "StampedGradient":
+        return StampedGradient(inner["elem"])
+
+    def __coerce_same_metadata_as_tangent__(self, meta: Any, expected_type: type | None = None) -> Tensor:
+        """A compiled backward pass takes the gradient of its logits plain: see ``PowerGradLogits.__torch_function__``."""
+        if expected_type in (None, StampedGradient):
+            return self
+        StampedGradient.crossing = torch._C._current_graph_task_id()
+        return self.elem
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        state = _find_state(args, kwargs)
-        if state is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_TORCH:
+            return func(args[0].elem, *args[1:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _TRANSFORMED and isinstance(_logits_of(args, kwargs), PowerGradLogits):
-                result = _TRANSFORMED[func](state, *args, **kwargs)
-            else:
-                result = func(*args, **kwargs)
-                if not torch.compiler.is_compiling():
-                    _remember(state, func)
-        if func is Tensor.clone:  # DDP's static graph clones inside a Function, where nothing requires a gradient yet
-            return PowerGradLogits.wrap(result, state)
-        return _carry(result, state)
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plain, plain_kwargs = tree_map_only(_Wrapper, lambda t: t.elem, (args, kwargs))
+        out = func(*plain, **plain_kwargs)
+        if func._schema.is_mutable:
+            return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
+        return tree_map_only(Tensor, lambda t: StampedGradient(t) if t.is_floating_point() else t, out)
 
 
-def _find_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PowerGradState | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, PowerGradLogits):
-            # A copy that something outside made (an unpickled tensor, say) carries no state and is a plain tensor.
-            return getattr(value, "powergrad_state", None)
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, PowerGradLogits):
-                    return getattr(item, "powergrad_state", None)
-    return None
+class PowerGradLogits(_Wrapper):
+    """Logits of a head under PGT, and all that is computed from them."""
+
+    def __init__(self, elem: Tensor, alpha: Tensor, regime: str) -> None:
+        self.elem, self.alpha = elem, alpha
+        self.regime = regime  # what a compiler must know of alpha, as it cannot read the tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return ["elem", "alpha"], self.regime
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: str, size: Any, stride: Any) -> "PowerGradLogits":
+        return PowerGradLogits(inner["elem"], inner["alpha"], meta)
+
+    def __coerce_same_metadata_as_tangent__(self, meta: Any, expected_type: type | None = None) -> Tensor:
+        raise no_pgt("made from the logits themselves")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func in _READS:
+            # Plain: that is what metrics want. It also tells a compiler to expect plain gradients for the logits that
+            # its graph returns, which is what it gets where nobody uses them (pytorch issue 172556).
+            return args[0].elem.detach()
+        if func in _LEAVES_TORCH:
+            return func(args[0].elem.detach(), *args[1:], **kwargs)
+        if func is Tensor.data_ptr:
+            raise RuntimeError("PGT: the logits of an attached head have no storage of their own; use logits.detach()")
+        if name != "__get__" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if func in _FAST and (out := _FAST[func](*args, **kwargs)) is not None:
+                return out
+            if not name.startswith("_"):
+                _met.append(name)
+            if func not in _KEEP_ARGUMENTS:
+                args, kwargs = _shield(name, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._log_softmax_backward_data.default and isinstance(args[1], PowerGradLogits):
+            return _log_softmax_backward(*args)
+        if func in _CTC_BACKWARD and isinstance(args[1], PowerGradLogits):
+            return StampedGradient(_ctc_backward(func, args, kwargs))
+        logits: list[PowerGradLogits] = []
+        plain, plain_kwargs = tree_map_only(PowerGradLogits, lambda t: (logits.append(t), t.elem)[1], (args, kwargs))
+        if StampedGradient in types:
+            return StampedGradient.__torch_dispatch__(func, types, plain, plain_kwargs)
+        first = logits[0]
+        if len(logits) > 1:
+            _check_one_alpha(logits)
+        if func._schema.is_mutable:
+            if torch.is_grad_enabled() and _writes_into_plain(func, args, kwargs):
+                raise RuntimeError(
+                    f"PGT: {func} writes logits into a plain tensor, which would lose PGT; use cat or stack"
+                )
+            out = func(*plain, **plain_kwargs)
+            if isinstance(args[0], PowerGradLogits) and type(args[0].elem) is Tensor:
+                torch.autograd.graph.increment_version(args[0].elem)  # what the head saved of its output is stale now
+            return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
+        out = func(*plain, **plain_kwargs)
+        carry = lambda t: PowerGradLogits(t, first.alpha, first.regime) if t.is_floating_point() and t.dim() > 0 else t  # noqa: E731
+        return carry(out) if isinstance(out, Tensor) else tree_map_only(Tensor, carry, out)
 
 
-def _carry(result: Any, state: PowerGradState) -> Any:
-    """Passes the state on to what depends on the logits: floating, differentiable, not yet a loss.
+# --- where PGT acts
 
-    Log-probabilities may carry it too: a second log_softmax changes neither their value nor their gradient.
+
+def _log_softmax_backward(grad: Tensor, output: PowerGradLogits, dim: int, dtype: torch.dtype) -> StampedGradient:
+    grad = grad.elem if isinstance(grad, _Wrapper) else grad
+    if output.regime == "plain":
+        return StampedGradient(aten._log_softmax_backward_data(grad, output.elem, dim, dtype))
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "PGT: create_graph=True works where cross_entropy or log_softmax is called from Python in eager mode; here, "
+            "call pgt_hf.powergrad_cross_entropy or pgt_hf.powergrad_log_softmax, and detach the handle"
+        )
+    flat = output.regime == "flat" and output.dtype.itemsize > 2
+    return StampedGradient(log_softmax_backward(grad, output.elem, output.alpha, dim, is_log_probs=flat).to(dtype))
+
+
+_CTC_BACKWARD = {aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor}
+
+
+def _ctc_backward(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """The derivative of CTC in the log-probabilities, ``-q``.
+
+    torch's own hands out ``softmax - q``, which would leave the log-softmax nothing to transform. The rows of
+    impossible alignments and those past a sequence's end have none.
     """
-    if isinstance(result, Tensor):
-        if result.requires_grad and result.is_floating_point() and result.dim() > 0:
-            return PowerGradLogits.wrap(result, state)
-        return result
-    if type(result) in (list, tuple):
-        return type(result)(_carry(item, state) for item in result)
-    return result
+    (grad, log_probs, _, input_lengths, _, losses, *_), kwargs = tree_map_only(
+        _Wrapper, lambda t: t.elem, (args, kwargs)
+    )
+    out = func(*tree_map_only(_Wrapper, lambda t: t.elem, args), **kwargs)
+    steps = torch.arange(log_probs.size(0), device=log_probs.device).view(-1, *[1] * (log_probs.dim() - 2))
+    used = (steps < torch.as_tensor(input_lengths, device=log_probs.device)) & losses.isfinite()
+    return out - torch.where(used, grad, 0).unsqueeze(-1) * log_probs.exp()
 
 
-def _remember(state: PowerGradState, func: Callable[..., Any]) -> None:
-    name = getattr(func, "__name__", "")
-    if name and not name.startswith("__") and name not in state.met:
-        state.met = [*state.met, name][-6:]
+# --- the fast path: Python calls in eager mode
 
 
-def _logits_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("input", kwargs.get("log_probs"))
+class _FastCrossEntropy(CrossEntropy):
+    @staticmethod
+    def forward(ctx: Any, logits: PowerGradLogits, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        outputs = CrossEntropy.forward(ctx, logits.elem, *args)
+        if logits.elem.dtype.itemsize == 2:
+            ctx.save_for_backward(logits, *args[:2])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        logits, *rest = ctx.saved_tensors
+        grad = CrossEntropy.gradient(ctx, *grads, _open(logits), *rest)
+        return _stamp(grad), None, None, None, None, None, None
 
 
-def _plain(logits: Tensor) -> Tensor:
-    # An op under DisableTorchFunctionSubclass returns a plain tensor; as_subclass(Tensor) would break a compiled
-    # graph.
-    return logits.view_as(logits)
+class _FastLogSoftmax(LogSoftmax):
+    @staticmethod
+    def forward(ctx: Any, logits: PowerGradLogits, alpha: float, dim: int) -> PowerGradLogits:  # type: ignore[override]
+        log_probs = PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.regime)
+        ctx.save_for_backward(logits)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input = _open(*ctx.saved_tensors)
+        grad = log_softmax_backward(_unwrap(grad), input, ctx.alpha, ctx.dim)
+        return _stamp(grad.to(input.dtype)), None, None
 
 
-def _cross_entropy(
-    state: PowerGradState,
+def _fast_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -125,67 +255,313 @@ def _cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+) -> Tensor | None:
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    state.calls.add_(1)
-    return powergrad_cross_entropy(
-        _plain(input), target, weight, ignore_index, reduction, label_smoothing, alpha=state.alpha
+    if not _is_plain_call(input, target, weight):
+        return None
+    check_cross_entropy(input.elem, target, weight, reduction, label_smoothing)
+    if torch.is_autocast_enabled(input.elem.device.type):
+        input, target, weight = under_autocast(input, target, weight)
+    alpha = check_alpha(input.alpha)
+    if not is_fast(target, weight, label_smoothing, alpha) or alpha == 1:
+        return None
+    return _FastCrossEntropy.apply(input, target, weight, alpha, ignore_index, reduction, label_smoothing)[0]
+
+
+def _fast_log_softmax(input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
+    dtype = kwargs.get("dtype")
+    if args or dim is None or kwargs.keys() - {"dtype", "_stacklevel"} or not _is_plain_call(input):
+        return None
+    input = input if dtype is None else input.to(dtype)
+    alpha = check_alpha(input.alpha)
+    if not isinstance(alpha, float) or alpha == 1:
+        return None
+    return _FastLogSoftmax.apply(input, alpha, dim)
+
+
+def _is_plain_call(input: Tensor, *others: Tensor | None) -> bool:
+    return type(input) is PowerGradLogits and not any(isinstance(other, _Wrapper) for other in others)
+
+
+_FAST: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.cross_entropy: _fast_cross_entropy,
+    F.log_softmax: _fast_log_softmax,
+    torch.log_softmax: _fast_log_softmax,
+    torch.special.log_softmax: _fast_log_softmax,
+    Tensor.log_softmax: _fast_log_softmax,
+}
+
+
+def _stamp(grad: Tensor) -> Tensor:
+    return _Stamp.apply(grad) if torch.is_grad_enabled() else StampedGradient(grad)
+
+
+class _Stamp(torch.autograd.Function):
+    """``StampedGradient(grad)`` under create_graph, where a stamped gradient is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> StampedGradient:
+        return StampedGradient(grad.view_as(grad))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.elem if isinstance(grad, _Wrapper) else grad
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, _Wrapper):
+        return tensor
+    return _Unwrap.apply(tensor) if torch.is_grad_enabled() else tensor.elem
+
+
+class _Unwrap(torch.autograd.Function):
+    """``tensor.elem`` under create_graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: _Wrapper) -> Tensor:
+        return tensor.elem.view_as(tensor.elem)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _open(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, PowerGradLogits):
+        return tensor
+    return _Open.apply(tensor) if torch.is_grad_enabled() else tensor.elem
+
+
+class _Open(_Unwrap):
+    """The logits that PGT's gradient was made of; the derivative of that gradient is PGT's as well."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _stamp(_unwrap(grad))
+
+
+# --- the gate
+
+
+def _regime(alpha: float) -> str:
+    """alpha = 1 takes torch's own path, below 1 log-probabilities need no maximum taken off, above 1 they do."""
+    return "plain" if alpha == 1 else "flat" if alpha < 1 else "sharp"
+
+
+class State:
+    """What the gates of one attachment share: alpha, and how many backward passes came through.
+
+    A compiled graph cannot count. Its gate gives a gradient to one of two leaf tensors instead, to alpha where the
+    stamp was seen while the graph was traced, and to ``border`` where the logits leave the graph and the stamp must
+    come in from outside. Hooks on the leaves count, so nothing ever waits for a device.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.enabled = True
+        self.owned = False  # by an optimizer, with which it ends
+        self.replaced = False  # by another optimizer of the same model
+        self.calls = 0
+        self.regime = _regime(alpha)  # of compiled graphs
+        self.leaves = self._make_leaves(alpha, torch.device("cpu"))
+        self.device_leaves = self.leaves
+        self.last_pass = -1
+
+    @property
+    def alpha(self) -> float:
+        """The exponent of the next forward pass."""
+        return self.leaves[0].item()
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        for alpha, _ in {id(leaves): leaves for leaves in (self.leaves, self.device_leaves)}.values():
+            alpha.detach().fill_(value)
+        if value != 1:  # where alpha comes to 1 in the end, the graph at hand is right within rounding
+            self.regime = _regime(value)
+
+    def place(self, device: torch.device) -> None:
+        """Keeps leaves on the head's device for compiled graphs: a CPU tensor in one stops CUDA graphs."""
+        if self.device_leaves[0].device != device and device.type != "meta":
+            self.device_leaves = self.leaves if device.type == "cpu" else self._make_leaves(self.alpha, device)
+
+    def count(self) -> None:
+        """Once for each backward pass, however often it comes through."""
+        task = torch._C._current_graph_task_id()
+        if task != self.last_pass or task == -1:
+            self.calls, self.last_pass = self.calls + 1, task
+
+    def _make_leaves(self, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        leaves = [torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True) for value in (alpha, 0)]
+        for leaf, hook in zip(leaves, (self._on_inside, self._on_border), strict=True):
+            leaf.register_post_accumulate_grad_hook(hook)
+        return leaves[0], leaves[1]
+
+    def _on_inside(self, leaf: Tensor) -> None:
+        if leaf.grad is not None:  # torch calls this for a leaf that got no gradient, too
+            leaf.grad = None
+            self.count()
+
+    def _on_border(self, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            leaf.grad = None
+            if StampedGradient.crossing != torch._C._current_graph_task_id():
+                raise no_pgt("at the border of a compiled graph")
+            self.count()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "enabled": self.enabled and not self.owned, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["alpha"])  # type: ignore[misc]
+        self.enabled, self.calls = state["enabled"], state["calls"]
+
+
+def enter(output: Any, state: State) -> Any:
+    """The head's output, in which every floating tensor that is to be differentiated has become ``PowerGradLogits``.
+
+    Looks into whatever torch knows as a pytree, and into the attributes of other objects, which it changes in place.
+    """
+    gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
+    if torch.compiler.is_compiling():
+        leaves = state.device_leaves
+        gate = lambda t: TracedGate.apply(t, *leaves, state.regime)  # noqa: E731
+    if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced
+        return _enter_tensor(output, gate)
+    seen: set[int] = set()
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _enter_tensor(leaf, gate)
+        for name in _attributes(leaf) if id(leaf) not in seen else ():
+            seen.add(id(leaf))
+            object.__setattr__(leaf, name, tree_map(visit, getattr(leaf, name)))
+        return leaf
+
+    return tree_map(visit, output)
+
+
+def _enter_tensor(value: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    return gate(value) if value.requires_grad and value.is_floating_point() and value.dim() > 0 else value
+
+
+def _attributes(value: Any) -> list[str]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [field.name for field in dataclasses.fields(value)]
+    return (
+        [] if isinstance(value, (type, torch.nn.Module)) or callable(value) else list(getattr(value, "__dict__", ()))
     )
 
 
-def _log_softmax(
-    state: PowerGradState,
-    input: Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-    **_: Any,
-) -> Tensor:
-    if isinstance(_stacklevel, torch.dtype):  # torch.log_softmax(input, dim, dtype)
-        dtype = _stacklevel
-    if dim is None:
-        dim = 0 if input.dim() in (0, 1, 3) else 1  # torch's deprecated choice
-    state.calls.add_(1)
-    input = _plain(input)
-    return powergrad_log_softmax(input if dtype is None else input.to(dtype), dim, alpha=state.alpha)
+class _Gate(torch.autograd.Function):
+    """The gate in eager mode: ``PowerGradLogits`` on the way down, and on the way up a stamped gradient or an error."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
+        ctx.state = state
+        return PowerGradLogits(logits.view_as(logits), state.leaves[0].detach(), _regime(state.alpha))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if type(grad) is not StampedGradient:
+            raise no_pgt(f"a {type(grad).__name__} of shape {tuple(grad.shape)}")
+        ctx.state.count()
+        return _unwrap(grad), None
 
 
-def _ctc_loss(
-    state: PowerGradState,
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    blank: int = 0,
-    reduction: str = "mean",
-    zero_infinity: bool = False,
-) -> Tensor:
-    """CTC over PGT's log-softmax; log_probs (T, N, C) or (T, C).
+class TracedGate(torch.autograd.Function):
+    """The gate inside a compiled graph, see ``State``: of tensors alone, and never an error at run time."""
 
-    torch's own backward hands out ``softmax(z) - q`` rather than the derivative of the loss in log_probs, ``-q`` (q:
-    the posterior of the alignment), which would leave the log-softmax nothing to transform. A term of value 0 puts it
-    right.
-    """
-    log_probs = _plain(log_probs)
-    losses = F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none", zero_infinity)
-    steps = torch.arange(log_probs.size(0), device=log_probs.device)
-    lengths = torch.as_tensor(input_lengths, device=log_probs.device)
-    used = steps.view(-1, *[1] * (log_probs.dim() - 2)) < lengths
-    mass = (log_probs * log_probs.detach().exp()).sum(-1)
-    # An impossible alignment has no gradient to put right: its loss is infinite, or 0 under zero_infinity.
-    mass = torch.where(used & losses.detach().isfinite() & (losses.detach() != 0), mass, 0).sum(0)
-    losses = losses - (mass - mass.detach())
-    if reduction == "mean":
-        return (losses / torch.as_tensor(target_lengths, device=losses.device).clamp(min=1)).mean()
-    return losses.sum() if reduction == "sum" else losses
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, regime: str) -> PowerGradLogits:
+        ctx.device = alpha.device
+        return PowerGradLogits(logits.view_as(logits), alpha.detach(), regime)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        here = torch.ones((), dtype=torch.float64, device=ctx.device)
+        if isinstance(grad, StampedGradient):
+            return grad.elem, here, None, None
+        return (grad.elem if isinstance(grad, _Wrapper) else grad), None, here, None
 
 
-_TRANSFORMED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.cross_entropy: _cross_entropy,
-    F.log_softmax: _log_softmax,
-    torch.log_softmax: _log_softmax,
-    torch.special.log_softmax: _log_softmax,
-    Tensor.log_softmax: _log_softmax,
-    F.ctc_loss: _ctc_loss,
-}
+# --- ops that need care
+
+
+_READS = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+# What leaves torch, or keeps: answered on the plain values.
+_LEAVES_TORCH = {
+    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.share_memory_, Tensor.__dlpack__, Tensor.__dlpack_device__,
+    torch.utils.dlpack.to_dlpack, Tensor.__reduce_ex__, Tensor.pin_memory,
+}  # fmt: skip
+_KEEP_ARGUMENTS = {
+    torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.retain_grad,
+    Tensor.requires_grad_, Tensor.__repr__,
+}  # fmt: skip
+
+
+class _Beyond(torch.autograd.Function):
+    """A plain tensor with a gradient meets logits (a learnable scale): what flows back to it carries no stamp."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.elem if isinstance(grad, _Wrapper) else grad
+
+
+def _shield(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if not any(_is_beyond(t) for t in _flat(args, kwargs)):
+        return args, kwargs
+    in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+    written = args[: 1 if in_place else 0]
+    shield = lambda t: _Beyond.apply(t) if _is_beyond(t) else t  # noqa: E731
+    rest, kwargs = tree_map_only(Tensor, shield, (args[len(written) :], kwargs))
+    return (*written, *rest), kwargs
+
+
+def _is_beyond(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, _Wrapper) and value.requires_grad
+
+
+def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _check_one_alpha(logits: list[PowerGradLogits]) -> None:
+    first, *others = (each.alpha for each in logits)
+    for other in others:
+        if (
+            other is not first
+            and type(other) is Tensor is type(first)
+            and other.device.type == "cpu" == first.device.type
+        ):
+            if other.item() != first.item():
+                raise RuntimeError(
+                    f"PGT: logits of two heads with alpha={first.item()} and alpha={other.item()} were combined; "
+                    "attach both with the same alpha, or detach one"
+                )
+
+
+def _as_passed(out: Any, plain: Any, wrapped: Any) -> Any:
+    """A mutating op hands out the very objects that the caller passed in."""
+    passed = {id(p): w for p, w in zip(tree_leaves(plain), tree_leaves(wrapped), strict=True)}
+    return tree_map_only(Tensor, lambda t: passed.get(id(t), t), out)
+
+
+def _writes_into_plain(func: Any, args: Any, kwargs: Any) -> bool:
+    if not any(isinstance(t, PowerGradLogits) and t.requires_grad for t in tree_leaves((args, kwargs))):
+        return False  # metrics
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in ("self", "out"):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            written = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+            if any(not isinstance(t, PowerGradLogits) and t.is_floating_point() for t in written):
+                return True
+    return False

@@ -30,14 +30,15 @@ class PowerGradCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        alpha: float,
+        alpha: float | Tensor,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.alpha = check_alpha(alpha)
+        check_alpha(alpha)
+        self.alpha = alpha
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -6,27 +6,30 @@ lives exactly as long as the optimizer. alpha stands in ``param_groups`` as ``po
 
 import difflib
 import inspect
+import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .attach import PowerGradHandle, attach_powergrad, check_used, last_linear, release_powergrad
+from .attach import PowerGradHandle, attach_powergrad, release_powergrad
 from .clipping import ClipGradients, check_clipping
 from .functional import check_alpha
+from .guard import ALPHA_KEY, guard_copies
+from .heads import Head, last_linear
+from .logits import State
 
-__all__ = ["DEFAULT_ALPHA", "PREFIX", "bind_powergrad", "create_optimizer", "list_optimizers"]
+__all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
 PREFIX = "powergrad_"
-ALPHA_KEY = "powergrad_alpha"
 DEFAULT_ALPHA = 0.25
+INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr", for schedules
 
-_handles: "weakref.WeakKeyDictionary[Optimizer, PowerGradHandle]" = weakref.WeakKeyDictionary()
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
-_watching = False
 
 
 def create_optimizer(
@@ -36,7 +39,7 @@ def create_optimizer(
     alpha: float = DEFAULT_ALPHA,
     clip_mode: str | None = None,
     clip_value: float | None = None,
-    head: nn.Module | str | None = None,
+    head: Head | None = None,
     **kwargs: Any,
 ) -> Optimizer:
     """``timm.optim.create_optimizer_v2`` plus the PowerGrad Transform on ``model``.
@@ -45,20 +48,21 @@ def create_optimizer(
     first one's transform; when the optimizer is gone, so is the transform.
 
     Args:
-        model: The model to train (its parameters are grouped as timm does: no weight decay on biases and norms).
+        model: The model to train (its parameters are grouped as timm does: no weight decay on biases and norms). PGT
+            needs the model itself; for parameters or groups of your own, see ``bind_powergrad``.
         opt: ``"powergrad_" +`` any name that timm knows; ``list_optimizers()`` prints them.
         lr: Learning rate.
         alpha: ``0 <= alpha <= 1``; 1 is plain training.
         clip_mode: None, "norm", "value" or "agc" (adaptive; the head is left out), before each step.
         clip_value: The bound that ``clip_mode`` needs.
-        head: Where the logits are made, see ``attach_powergrad``.
+        head: The module or modules that compute the logits, see ``attach_powergrad``.
         **kwargs: Passed on: ``momentum``, ``weight_decay``, ``layer_decay``, ``filter_bias_and_bn``, ``nesterov``, ...
 
     Returns:
         A ``torch.optim.Optimizer``. Its ``powergrad`` attribute is the handle.
 
     Raises:
-        TypeError, ValueError: An option is not allowed or the optimizer's name is unknown.
+        TypeError, ValueError: An option is not allowed, the optimizer's name is unknown, or ``model`` is not a model.
         RuntimeError: PGT was attached to the model by hand already.
 
     Example:
@@ -69,7 +73,14 @@ def create_optimizer(
 
     check_alpha(alpha)
     check_clipping(clip_mode, clip_value)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got a {type(model).__name__}: PGT acts on the model's logits, so parameters "
+            "alone are not enough; make the optimizer with timm or torch, then call bind_powergrad(optimizer, model)"
+        )
     name = _base_name(opt)
+    if kwargs.get("momentum") == 0 and "nesterov" in allowed_options(opt):
+        kwargs.setdefault("nesterov", False)  # timm's default, which needs a momentum
     optimizer = create_optimizer_v2(model, opt=name, lr=lr, **kwargs)
     return bind_powergrad(optimizer, model, alpha=alpha, clip_mode=clip_mode, clip_value=clip_value, head=head)
 
@@ -81,31 +92,32 @@ def bind_powergrad(
     alpha: float = DEFAULT_ALPHA,
     clip_mode: str | None = None,
     clip_value: float | None = None,
-    head: nn.Module | str | None = None,
+    head: Head | None = None,
 ) -> Optimizer:
     """Attaches PGT to ``model`` for the life of any ``optimizer``; see ``create_optimizer`` for the rest."""
     check_clipping(clip_mode, clip_value)
-    stepped = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps one and shares its groups
+    stepped = _stepped(optimizer)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     release_powergrad(model)
     handle = attach_powergrad(model, alpha, head)
-    for group in optimizer.param_groups:
-        group[ALPHA_KEY] = handle.alpha
-    optimizer.powergrad = handle  # type: ignore[attr-defined]
-
-    follow = _Follow(handle, weakref.ref(stepped))
-    handle.state.owned, handle.state.before_use = True, follow
+    handle.state.owned = True
     for hook in _hooks.pop(stepped, []):  # of an earlier binding of the same optimizer
         hook.remove()
+    _keep_out_of_graphs(stepped)
+    link = _Link(handle, stepped)
+    for each in {id(each): each for each in (optimizer, stepped)}.values():
+        each.powergrad = handle  # type: ignore[attr-defined]
     _hooks[stepped] = [
-        stepped.register_step_pre_hook(_CheckStep(handle)),
-        stepped.register_load_state_dict_post_hook(lambda _: follow()),
-        stepped.register_step_post_hook(lambda *_: follow()),  # a compiled forward does not look at the groups itself
+        stepped.register_step_pre_hook(link.adopt),
+        stepped.register_state_dict_post_hook(_take_out),
+        stepped.register_load_state_dict_pre_hook(link.before_load),
+        stepped.register_load_state_dict_post_hook(link.after_load),
     ]
     if clip_mode is not None and clip_value is not None:
         exclude = [parameter for layer in last_linear(model) for parameter in layer.parameters()]
         _hooks[stepped].append(stepped.register_step_pre_hook(ClipGradients(clip_mode, clip_value, exclude)))
     weakref.finalize(stepped, handle.remove)
-    _watch(stepped, handle)
     return optimizer
 
 
@@ -134,61 +146,144 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
     return options
 
 
-class _Follow:
-    """Carries alpha from the param groups, where schedulers and state dicts write it, to the logits."""
+class AlphaGroup(dict[str, Any]):
+    """A param group in which alpha is live: what is written under ``powergrad_alpha`` acts in the next forward pass.
 
-    def __init__(self, handle: PowerGradHandle, optimizer: "weakref.ref[Optimizer]") -> None:
+    The transform has one alpha, so writing to one group writes to all. A copy or a pickle of a group has no transform.
+    """
+
+    def __init__(self, items: Mapping[str, Any], link: "_Link | None" = None) -> None:
+        super().__init__(items)
+        self.link = link
+
+    @property
+    def state(self) -> State | None:
+        """The transform's state; None for a copy."""
+        return None if self.link is None else self.link.handle.state
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == ALPHA_KEY and self.link is not None:
+            self.link.handle.alpha = value
+        else:
+            super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> "AlphaGroup":  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __reduce__(self) -> Any:
+        return _copied_group, (dict(self),)
+
+
+def _copied_group(items: dict[str, Any]) -> AlphaGroup:
+    guard_copies()
+    return AlphaGroup(items)
+
+
+class _Link:
+    """Between an optimizer's param groups and the handle: either may move alpha, and a state dict brings it along."""
+
+    keep_asked = False  # whether a state dict with another alpha loses against the one asked for
+
+    def __init__(self, handle: PowerGradHandle, optimizer: Optimizer) -> None:
         self.handle = handle
-        self.optimizer = optimizer
-        self.last = handle.alpha
+        self.optimizer = weakref.ref(optimizer)
+        self.asked = handle.alpha
+        self.loaded: dict[str, float] = {}
+        handle.on_change = self.write
+        self.write(handle.alpha)
 
-    def __call__(self) -> None:
+    def write(self, alpha: float) -> None:
+        """Puts alpha into every group, and makes the groups live."""
         optimizer = self.optimizer()
-        if optimizer is None:
+        for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+            if not isinstance(group, AlphaGroup) or group.link is not self:
+                group = optimizer.param_groups[i] = AlphaGroup(group, self)  # type: ignore[union-attr]
+            dict.__setitem__(group, ALPHA_KEY, alpha)
+
+    def adopt(self, optimizer: Optimizer, *_: Any) -> None:
+        """Step pre-hook: groups that were added or exchanged become live, with the alpha they carry."""
+        if all(isinstance(group, AlphaGroup) for group in optimizer.param_groups):
             return
-        values = {float(group[ALPHA_KEY]) for group in optimizer.param_groups if ALPHA_KEY in group}
-        moved = values - {self.last}
-        if len(moved) > 1:
-            raise ValueError(f"all param groups must share one {ALPHA_KEY}, got {sorted(values)}")
-        # Either side may have been moved: a group (scheduler, state dict) wins over the handle.
-        self.handle.alpha = self.last = moved.pop() if moved else self.handle.alpha
         for group in optimizer.param_groups:
-            group[ALPHA_KEY] = self.last
+            if not isinstance(group, AlphaGroup):
+                self.handle.alpha = group.get(ALPHA_KEY, self.handle.alpha)
+        self.write(self.handle.alpha)
 
+    def before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        groups = state_dict.get("param_groups", [])
+        found = {group[ALPHA_KEY] for group in groups if ALPHA_KEY in group}
+        if len(found) > 1:
+            raise ValueError(f"all param groups must share one {ALPHA_KEY}, the state dict has {sorted(found)}")
+        self.loaded = {key: state_dict[key] for key in (ALPHA_KEY, INITIAL_KEY) if key in state_dict}
 
-class _CheckStep:
-    """Step pre-hook: catches what the backward check cannot see, a compiled graph or a head that never ran."""
-
-    def __init__(self, handle: PowerGradHandle) -> None:
-        self.handle = handle
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.handle.attached:
-            check_used(self.handle.state)
-
-
-def _watch(optimizer: Optimizer, handle: PowerGradHandle) -> None:
-    """Registers ``_refuse_foreign_step`` with torch, once for all optimizers of ours."""
-    global _watching
-    if not _watching:
-        register_optimizer_step_pre_hook(_refuse_foreign_step)
-        _watching = True
-    _handles[optimizer] = handle
-
-
-def _refuse_foreign_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before any optimizer's step: an older optimizer that is still there must not bring PGT in unnoticed."""
-    if any(ALPHA_KEY in group for group in optimizer.param_groups):
-        return
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for bound, handle in list(_handles.items()):
-        shared = any(id(parameter) in stepped for group in bound.param_groups for parameter in group["params"])
-        if shared and handle.attached:
-            raise RuntimeError(
-                f"a plain {type(optimizer).__name__} steps on a model that another optimizer trains with PGT "
-                f"(alpha={handle.alpha}); call powergrad.remove() on that optimizer, or delete it, "
-                "before the forward pass, or use pgt_hf.bind_powergrad on this one"
+    def after_load(self, optimizer: Optimizer) -> None:
+        """Goes on with the alpha of the state dict, as with its learning rate, unless ``keep_asked``."""
+        alpha = self.loaded.get(ALPHA_KEY, optimizer.param_groups[0].get(ALPHA_KEY, self.handle.alpha))
+        initial = self.loaded.get(INITIAL_KEY, alpha)
+        if initial != self.asked:
+            used, other = (self.asked, initial) if self.keep_asked else (alpha, self.asked)
+            warnings.warn(
+                f"the optimizer's state was saved with alpha={initial}, and alpha={self.asked} was asked for: this "
+                f"run goes on with alpha={used}, not {other}; set optimizer.powergrad.alpha to change it",
+                stacklevel=2,
             )
+            if self.keep_asked:
+                alpha = initial = self.asked
+        for group in optimizer.param_groups:
+            group.pop(ALPHA_KEY, None)
+            if INITIAL_KEY in self.loaded:
+                group[INITIAL_KEY] = initial
+        self.handle.alpha = alpha
+        self.write(self.handle.alpha)
+
+
+def keep_asked_alpha(optimizer: Optimizer) -> None:
+    """A checkpoint with another alpha does not change this optimizer's, which was asked for by name."""
+    _stepped(optimizer).param_groups[0].link.keep_asked = True
+
+
+def _keep_out_of_graphs(optimizer: Optimizer) -> None:
+    """Lets ``torch.compile`` break its graph at the step: it has no model of ``AlphaGroup``, nor of our hooks."""
+    base = type(optimizer)
+    if not hasattr(base, "without_pgt"):
+        members = {
+            "step": torch.compiler.disable(base.step),
+            "without_pgt": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__reduce__": lambda self: (_new_optimizer, (base,), self.__getstate__()),  # type: ignore[attr-defined]
+        }
+        optimizer.__class__ = type(base.__name__, (base,), members)
+
+
+def _new_optimizer(base: type[Optimizer]) -> Optimizer:
+    return base.__new__(base)
+
+
+def _take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """alpha stands beside the groups of a state dict, not in them, where a plain optimizer would load and keep it."""
+    for key in (ALPHA_KEY, INITIAL_KEY):
+        for group in state_dict["param_groups"]:
+            if key in group:
+                state_dict[key] = group.pop(key)
+
+
+def _stepped(optimizer: Any) -> Optimizer:
+    """The optimizer whose ``step`` torch's hooks see, inside timm's Lookahead, Accelerate's wrapper and the like."""
+    inner = optimizer
+    for name in ("optimizer", "_base_optimizer", "base_optimizer", "base"):
+        while isinstance(getattr(inner, name, None), Optimizer):
+            inner = getattr(inner, name)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or wrap one as its 'optimizer', got a {type(optimizer).__name__}"
+        )
+    return inner
 
 
 def _base_name(opt: str) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .functional import check_alpha
-from .optim import ALPHA_KEY
+from .guard import ALPHA_KEY
+from .optim import INITIAL_KEY
 
 __all__ = ["SHAPES", "AlphaScheduler", "Shape", "steps"]
 
 Shape = Callable[[float], float]
-
-_INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr": kept in the groups, so the optimizer's state carries it
 
 
 def steps(*milestones: float) -> Shape:
@@ -100,8 +99,8 @@ class AlphaScheduler:
         self.end_alpha = end_alpha
         self.warmup_steps = warmup_steps
         for group in optimizer.param_groups:
-            group.setdefault(_INITIAL_KEY, group[ALPHA_KEY])
-        self.initial_alpha: float = optimizer.param_groups[0][_INITIAL_KEY]
+            group.setdefault(INITIAL_KEY, group[ALPHA_KEY])
+        self.initial_alpha: float = optimizer.param_groups[0][INITIAL_KEY]
         self.last_epoch = last_epoch
         self.step()
 
@@ -137,9 +136,6 @@ class AlphaScheduler:
         check_alpha(alpha)
         for group in self.optimizer.param_groups:
             group[ALPHA_KEY] = alpha
-        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
-        if (handle := getattr(inner, "powergrad", None)) is not None:
-            handle.alpha = alpha  # a compiled forward pass does not look at the groups
 
 
 def check_schedule(shape: str | Shape, end_alpha: float, warmup_steps: float) -> None:

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 import pgt_hf
 from pgt_hf import (
+    AlphaScheduleCallback,
     PowerGradLogits,
     PowerGradTrainer,
     create_optimizer,
@@ -118,12 +119,46 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, ours):
     stopped.add_callback(Stop())
     stopped.train()
     resumed = wrapper()
-    other_alpha = {"alpha": 0.9} if ours else {"optim_args": "alpha=0.9,momentum=0.9,nesterov=true"}
-    again = trainer(resumed, tmp_path / "stopped", **other_alpha)
+    again = trainer(resumed, tmp_path / "stopped")
     again.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
     assert getattr(again.optimizer, "optimizer", again.optimizer).param_groups[0]["powergrad_alpha"] == ALPHA
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_resumed_run_uses_another_alpha_that_it_is_asked_for_and_says_so(tmp_path, ours):
+    kind = PowerGradTrainer if ours else Trainer
+    kind(
+        wrapper(), arguments(tmp_path, ours, max_steps=2, save_strategy="steps", save_steps=2), train_dataset=Data()
+    ).train()
+    other = {"alpha": 0.9} if ours else {"optim_args": "alpha=0.9,momentum=0.9,nesterov=true"}
+    seen = []
+
+    class See(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(getattr(optimizer, "optimizer", optimizer).powergrad.alpha)
+
+    model = wrapper()
+    resumed = kind(model, arguments(tmp_path, ours, max_steps=4, **other), train_dataset=Data(), callbacks=[See()])
+    with pytest.warns(UserWarning, match=r"saved with alpha=0\.25.*goes on with alpha=0\.9"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert seen == [0.9, 0.9]
+    if ours:
+        resumed.save_model(str(tmp_path / "saved"))
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["powergrad_alpha"] == 0.9
+
+
+def test_the_last_alpha_and_its_schedule_are_what_config_json_says(tmp_path):
+    schedule = AlphaScheduleCallback("linear", end_alpha=1.0)
+    args = arguments(tmp_path, ours=True, max_steps=4)
+    trainer = PowerGradTrainer(wrapper(), args, train_dataset=Data(), callbacks=[schedule])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["powergrad_alpha"] == ALPHA + (1 - ALPHA) * 3 / 4  # the fourth step's
+    expected = {"shape": "linear", "first_alpha": ALPHA, "end_alpha": 1.0, "warmup_steps": 0}
+    assert config["powergrad_schedule"] == expected
 
 
 def test_a_model_handed_to_a_plain_optimizer_is_plain_again(tmp_path):
@@ -136,7 +171,7 @@ def test_a_model_handed_to_a_plain_optimizer_is_plain_again(tmp_path):
     assert type(model.train()(pixel_values=torch.randn(2, 3, 32, 32)).logits) is torch.Tensor
     third = Trainer(model, arguments(tmp_path, optim_args="alpha=0.5", max_steps=1), train_dataset=Data())
     third.train()
-    assert model.train()(pixel_values=torch.randn(2, 3, 32, 32)).logits.powergrad_state.alpha == 0.5
+    assert model.train()(pixel_values=torch.randn(2, 3, 32, 32)).logits.alpha == 0.5
 
 
 def test_our_trainer_can_train_twice(tmp_path):

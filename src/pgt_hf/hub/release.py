@@ -227,7 +227,7 @@ def _fold(model: Path, target: Path, alpha: float | None) -> Path:
     """The model with alpha in its head; it is loaded, so that any architecture's head is found as in training."""
     import transformers
 
-    from ..attach import fold_powergrad
+    from ..heads import fold_powergrad
     from ..images import models  # noqa: F401  registers this package's timm variants
 
     if alpha is None:

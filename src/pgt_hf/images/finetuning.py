@@ -14,8 +14,8 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attach import last_linear
 from ..extras import require
+from ..heads import last_linear
 from .models import fit_image_size
 
 __all__ = [

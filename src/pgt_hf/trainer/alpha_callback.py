@@ -53,6 +53,16 @@ class AlphaScheduleCallback(TrainerCallback):
             last_epoch=state.global_step - 1,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says of the schedule."""
+        scheduler = self.scheduler
+        return {
+            "shape": self.shape if isinstance(self.shape, str) else getattr(self.shape, "__name__", "function"),
+            "first_alpha": None if scheduler is None else scheduler.initial_alpha,
+            "end_alpha": self.end_alpha,
+            "warmup_steps": self.warmup_steps if scheduler is None else scheduler.warmup_steps,
+        }
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -17,7 +17,8 @@ class PowerGradTrainingArguments(TrainingArguments):
     """Arguments of ``PowerGradTrainer``, for any ``optim``.
 
     Args:
-        alpha: The exponent of PGT, ``0 <= alpha <= 1``; 1 is plain training.
+        alpha: The exponent of PGT, ``0 <= alpha <= 1``, by default 0.25; 1 is plain training. One that is given is
+            used by a resumed run too, with a warning if the checkpoint was trained with another.
         clip_mode: None (Trainer's own ``max_grad_norm`` holds), or "norm", "value", "agc": clipping before each step,
             in place of ``max_grad_norm``, which is then set to 0.
         clip_value: The bound that ``clip_mode`` needs (for AGC its factor, 0.01 in the paper).
@@ -33,7 +34,9 @@ class PowerGradTrainingArguments(TrainingArguments):
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
     """
 
-    alpha: float = field(default=DEFAULT_ALPHA, metadata={"help": "PGT's exponent in [0, 1]; 1 is plain training."})
+    alpha: float | None = field(
+        default=None, metadata={"help": f"PGT's exponent in [0, 1], default {DEFAULT_ALPHA}; 1 is plain training."}
+    )
     clip_mode: str | None = field(default=None, metadata={"help": "Clip gradients by 'norm', 'value' or 'agc'."})
     clip_value: float | None = field(default=None, metadata={"help": "The bound for clip_mode."})
     powergrad_head: str | None = field(default=None, metadata={"help": "Dotted name of the head, if not found."})
@@ -41,7 +44,8 @@ class PowerGradTrainingArguments(TrainingArguments):
     hub_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for an upload at the end."})
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
+        self.alpha_given = self.alpha is not None
+        self.alpha = DEFAULT_ALPHA if self.alpha is None else check_alpha(self.alpha)
         check_clipping(self.clip_mode, self.clip_value)
         if not self.hub_timeout > 0:
             raise ValueError(f"hub_timeout must be a number of seconds above 0, got {self.hub_timeout}")

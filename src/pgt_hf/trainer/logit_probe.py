@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import find_head, last_linear
-from ..optim import ALPHA_KEY
+from ..guard import ALPHA_KEY
+from ..heads import find_heads, last_linear
 
 __all__ = ["LogitProbe", "alpha_of", "check_interval"]
 
@@ -21,7 +21,7 @@ class LogitProbe:
         self.features: Tensor | None = None
         self._logits: Tensor | None = None
         self._grad: Tensor | None = None
-        self._hooks = [find_head(model, head).register_forward_hook(self._see)]
+        self._hooks = [find_heads(model, head)[0].register_forward_hook(self._see)]
         if features and (layers := last_linear(model)):
             self._hooks.append(layers[0].register_forward_pre_hook(self._see_features))
 

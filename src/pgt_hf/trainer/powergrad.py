@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..attach import PowerGradHandle
-from ..optim import DEFAULT_ALPHA, bind_powergrad
+from ..optim import bind_powergrad, keep_asked_alpha
+from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
 from .hp_space import powergrad_hp_space
 from .process_group import end_group_at_exit
@@ -81,14 +82,15 @@ class PowerGradTrainer(Trainer):
         if handle is None or not handle.attached:
             bind_powergrad(inner, self.model if model is None else model, **self.args.powergrad_options())
             handle = inner.powergrad
-        elif self.args.alpha not in (handle.alpha, DEFAULT_ALPHA):
+            if self.args.alpha_given:
+                keep_asked_alpha(inner)
+        elif self.args.alpha_given and self.args.alpha != handle.alpha:
             raise ValueError(
                 f"the optimizer sets alpha={handle.alpha}, the arguments alpha={self.args.alpha}; keep one"
             )
         self.args.alpha = handle.alpha
         self._handle = handle
-        if hasattr(self.model, "config"):  # who loads the model later needs alpha to read its probabilities
-            self.model.config.powergrad_alpha, self.model.config.powergrad_folded = handle.alpha, False
+        self._record_alpha()
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +98,22 @@ class PowerGradTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             if self._handle is not None:
+                self._record_alpha()
                 self._handle.remove()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._record_alpha()
+        super().save_model(*args, **kwargs)
+
+    def _record_alpha(self) -> None:
+        """Who loads the model needs the alpha that it was last trained with to read its probabilities."""
+        config = getattr(self.model, "config", None)
+        if config is None or self._handle is None:
+            return
+        config.powergrad_alpha, config.powergrad_folded = self._handle.alpha, False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AlphaScheduleCallback):
+                config.powergrad_schedule = callback.settings()
 
     def hyperparameter_search(self, hp_space: Any = None, *args: Any, backend: Any = "optuna", **kwargs: Any) -> Any:
         """As ``Trainer.hyperparameter_search``, with a space of its own for Optuna: alpha and the learning rate.

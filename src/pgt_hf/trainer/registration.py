@@ -6,6 +6,7 @@ that ``TrainingArguments.optim`` is checked against, and the handlers that turn 
 
 import ast
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..attach import release_powergrad
-from ..optim import PREFIX, allowed_options, create_optimizer
+from ..optim import PREFIX, allowed_options, create_optimizer, keep_asked_alpha
 
 __all__ = ["TRAINER_OPTIMIZERS", "parse_optim_args", "register"]
 
@@ -34,7 +35,7 @@ def register() -> None:
             handlers[name] = functools.partial(_plain, handler)
     for name in TRAINER_OPTIMIZERS:
         handlers[_add_member(name)] = functools.partial(_powergrad, name)
-    _make_parse_errors_name_the_item()
+    _replace_optim_args_parser()
 
 
 def parse_optim_args(opt: str, options: dict[str, str]) -> dict[str, Any]:
@@ -73,8 +74,16 @@ def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]
         options["betas"] = betas
     if hasattr(args, "powergrad_options"):
         options |= args.powergrad_options()
+    given = getattr(args, "alpha_given", False) or "alpha" in context.optim_args
     options |= parse_optim_args(name, context.optim_args)
-    return (lambda: create_optimizer), {"opt": name, **options}
+    return (lambda: _create_asked if given else create_optimizer), {"opt": name, **options}
+
+
+def _create_asked(model: Any, **options: Any) -> Any:
+    """An alpha that the user gave is used by a resumed run as well, whatever the checkpoint was trained with."""
+    optimizer = create_optimizer(model, **options)
+    keep_asked_alpha(optimizer)
+    return optimizer
 
 
 def _plain(handler: Callable[[Any], Any], context: Any) -> Any:
@@ -105,24 +114,25 @@ def _add_member(value: str) -> OptimizerNames:
     return member
 
 
-def _make_parse_errors_name_the_item() -> None:
+def _replace_optim_args_parser() -> None:
     original = trainer_optimizer._parse_optim_args
     if getattr(original, "checks_items", False):
         return
 
     @functools.wraps(original)
     def parse(optim_args: str | None) -> dict[str, str]:
-        keys = []
-        for item in (optim_args or "").replace(" ", "").split(",") if optim_args else []:
+        values: dict[str, str] = {}
+        # A comma inside brackets belongs to a value: betas=(0.9,0.95).
+        for item in re.split(r",(?![^(\[]*[)\]])", (optim_args or "").replace(" ", "")) if optim_args else []:
             key, *rest = item.split("=")
             if len(rest) != 1 or not key or not rest[0]:
                 raise ValueError(
-                    f"optim_args must be key=value pairs set apart by commas, got {item!r} in {optim_args!r}"
+                    f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}"
                 )
-            keys.append(key)
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"optim_args names {max(keys, key=keys.count)!r} twice: {optim_args!r}")
-        return original(optim_args)
+            if key in values:
+                raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
+            values[key] = rest[0]
+        return values
 
     parse.checks_items = True  # type: ignore[attr-defined]
     trainer_optimizer._parse_optim_args = parse
