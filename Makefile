@@ -6,8 +6,8 @@
 
 SHELL  := /bin/sh
 # The first interpreter that can build an environment; plain python3 where there is none, for its error message.
-PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
-    "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+    "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     && echo "$$python" && exit; done; echo python3)
 ARGS   ?=
 
@@ -25,10 +25,10 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck bench clean
+.PHONY: help venv demo test test-fast test-lowest lint format typecheck bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: ## Build the environment, unless it is there; its path is printed
 	$(BUILD_VENV)
@@ -41,6 +41,13 @@ demo: venv ## Train on scikit-learn's digits with 2 processes, beat 95% test acc
 
 test: venv ## Run the test suite
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+test-fast: venv ## Run the tests that take no more than seconds, in less than two minutes
+	$(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-lowest: ## Run the test suite with the oldest versions that pyproject.toml allows
+	@"$(PYTHON)" .ci/make_venv.py --lowest
+	$(MAKE) test VENV="$$("$(PYTHON)" .ci/make_venv.py --lowest --where)"
 
 lint: venv ## Check format, style and types
 	$(RUN) -m ruff format --check .

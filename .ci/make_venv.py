@@ -1,38 +1,45 @@
 """Build the project's virtual environment, unless a complete one is there; with `--where`, only print its path.
 
 Standard library only. There is one environment for each interpreter and set of dependencies, outside the checkout and
-shared by all checkouts. A file named `complete` is written into it last, so one whose build was interrupted is built
-anew; a second process that asks for the same environment waits for the first.
+shared by all checkouts; with `--lowest`, one that holds the oldest versions that pyproject.toml allows. A file named
+`complete` is written into it last, so one whose build was interrupted is built anew; a second process that asks for
+the same environment waits for the first.
 """
 
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def where() -> Path:
-    text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-    try:  # a changed lint rule need not cost a new environment
-        import tomllib
-
-        settings = tomllib.loads(text)
-        project = settings["project"]
-        text = repr([settings["build-system"], project["dependencies"], project["optional-dependencies"]])
-    except ModuleNotFoundError:  # Python 3.10
-        pass
+def where(lowest: bool) -> Path:
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = settings["project"]  # a changed lint rule need not cost a new environment
+    text = repr([settings["build-system"], project["dependencies"], project["optional-dependencies"], lowest])
     key = hashlib.sha256("\n".join([sys.version, sys.base_prefix, text]).encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "pgt_hf" / f"venv-{key}"
 
 
-def build(target: Path) -> None:
+def lowest_versions() -> list[str]:
+    """What pip is to be constrained to: each lower bound in pyproject.toml as the one version allowed."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = ("dev", "docs", "test")  # any version of these will do
+    extras = project["optional-dependencies"].items()
+    needed = [package for extra, some in extras if extra not in tools for package in some]
+    found = (re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in [*project["dependencies"], *needed])
+    return [f"{match[1]}=={match[2]}" for match in found if match]
+
+
+def build(target: Path, lowest: bool) -> None:
     marker = target / "complete"
     if marker.exists():
         return
@@ -49,9 +56,22 @@ def build(target: Path) -> None:
         if target.exists():
             shutil.rmtree(target)
         venv.create(target, with_pip=True)
+        pip = [
+            target / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--prefer-binary",
+            "-e",
+            f"{PROJECT}[dev]",
+        ]
+        if lowest:
+            (target / "constraints.txt").write_text("\n".join(lowest_versions()), encoding="utf-8")
+            pip += ["--constraint", target / "constraints.txt"]
         # pip inherits the lock: should this process be killed, nobody starts beside a pip that is still at work.
         subprocess.run(
-            [target / "bin" / "python", "-m", "pip", "install", "--quiet", "--prefer-binary", "-e", f"{PROJECT}[dev]"],
+            pip,
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
@@ -66,12 +86,11 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036  this file is what finds out
-        sys.exit(f"Python 3.10 or later is needed, not {sys.version.split()[0]}: choose another with PYTHON=")
-    if sys.argv[1:] == ["--where"]:
-        print(where())
+    oldest = "--lowest" in sys.argv
+    if "--where" in sys.argv:
+        print(where(oldest))
     else:
         try:
-            build(where())
+            build(where(oldest), oldest)
         except subprocess.CalledProcessError as error:
             sys.exit(f"pip failed with exit status {error.returncode}; its message stands above")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pgt_hf import create_optimizer
-from pgt_hf.callbacks import DiagnosticsCallback, DivergenceCallback
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 NEVER = 10**9
 

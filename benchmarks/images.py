@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from pgt_hf.data import load_image_dataset
+from pgt_hf.images import load_image_dataset
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
 

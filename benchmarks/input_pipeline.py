@@ -32,11 +32,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-import pgt_hf.transforms
-from pgt_hf.data import ImageDataset, load_image_dataset
-from pgt_hf.decoding import decode, shrink
-from pgt_hf.image_dataset import read_image
-from pgt_hf.transforms import ImageTransform, collate, normalize, seed_sample
+from pgt_hf.images import (
+    ImageDataset,
+    ImageTransform,
+    collate,
+    decode,
+    load_image_dataset,
+    normalize,
+    read_image,
+    seed_sample,
+    shrink,
+    transforms,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
 SCALE, JITTER = (0.08, 1.0), 0.4
@@ -174,9 +181,7 @@ def profile(files: list[bytes], size: int) -> None:
             image = timed("timm", type(step).__name__, number, step, image)
         timed("ours", "seed", number, seed_sample, 0, 0, number)
         region, target = timed("ours", "decode and crop", number, decode, file, ours._plan)
-        image = timed(
-            "ours", "resize", number, pgt_hf.transforms._resize, region.convert("RGB"), target, interpolation
-        )
+        image = timed("ours", "resize", number, transforms._resize, region.convert("RGB"), target, interpolation)
         for step in ours._steps:
             image = timed("ours", type(step).__name__.strip("_"), number, step, image)
     print(f"{size} pixels")

@@ -31,10 +31,7 @@ from transformers.utils import logging
 
 from benchmarks.images import labelled_images
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
-from pgt_hf.data import class_names
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.models import create_model
-from pgt_hf.transforms import ImageTransform, collate, to_rgb
+from pgt_hf.images import ImageDataset, ImageTransform, class_names, collate, create_model, to_rgb
 
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 Side = Callable[[Any, argparse.Namespace], float]

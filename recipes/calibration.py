@@ -11,8 +11,7 @@ images is scored at the temperature T fitted to the other half. Writes table.csv
 
 import csv
 import json
-import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,31 +23,56 @@ from torch import Tensor
 from transformers import set_seed
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.calibration import Calibration, compare_calibration
-from pgt_hf.data import ImageDataset, class_names, load_image_dataset
-from pgt_hf.drawing import require_matplotlib
+from pgt_hf.analysis import Calibration, compare_calibration, plot_reliability, reliability, require_matplotlib
 from pgt_hf.functional import check_alpha
-from pgt_hf.metrics import reliability
-from pgt_hf.models import create_model
-from pgt_hf.result_plots import plot_reliability
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.images import DIGITS, ImageDataset, ImageTransform, class_names, collate, create_model, load_image_dataset
+from pgt_hf.programs import errors_in_one_line, parse
 
 KINDS = ("raw", "folded", "fitted")
 SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
 
 
+@dataclass
+class CalibrationArguments:
+    dataset_name: str = field(default=DIGITS, metadata={"help": "Hub id, folder of images, or 'digits'."})
+    output_dir: str = field(default="runs/calibration", metadata={"help": "Where tables, picture and logits go."})
+    alphas: list[float] = field(
+        default_factory=lambda: [1.0, 0.5, 0.25, 0.1, 0.05], metadata={"help": "A row of the table for each."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A training for each."})
+    model_name: str = field(default="resnet10t", metadata={"help": "A timm network."})
+    image_size: int = field(default=32, metadata={"help": "Side in pixels."})
+    epochs: float = field(default=8.0, metadata={"help": "Length of each training."})
+    learning_rate: float = field(default=0.05, metadata={"help": "The same at every alpha."})
+    batch_size: int = field(default=64, metadata={"help": "Images per process and step."})
+    min_crop: float = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
+    hflip: float = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    bins: int = field(default=15, metadata={"help": "Bins of the ECE."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode, per process."})
+    smoke: bool = field(default=False, metadata={"help": f"A minute on a laptop: {SMOKE}"})
+
+    def __post_init__(self) -> None:
+        for alpha in self.alphas:
+            try:
+                check_alpha(alpha)
+            except ValueError as error:
+                raise ValueError(f"--alphas: {error}") from error
+        for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
 def main() -> None:
-    args = parse()
+    args, _ = parse(CalibrationArguments, description=__doc__, defaults={}, smoke=SMOKE)
     state = PartialState()
     folder = Path(args.output_dir)
-    try:
+    with errors_in_one_line():
         require_matplotlib()
         with state.main_process_first():
-            dataset = load_image_dataset(
-                args.dataset_name, max_train_samples=args.max_train_samples, max_eval_samples=args.max_eval_samples
-            )
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+            limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
+            dataset = load_image_dataset(args.dataset_name, **limits)
 
     rows, predicted = [], {}
     for alpha in args.alphas:
@@ -66,38 +90,9 @@ def main() -> None:
     state.destroy_process_group()
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset-name", default="digits", help="Hub id, folder of Parquet files or images, or 'digits'")
-    add("--output-dir", default="runs/calibration")
-    add("--alphas", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1, 0.05])
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--model-name", default="resnet10t", help="timm network")
-    add("--image-size", type=int, default=32)
-    add("--epochs", type=float, default=8.0)
-    add("--learning-rate", type=float, default=0.05, help="the same at every alpha")
-    add("--batch-size", type=int, default=64, help="per process")
-    add("--min-crop", type=float, default=0.7)
-    add("--hflip", type=float, default=0.0)
-    add("--max-train-samples", type=int)
-    add("--max-eval-samples", type=int)
-    add("--bins", type=int, default=15)
-    add("--num-workers", type=int, default=0)
-    add("--smoke", action="store_true", help=f"a minute on a laptop: {SMOKE}")
-    args = parser.parse_args()
-    try:
-        for alpha in args.alphas:
-            check_alpha(alpha)
-    except ValueError as error:
-        parser.error(f"--alphas: {error}")
-    for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    return Namespace(**vars(args) | (SMOKE if args.smoke else {}))
-
-
-def trained_logits(dataset: Any, alpha: float, seed: int, args: Namespace, run: Path) -> tuple[Tensor, Tensor]:
+def trained_logits(
+    dataset: Any, alpha: float, seed: int, args: CalibrationArguments, run: Path
+) -> tuple[Tensor, Tensor]:
     """The validation images' logits and labels from one training run, or from its file if it was done before."""
     own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
     settings = json.dumps({key: value for key, value in vars(args).items() if key not in own}, sort_keys=True)

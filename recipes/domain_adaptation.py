@@ -19,62 +19,97 @@ the probabilities that it trains. docs/domain_adaptation.md has results.
 
 import csv
 import json
-import logging
-import os
 import statistics
-import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm.auto import tqdm
 
-from pgt_hf import powergrad_cross_entropy
-from pgt_hf.adaptation import (
-    DomainAdversary,
-    confident_labels,
-    entropy,
-    reversal_strength,
-    train_norms_alone,
-)
-from pgt_hf.corruptions import CORRUPTIONS, Corrupted
-from pgt_hf.data import DIGITS, class_names, load_image_dataset
-from pgt_hf.drawing import require_matplotlib
+from pgt_hf.analysis import plot_adaptation, require_matplotlib
 from pgt_hf.functional import check_alpha
-from pgt_hf.image_dataset import ImageDataset
-from pgt_hf.result_plots import plot_adaptation
-from pgt_hf.run_folder import describe_code, describe_environment
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.images import (
+    CORRUPTIONS,
+    DIGITS,
+    METHODS,
+    AdaptationRun,
+    Corrupted,
+    ImageDataset,
+    ImageTransform,
+    class_names,
+    load_image_dataset,
+)
+from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
+from pgt_hf.runs import describe_code, describe_environment
 
-METHODS = ("source-only", "bn", "tent", "pseudo-labels", "dann")
-SMOKE = {"alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192}
-SMOKE |= {"max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0}
+SMOKE: dict[str, Any] = {
+    "alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192,
+    "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0,
+}  # fmt: skip
 
 
-class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    pass
+@dataclass
+class AdaptationArguments:
+    dataset_name: str = field(default=DIGITS, metadata={"help": "The source: Hub id, folder, or 'digits'."})
+    targets: list[str] = field(
+        default_factory=lambda: ["gaussian_noise:3", "contrast:3"],
+        metadata={"help": "corruption:level, or data set."},
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Some of {', '.join(METHODS)}."}
+    )
+    alphas: list[float] = field(
+        default_factory=lambda: [1.0, 0.5, 0.25, 0.1], metadata={"help": "The grid; 1 is the baseline."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run of everything for each."})
+    model_name: str = field(default="resnet10t", metadata={"help": "A timm network."})
+    pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
+    image_size: int = field(default=32, metadata={"help": "Side in pixels."})
+    min_crop: float = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
+    hflip: float | None = field(default=None, metadata={"help": "Probability of a flip; 0.5, and 0 for digits."})
+    epochs: int = field(default=8, metadata={"help": "On the source, and of dann."})
+    adapt_epochs: int = field(default=2, metadata={"help": "Of tent and pseudo-labels."})
+    lr: float = field(default=0.05, metadata={"help": "Peak learning rate on the source, and of dann."})
+    adapt_lr: float = field(default=0.005, metadata={"help": "The same, of tent and pseudo-labels."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "On weight matrices."})
+    threshold: float = field(default=0.9, metadata={"help": "Least probability of a pseudo-label."})
+    adversary: float = field(default=1.0, metadata={"help": "Largest strength of dann's reversed gradient."})
+    batch: int = field(default=64, metadata={"help": "Images per process and domain."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many of each domain only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many of each domain only."})
+    num_workers: int = field(default=workers_per_process(), metadata={"help": "Processes that decode, per process."})
+    output_dir: str = field(default="runs/domain_adaptation", metadata={"help": "Where everything is written."})
+    smoke: bool = field(default=False, metadata={"help": "Everything once, on few digits: less than a minute."})
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
+        for alpha in self.alphas:
+            if check_alpha(alpha) == 0:
+                raise ValueError("--alphas must be above 0, got 0: softmax(0 z) has no most probable class")
+        for name in ("epochs", "adapt_epochs", "batch", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must lie in [0, 1], got {self.threshold}")
+        if not timm.is_model(self.model_name):
+            raise ValueError(f"--model-name must be a timm network, got {self.model_name!r}")
 
 
 def main() -> None:
-    args = parse()
+    args, _ = parse(AdaptationArguments, description=__doc__, defaults={}, smoke=SMOKE)
     accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        logging.getLogger("pgt_hf").setLevel(logging.ERROR)
-    try:
+    quiet_other_processes(accelerator.process_index)
+    with errors_in_one_line():
+        require_matplotlib()
         with accelerator.main_process_first():
             source, names = load(args, args.dataset_name, None)
             targets = {name: load(args, name, names)[0] for name in args.targets}
@@ -83,15 +118,13 @@ def main() -> None:
             if len(domain["train"]) < needed:
                 raise ValueError(f"--batch: {name} has {len(domain['train'])} training images, a step takes {needed}")
         build_network(args, len(names))
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
     folder, rows = Path(args.output_dir), []
     grid = list(product(args.seeds, args.alphas))
     bar = tqdm(total=len(grid) * len(targets) * len(args.methods), disable=not accelerator.is_main_process)
     for seed, alpha in grid:
         set_seed(seed)
-        run = Run(accelerator, args, alpha, source)
+        run = AdaptationRun(accelerator, args, alpha, source)
         network = run.train(build_network(args, len(names)))
         for name, method in product(targets, args.methods):
             set_seed(seed)
@@ -106,174 +139,7 @@ def main() -> None:
     accelerator.end_training()
 
 
-class Run:
-    """One seed and one alpha: the training on the source, and every adaptation from it."""
-
-    def __init__(self, accelerator: Accelerator, args: Namespace, alpha: float, source: dict[str, ImageDataset]):
-        self.accelerator, self.args, self.alpha, self.source = accelerator, args, alpha, source
-
-    def train(self, network: nn.Module) -> nn.Module:
-        """On the source alone."""
-
-        def loss(model: nn.Module, source: tuple[Tensor, Tensor], progress: float) -> Tensor:
-            return self.cross_entropy(model(source[0]), source[1])
-
-        return self.fit(network, loss, self.args.epochs, self.args.lr, [self.source["train"]])
-
-    def adapt(
-        self, method: str, network: nn.Module, target: dict[str, ImageDataset], fresh: Callable[[], nn.Module]
-    ) -> nn.Module:
-        """``network``, as trained on the source, or one of its own where the method starts from nothing."""
-        both = [self.source["train"], target["train"]]
-        if method == "bn":
-            self.take_statistics(network, target["train"])
-        if method == "tent":
-            train_norms_alone(network)
-            network = self.fit(network, self.tent, self.args.adapt_epochs, self.args.adapt_lr, [target["train"]])
-            self.take_statistics(network, target["train"])
-        if method == "pseudo-labels":
-            network = self.fit(network, self.pseudo_labels, self.args.adapt_epochs, self.args.adapt_lr, both)
-        if method == "dann":
-            adversary = DomainAdversary(fresh())
-            network = self.fit(adversary, self.adversarial, self.args.epochs, self.args.lr, both).network
-        return network
-
-    # --- the losses
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return powergrad_cross_entropy(logits, labels, alpha=self.alpha)
-
-    def tent(self, model: nn.Module, target: tuple[Tensor, Tensor], progress: float) -> Tensor:
-        return entropy(model(target[0]), scale=self.alpha)
-
-    def pseudo_labels(
-        self, model: nn.Module, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], progress: float
-    ) -> Tensor:
-        logits = model(torch.cat([source[0], target[0]]))  # one pass: batch norm sees both domains
-        ours, theirs = logits.split([len(source[0]), len(target[0])])
-        labels = confident_labels(theirs, self.args.threshold, scale=self.alpha)
-        sure = powergrad_cross_entropy(theirs, labels, reduction="sum", alpha=self.alpha) / len(labels)
-        return self.cross_entropy(ours, source[1]) + sure
-
-    def adversarial(
-        self, model: nn.Module, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], progress: float
-    ) -> Tensor:
-        strength = self.args.adversary * reversal_strength(progress)
-        logits, domains = model(torch.cat([source[0], target[0]]), strength)
-        truth = torch.zeros_like(domains)
-        truth[len(source[0]) :] = 1
-        told_apart = nn.functional.binary_cross_entropy_with_logits(domains, truth)
-        return self.cross_entropy(logits[: len(source[0])], source[1]) + told_apart
-
-    # --- the loop
-
-    def fit(self, network: Any, loss: Callable[..., Tensor], epochs: int, lr: float, data: list[ImageDataset]) -> Any:
-        """SGD with Nesterov momentum and one cycle of the learning rate; an epoch is one of the first data set."""
-        if epochs == 0:
-            return network.to(self.accelerator.device)
-        loaders = [self.loader(images, shuffle=True) for images in data]
-        options = {"momentum": 0.9, "weight_decay": self.args.weight_decay}
-        optimizer = create_optimizer_v2(network, "sgd", lr=lr, **options)
-        model, optimizer = self.accelerator.prepare(network, optimizer)
-        steps = epochs * len(loaders[0])
-        schedule = OneCycleLR(optimizer, lr, total_steps=steps + 1, cycle_momentum=False)
-        model.train()
-        batches = zip(*(endless(loader) for loader in loaders), strict=True)
-        for step in range(steps):
-            for images in data:
-                images.set_epoch(step // len(loaders[0]))
-            value = loss(model, *next(batches), step / steps)
-            self.accelerator.backward(value)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        trained = self.accelerator.unwrap_model(model)
-        self.accelerator.free_memory()
-        self.average_statistics(trained)
-        return trained
-
-    def take_statistics(self, network: nn.Module, images: ImageDataset) -> None:
-        loader = self.loader(images, shuffle=True)  # in order, a batch could be of one class
-        network.requires_grad_(False)
-        with torch.no_grad():
-            update_bn((batch["pixel_values"] for batch in loader), network)
-        self.average_statistics(network)
-
-    def average_statistics(self, network: nn.Module) -> None:
-        """Each process has batch norm statistics of its own part of the images."""
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
-
-    @torch.no_grad()
-    def accuracy(self, network: nn.Module, images: ImageDataset) -> float:
-        network.eval()
-        right = total = 0
-        for batch in self.loader(images, shuffle=False):
-            best = network(batch["pixel_values"]).argmax(dim=1)
-            best, labels = self.accelerator.gather_for_metrics((best, batch["labels"]))
-            right, total = right + int((best == labels).sum()), total + len(labels)
-        return right / total
-
-    def loader(self, images: ImageDataset, shuffle: bool) -> Any:
-        options = {"num_workers": self.args.num_workers, "collate_fn": collate, "drop_last": shuffle}
-        return self.accelerator.prepare(DataLoader(images, self.args.batch, shuffle=shuffle, **options))
-
-
-def endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        for batch in loader:
-            yield batch["pixel_values"], batch["labels"]
-
-
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=_Help, allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset-name", default=DIGITS, help="the source: Hub id, folder of images, CSV or Parquet, or 'digits'")
-    add("--targets", nargs="+", default=["gaussian_noise:3", "contrast:3"], help="corruption:level, or a data set")
-    add("--methods", nargs="+", default=list(METHODS), help=f"some of {', '.join(METHODS)}")
-    add("--alphas", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.1], help="the grid; 1 is the baseline")
-    add("--seeds", nargs="+", type=int, default=[0], help="a run of everything for each")
-    add("--model-name", default="resnet10t", help="a timm network")
-    add("--pretrained", action="store_true", help="start from timm's weights")
-    add("--image-size", type=int, default=32, help="side in pixels")
-    add("--min-crop", type=float, default=0.7, help="smallest random crop, as a share of the image's area")
-    add("--hflip", type=float, help="probability of a horizontal flip; default 0.5, and 0 for digits")
-    add("--epochs", type=int, default=8, help="on the source, and of dann")
-    add("--adapt-epochs", type=int, default=2, help="of tent and pseudo-labels")
-    add("--lr", type=float, default=0.05, help="peak learning rate on the source, and of dann")
-    add("--adapt-lr", type=float, default=0.005, help="the same, of tent and pseudo-labels")
-    add("--weight-decay", type=float, default=5e-4, help="on weight matrices")
-    add("--threshold", type=float, default=0.9, help="least probability of a pseudo-label")
-    add("--adversary", type=float, default=1.0, help="largest strength of dann's reversed gradient")
-    add("--batch", type=int, default=64, help="images per process and domain")
-    add("--max-train-samples", type=int, help="train on so many images of each domain only")
-    add("--max-eval-samples", type=int, help="evaluate on so many images of each domain only")
-    add("--num-workers", type=int, default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    add("--output-dir", default="runs/domain_adaptation", help="where table, picture and figures are written")
-    add("--smoke", action="store_true", help="everything once, on few digits: less than a minute")
-    parser.set_defaults(**SMOKE if "--smoke" in sys.argv else {})
-    args = parser.parse_args()
-    try:
-        if unknown := set(args.methods) - set(METHODS):
-            raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
-        for alpha in args.alphas:
-            if check_alpha(alpha) == 0:
-                raise ValueError("--alphas must be above 0, got 0: softmax(0 z) has no most probable class")
-        for name in ("epochs", "adapt_epochs", "batch", "image_size"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        if not 0 <= args.threshold <= 1:
-            raise ValueError(f"--threshold must lie in [0, 1], got {args.threshold}")
-        if not timm.is_model(args.model_name):
-            raise ValueError(f"--model-name must be a timm network, got {args.model_name!r}")
-        require_matplotlib()
-    except (ImportError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    return args
-
-
-def load(args: Namespace, name: str, names: list[str] | None) -> tuple[dict[str, ImageDataset], list[str]]:
+def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple[dict[str, ImageDataset], list[str]]:
     """Training and validation images of a domain; its classes must be ``names``, in any order the data set likes."""
     kind, colon, level = name.partition(":")
     if names is None or kind not in CORRUPTIONS or not colon:
@@ -302,18 +168,18 @@ def load(args: Namespace, name: str, names: list[str] | None) -> tuple[dict[str,
     return domain, found if names is None else names
 
 
-def build_network(args: Namespace, classes: int) -> nn.Module:
+def build_network(args: AdaptationArguments, classes: int) -> nn.Module:
     return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
 
 
-def report(rows: list[list[Any]], folder: Path, args: Namespace) -> None:
+def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments) -> None:
     """results.csv with every run, table.md with means and deviations over the seeds, and the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["alpha", "seed", "target", "method", "source_top1", "target_top1"])
         writer.writerows(rows)
-    made = {"arguments": vars(args), "code": describe_code(), "environment": describe_environment(1)}
+    made = {"arguments": asdict(args), "code": describe_code(), "environment": describe_environment(1)}
     made["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
     (folder / "run.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     table = markdown(rows, args)
@@ -323,7 +189,7 @@ def report(rows: list[list[Any]], folder: Path, args: Namespace) -> None:
     print(f"Written to {folder}: results.csv, table.md, target_accuracy.png, run.json")
 
 
-def markdown(rows: list[list[Any]], args: Namespace) -> str:
+def markdown(rows: list[list[Any]], args: AdaptationArguments) -> str:
     cells = defaultdict(list)
     for alpha, _, target, method, source_top1, target_top1 in rows:
         cells[target, method, alpha].append((source_top1, target_top1))

@@ -13,22 +13,25 @@ as it is and of the folded one. ``--help`` lists every option; docs/text.md says
 import math
 import shlex
 import sys
-from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field
+from argparse import Namespace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
+from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
+from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
 
 LARGE_VOCABULARY = 32768
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
     "output_dir": "runs/language",
+    "eval_strategy": "no",
     "alpha": 0.5,
     "optim": "adamw_torch",
     "learning_rate": 6e-4,
@@ -39,11 +42,6 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_steps": 20,
-    "report_to": "none",
-    "ddp_find_unused_parameters": False,
 }
 SMOKE: dict[str, Any] = {
     "dataset_name": STDLIB,
@@ -66,7 +64,7 @@ class LanguageArguments:
         metadata={"help": "Hub id, file (txt, json, csv, parquet), folder of such, or 'stdlib': Python's own source."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the text, if not found by itself."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text, if it is not detected."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a tokenizer; by default one is trained on the text."}
     )
@@ -79,7 +77,14 @@ class LanguageArguments:
     )
     max_train_documents: int | None = field(default=None, metadata={"help": "Train on so many documents only."})
     max_eval_documents: int | None = field(default=None, metadata={"help": "Evaluate on so many documents only."})
-    smoke: bool = field(default=False, metadata={"help": "A few steps on stdlib, to see that everything works."})
+
+
+class LanguageTrainer(AtomicCheckpoints, PowerGradTrainer):
+    """Its checkpoints are there as a whole or not at all."""
+
+
+class PlainTrainer(AtomicCheckpoints, Trainer):
+    """The same, for a loss that brings PGT with it."""
 
 
 class FusedLossLlama(LlamaForCausalLM):
@@ -99,9 +104,17 @@ class FusedLossLlama(LlamaForCausalLM):
 
 
 def main() -> None:
-    language_args, args = parse()
+    # parse
+    language_args, run_args, args, config = parse(
+        LanguageArguments, RunArguments, PowerGradTrainingArguments,
+        description=__doc__, defaults=DEFAULTS, smoke=SMOKE, adjust=check,
+    )  # fmt: skip
     set_seed(args.seed)
-    try:
+    quiet_other_processes(args.process_index)
+
+    # build
+    with errors_in_one_line():
+        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_plain_text(
                 language_args.dataset_name,
@@ -117,29 +130,28 @@ def main() -> None:
             else:
                 tokenizer = train_tokenizer(dataset["train"]["text"], language_args.vocab_size)
             blocks = cut(dataset, tokenizer, language_args.block_size)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-    fused = len(tokenizer) >= LARGE_VOCABULARY if language_args.fused_loss is None else language_args.fused_loss
-    if fused and args.optim.startswith("powergrad_"):
-        sys.exit(f"error: the fused loss brings PGT with it; --optim must be a plain optimizer, got {args.optim!r}")
+        fused = len(tokenizer) >= LARGE_VOCABULARY if language_args.fused_loss is None else language_args.fused_loss
+        if fused and args.optim.startswith("powergrad_"):
+            raise ValueError(
+                f"the fused loss brings PGT with it; --optim must be a plain optimizer, got {args.optim!r}"
+            )
     model = build(FusedLossLlama if fused else LlamaForCausalLM, language_args, len(tokenizer), args.alpha)
-    description = {
-        "arguments": asdict(language_args) | {key: getattr(args, key) for key in DEFAULTS},
-        "data": describe_data(language_args.dataset_name, dataset),
-        "seed": args.seed,
-    }
+    description = {"arguments": config, "data": describe_data(language_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
-    trainer = (Trainer if fused else PowerGradTrainer)(
+    stop = StopOnSigterm()
+    trainer = (PlainTrainer if fused else LanguageTrainer)(
         model,
         args,
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
         data_collator=stack,
-        callbacks=[record],
+        callbacks=[record, stop],
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    # train
+    trainer.train(resume_from_checkpoint=resume)
+    stop.leave(trainer)
     model.__class__ = LlamaForCausalLM  # trained: from here on, and on disk, a Llama as any other
     trainer.save_model()
 
@@ -148,39 +160,22 @@ def main() -> None:
     if args.alpha > 0:
         fold_powergrad(trainer.accelerator.unwrap_model(trainer.model), args.alpha)
         folded = trainer.evaluate(metric_key_prefix="folded")["folded_loss"]
+
+    # report
     if trainer.is_world_process_zero():
-        report = {
-            "dataset": language_args.dataset_name,
-            "train_tokens": blocks["train"].num_rows * language_args.block_size,
-            "eval_tokens": blocks["validation"].num_rows * language_args.block_size,
-            "vocabulary": len(tokenizer),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "fused_loss": fused,
-            "perplexity": math.exp(loss),
-            "perplexity_folded": math.exp(folded),
-            "alpha": args.alpha,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-            "steps": trainer.state.global_step,
-            "world_size": args.world_size,
+        tokens = {
+            f"{key}_tokens": blocks[split].num_rows * language_args.block_size
+            for key, split in (("train", "train"), ("eval", "validation"))
         }
-        record.finish(report)
-        tell(report, args.output_dir)
+        more = {"vocabulary": len(tokenizer), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        more |= {"fused_loss": fused, "perplexity": math.exp(loss), "perplexity_folded": math.exp(folded)}
+        say(record.finish(trainer, {}, **tokens, **more), args.output_dir)
     trainer.end()
 
 
-def parse() -> tuple[LanguageArguments, PowerGradTrainingArguments]:
-    parser = HfArgumentParser((LanguageArguments, PowerGradTrainingArguments), description=__doc__)
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--smoke", action="store_true")
-    parser.set_defaults(**DEFAULTS | (SMOKE if first.parse_known_args()[0].smoke else {}))
-    try:
-        language_args, args = parser.parse_args_into_dataclasses()
-    except (TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    if language_args.dataset_name == LanguageArguments.dataset_name and language_args.dataset_config is None:
-        language_args.dataset_config = "wikitext-103-raw-v1"
-    return language_args, args
+def check(given: Namespace) -> None:
+    if given.dataset_name == LanguageArguments.dataset_name and given.dataset_config is None:
+        given.dataset_config = "wikitext-103-raw-v1"
 
 
 def cut(dataset: Any, tokenizer: Any, size: int) -> Any:
@@ -219,22 +214,14 @@ def build(kind: type[Any], language_args: LanguageArguments, vocabulary: int, al
     return model
 
 
-def tell(report: dict[str, Any], output_dir: str) -> None:
-    print(f"\n{report['parameters']:,} parameters, {report['vocabulary']:,} words, on {report['dataset']}")
-    for key in ("perplexity", "perplexity_folded"):
-        print(f"  {key:20}{report[key]:>12,.2f}")
-    same, where = command_line(), shlex.quote(output_dir)
-    print(f"""
-Written to {output_dir}
-  metrics.json         these numbers, and what they were made with
-  run.json             arguments, code, data, seed, environment
-  model.safetensors    the model as it was trained, with its tokenizer: AutoModelForCausalLM reads it
-
-What next
-  use        pgt_hf.fold_powergrad(model, {report["alpha"]}) gives the model of perplexity_folded
-  compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(output_dir + "-plain")}
-  publish    hf upload <you>/<name of the model> {where} . --exclude "checkpoint-*"
-""")
+def say(summary: dict[str, Any], folder: str) -> None:
+    heading = f"{summary['parameters']:,} parameters, {summary['vocabulary']:,} words, on {summary['dataset']}"
+    then = {
+        "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of perplexity_folded",
+        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+    }
+    tell(heading, {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}, folder, then)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from pgt_hf import create_optimizer, fold_powergrad  # PGT 1. plain: from timm.optim import create_optimizer_v2
-from pgt_hf.data import ImageDataset, load_image_dataset
-from pgt_hf.transforms import ImageTransform, collate
+from pgt_hf.images import ImageDataset, ImageTransform, collate, load_image_dataset
 
 EPOCHS, BATCH, LR = 5, 64, 0.05
 

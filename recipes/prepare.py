@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,50 +21,49 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
-from pgt_hf.data import DEFAULT_DATASET, DIGITS, class_names, load_image_dataset
-from pgt_hf.decoding import BadImageError, shrink
-from pgt_hf.image_dataset import read_image
+from pgt_hf.atomic import replacing
+from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
+from pgt_hf.programs import errors_in_one_line, parse
 
 MANIFEST = "manifest.json"
 ROW_GROUP = 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
 
 
+@dataclass
+class PrepareArguments:
+    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
+    output_dir: str = field(default="data/prepared", metadata={"help": "The folder to write."})
+    size: int = field(default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."})
+    quality: int = field(default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."})
+    images_per_shard: int = field(default=1000, metadata={"help": "Images in one Parquet file."})
+    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
+    on_bad_image: str = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
+    seed: int = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
+    verify: bool = field(default=False, metadata={"help": "Only check what is in --output-dir."})
+    smoke: bool = field(default=False, metadata={"help": f"Set {SMOKE}"})
+
+    def __post_init__(self) -> None:
+        for name, most in {"size": 65500, "quality": 95, "images_per_shard": 10**6, "num_proc": 10**4}.items():
+            if not 1 <= getattr(self, name) <= most:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be from 1 to {most}, got {getattr(self, name)}")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"--on-bad-image must be 'error' or 'skip', got {self.on_bad_image!r}")
+
+
 def main() -> None:
-    args = parse()
-    try:
+    args, _ = parse(PrepareArguments, description=__doc__, defaults={}, smoke=SMOKE)
+    with errors_in_one_line():
         if not args.verify:
             prepare(args)
         problems = verify(Path(args.output_dir))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     if problems:
         sys.exit(f"error: {args.output_dir} is not what its {MANIFEST} says:\n  " + "\n  ".join(problems))
     tell(Path(args.output_dir))
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset-name", default=DEFAULT_DATASET, help="Hub id, folder, or 'digits'")
-    parser.add_argument("--output-dir", default="data/prepared", help="the folder to write")
-    parser.add_argument("--size", type=int, default=400, help="longest shorter side in pixels; 256 to 400 is usual")
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of the images that are resized, 1 to 95")
-    parser.add_argument("--images-per-shard", type=int, default=1000, help="images in one Parquet file")
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="stop, or leave it out")
-    parser.add_argument("--seed", type=int, default=0, help="draws a validation split where the data set has none")
-    parser.add_argument("--verify", action="store_true", help="only check what is in --output-dir")
-    parser.add_argument("--smoke", action="store_true", help=f"set {SMOKE}")
-    if "--smoke" in sys.argv:
-        parser.set_defaults(**SMOKE)
-    args = parser.parse_args()
-    for name, most in {"size": 65500, "quality": 95, "images_per_shard": 10**6, "num_proc": 10**4}.items():
-        if not 1 <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from 1 to {most}, got {getattr(args, name)}")
-    return args
-
-
-def prepare(args: Namespace) -> None:
+def prepare(args: PrepareArguments) -> None:
     """Writes every shard that is not there yet, then gives the folder its name."""
     output = Path(args.output_dir)
     if output.exists():
@@ -101,7 +100,7 @@ def prepare(args: Namespace) -> None:
         shards += [json.loads(record(folder / name).read_text(encoding="utf-8")) for name in names]
 
     manifest: dict[str, Any] = settings | {"classes": class_names(next(iter(splits.values()))), "shards": shards}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_json(folder / MANIFEST, manifest)
     for leftover in folder.glob(".*"):
         leftover.unlink()
     folder.rename(output)
@@ -110,7 +109,7 @@ def prepare(args: Namespace) -> None:
 def go_on(path: Path, settings: dict[str, Any]) -> None:
     """What a killed run has written is of use only under the settings that it was written with."""
     if not path.exists():
-        write_atomically(path, json.dumps(settings, indent=2).encode())
+        write_json(path, settings)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     other = [
@@ -150,17 +149,13 @@ def write_shard(
     path = folder / row["name"]
     features = split.features.copy()
     features["image"] = Image()
-    partial_file = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as draft:
         table = Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
         # Small row groups, as the Hub's image sets have them: a stream reads one at a time.
-        pq.write_table(table.cast(features.arrow_schema), partial_file, row_group_size=ROW_GROUP)
+        pq.write_table(table.cast(features.arrow_schema), draft, row_group_size=ROW_GROUP)
         found = {"name": path.name, "split": key, "images": len(labels), "resized": resized, "bad": bad}
-        found |= {"bytes": partial_file.stat().st_size, "sha256": checksum(partial_file)}
-        write_atomically(record(path), json.dumps(found).encode())
-        partial_file.replace(path)
-    finally:
-        partial_file.unlink(missing_ok=True)
+        found |= {"bytes": draft.stat().st_size, "sha256": checksum(draft)}
+        write_json(record(path), found)
     return row
 
 
@@ -210,17 +205,13 @@ def name_of(path: str | None) -> str | None:
     return None if path is None else path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
 def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

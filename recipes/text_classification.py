@@ -10,9 +10,7 @@ expect.
 """
 
 import shlex
-import sys
-from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
@@ -21,17 +19,18 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    HfArgumentParser,
     set_seed,
 )
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.metrics import ClassificationMetrics
-from pgt_hf.run_folder import RunFolder, command_line, describe_data
+from pgt_hf.analysis import ClassificationMetrics
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
+from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
+from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
 
 SCRATCH = "scratch"
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
     "output_dir": "runs/text",
     "alpha": 0.25,
     "optim": "powergrad_adamw",
@@ -41,12 +40,6 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_steps": 20,
-    "report_to": "none",
-    "ddp_find_unused_parameters": False,
 }
 SMOKE: dict[str, Any] = {
     "dataset_name": DOCSTRINGS,
@@ -60,6 +53,13 @@ SMOKE: dict[str, Any] = {
 }
 
 
+SHOWN = ("top1", "nll", "ece", "nll_folded", "ece_folded", "seconds")
+
+
+class TextTrainer(AtomicCheckpoints, PowerGradTrainer):
+    """Its checkpoints are there as a whole or not at all."""
+
+
 @dataclass
 class TextArguments:
     model_name: str = field(
@@ -71,18 +71,24 @@ class TextArguments:
         metadata={"help": "Hub id, CSV, JSON or Parquet file, a folder of such, or 'docstrings', which is embedded."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the text, if not found by itself."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if not found by itself."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text, if it is not detected."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if it is not detected."})
     max_length: int = field(default=128, metadata={"help": "Tokens of each text that are read."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts only."})
-    smoke: bool = field(default=False, metadata={"help": "A few steps on docstrings, to see that everything works."})
 
 
 def main() -> None:
-    text_args, args = parse()
+    # parse
+    text_args, run_args, args, config = parse(
+        TextArguments, RunArguments, PowerGradTrainingArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
+    )
     set_seed(args.seed)
-    try:
+    quiet_other_processes(args.process_index)
+
+    # build
+    with errors_in_one_line():
+        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_labelled_text(
                 text_args.dataset_name,
@@ -98,8 +104,6 @@ def main() -> None:
         # These models take **kwargs and average over their own batch all the same; told otherwise, Trainer would
         # multiply the loss and its gradient by the number of processes, and by the accumulation steps.
         model.accepts_loss_kwargs = False
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
     def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         return tokenizer(batch["text"], truncation=True, max_length=text_args.max_length) | {"labels": batch["label"]}
@@ -107,13 +111,10 @@ def main() -> None:
     with args.main_process_first(desc="tokenizing"):
         tokens = dataset.map(tokenize, batched=True, remove_columns=["text", "label"])
     metrics = ClassificationMetrics(alpha=args.alpha, top_k=min(5, len(names)))
-    description = {
-        "arguments": asdict(text_args) | {key: getattr(args, key) for key in DEFAULTS},
-        "data": describe_data(text_args.dataset_name, dataset),
-        "seed": args.seed,
-    }
+    description = {"arguments": config, "data": describe_data(text_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{text_args.dataset_name}, alpha = {args.alpha}")
-    trainer = PowerGradTrainer(
+    stop = StopOnSigterm()
+    trainer = TextTrainer(
         model,
         args,
         train_dataset=tokens["train"],
@@ -122,39 +123,22 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.preprocess,
-        callbacks=[record],
+        callbacks=[record, stop],
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    # train
+    trainer.train(resume_from_checkpoint=resume)
+    stop.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
+
+    # report
     if trainer.is_world_process_zero():
-        report = {
-            "model": text_args.model_name,
-            "dataset": text_args.dataset_name,
-            "train_texts": dataset["train"].num_rows,
-            "eval_texts": dataset["validation"].num_rows,
-            **{key.removeprefix("eval_"): value for key, value in results.items()},
-            "alpha": args.alpha,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-            "steps": trainer.state.global_step,
-            "world_size": args.world_size,
+        texts = {
+            f"{key}_texts": dataset[split].num_rows for key, split in (("train", "train"), ("eval", "validation"))
         }
-        record.finish(report)
-        tell(report, args.output_dir)
+        say(record.finish(trainer, results, model=text_args.model_name, **texts), args.output_dir)
     trainer.end()
-
-
-def parse() -> tuple[TextArguments, PowerGradTrainingArguments]:
-    parser = HfArgumentParser((TextArguments, PowerGradTrainingArguments), description=__doc__)
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--smoke", action="store_true")
-    parser.set_defaults(**DEFAULTS | (SMOKE if first.parse_known_args()[0].smoke else {}))
-    try:
-        text_args, args = parser.parse_args_into_dataclasses()
-    except (TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    return text_args, args
 
 
 def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
@@ -180,24 +164,15 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
     return BertForSequenceClassification(config), tokenizer
 
 
-def tell(report: dict[str, Any], output_dir: str) -> None:
-    print(f"\n{report['model']} on {report['dataset']}, {report['eval_texts']:,} evaluation texts")
-    for key in ("top1", "nll", "ece", "nll_folded", "ece_folded"):
-        if key in report:
-            print(f"  {key:12}{format(report[key], '.2%' if key == 'top1' else '.4f'):>9}")
-    same, where = command_line(), shlex.quote(output_dir)
-    print(f"""
-Written to {output_dir}
-  metrics.json         these numbers, and what they were made with
-  run.json             arguments, code, data, seed, environment
-  training_curve.png   loss and accuracy, where it was evaluated while it trained
-  model.safetensors    the model, with its tokenizer: pipeline("text-classification", model={output_dir!r}) reads it
-
-What next
-  compare    accelerate launch {same} --alpha 1 --output-dir {shlex.quote(output_dir + "-plain")}
-  folded     nll_folded and ece_folded are those after pgt_hf.fold_powergrad(model, {report["alpha"]})
-  publish    hf upload <you>/<name of the model> {where} . --exclude "checkpoint-*"
-""")
+def say(summary: dict[str, Any], folder: str) -> None:
+    heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_texts']:,} evaluation texts"
+    then = {
+        "use": f'transformers.pipeline("text-classification", model={folder!r})("some text")',
+        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of nll_folded and ece_folded",
+        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+    }
+    tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then)
 
 
 if __name__ == "__main__":

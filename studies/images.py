@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pgt_hf.data import load_image_dataset
+from pgt_hf.images import load_image_dataset
 
 __all__ = ["CROP", "Images", "Split", "prepare", "read"]
 

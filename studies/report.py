@@ -11,9 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pgt_hf.diagnostics import History
-from pgt_hf.drawing import new_figure, save
-from pgt_hf.search import Comparison, compare, interval
+from pgt_hf.analysis import Comparison, History, compare, interval, new_figure, save
 
 from .run import HERE, read_rows
 from .settings import ALPHAS, PARTS, SEARCH_SEEDS, Setting, equivalents

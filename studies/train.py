@@ -12,12 +12,11 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
+from pgt_hf.analysis import compare_calibration, filter_norms, logit_statistics, zeroed_filters
 from pgt_hf.heads import last_linear
-from pgt_hf.calibration import compare_calibration
-from pgt_hf.callbacks import DIAGNOSTICS_FILE, DiagnosticsCallback, DivergenceCallback
-from pgt_hf.diagnostics import filter_norms, logit_statistics, zeroed_filters
-from pgt_hf.models import create_model
-from pgt_hf.transforms import collate, normalize
+from pgt_hf.images import collate, create_model, normalize
+from pgt_hf.runs.record import DIAGNOSTICS
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 from .images import CROP, Images, Split
 from .settings import Setting
@@ -99,7 +98,7 @@ def train(
         trainer.train()
         if diagnostics:
             diagnostics.parent.mkdir(parents=True, exist_ok=True)
-            Path(folder, DIAGNOSTICS_FILE).replace(diagnostics)
+            Path(folder, DIAGNOSTICS).replace(diagnostics)
     result = {"verdict": guard.verdict, "last_loss": _last_loss(trainer.state.log_history)}
     result |= measure(model, head, splits, setting)
     return result | {"seconds": round(time.perf_counter() - started, 1)}

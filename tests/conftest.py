@@ -1,6 +1,7 @@
-"""Settings that every test shares: two threads at most, no network, float64 where nothing else is said."""
+"""What every test shares: one thread, no network, a fixed seed; and a device to be given to those that ask for one."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,24 @@ import torch
 torch.set_num_threads(1)
 
 
+# Tests of the root that take more than a few seconds; the other files mark their own.
+SLOW = re.compile(r"test_attach.*(vgg|inductor|soft_targets)|powergrad_kron|tritons_interpreter|test_readme")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)

@@ -11,8 +11,7 @@ from transformers import AutoModelForImageClassification
 
 from pgt_hf import create_optimizer
 from pgt_hf.heads import last_linear
-from pgt_hf.models import create_model
-from pgt_hf.presets import PRESETS, preset_table
+from pgt_hf.images import PRESETS, create_model, preset_table
 
 NAMES, SIDE, ALPHA, STEPS = [str(i) for i in range(10)], 32, 0.25, 3
 SHALLOW, NARROW = {"layers": [1, 1, 1, 1]}, {"channels": [16, 32, 64, 128]}
@@ -76,7 +75,7 @@ def test_vision_transformer_is_built_for_the_size_of_its_images():
 
 def test_every_setting_of_a_preset_is_an_argument_of_the_recipe():
     recipe = runpy.run_path(str(ROOT / "recipes" / "imagenet.py"), run_name="recipe")
-    groups = ("ModelArguments", "DataArguments", "RunArguments", "ImageTrainingArguments")
+    groups = ("ModelArguments", "DataArguments", "RecipeArguments", "ImageTrainingArguments")
     known = {name for group in groups for name in recipe[group].__dataclass_fields__}
     for name, preset in PRESETS.items():
         assert set(preset.settings) <= known, name

@@ -15,6 +15,8 @@ from torch import nn
 
 from pgt_hf import attach_powergrad, create_optimizer
 
+pytestmark = pytest.mark.slow
+
 ALPHA = 0.25
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from reference import powergrad_gradient
-from test_trainer import Data, arguments, weights, wrapper
+from tiny import Data, arguments, weights, wrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -73,6 +73,7 @@ def test_the_gradient_is_that_of_the_scheduled_alpha():
     torch.testing.assert_close(model.weight.grad, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_pass_sees_the_alpha_of_its_own_step():
     model, optimizer = build()
     compiled = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend="aot_eager", fullgraph=True)

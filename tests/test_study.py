@@ -13,6 +13,8 @@ from studies import train as training
 from studies.images import Images, Split
 from studies.settings import ALPHAS, PLAN, SEARCH_SEEDS, SEEDS, Job, Setting, equivalents
 
+pytestmark = pytest.mark.slow
+
 PGT = Setting("tiny-imagenet", "norm-free", alpha=0.25)
 
 

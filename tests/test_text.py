@@ -29,6 +29,7 @@ def test_docstrings_for_validation_come_from_other_files_than_those_for_training
     assert seen < 0.1 * docstrings["validation"].num_rows  # boilerplate that a library repeats
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_alone():
     first, again, other = (load_labelled_text(DOCSTRINGS, max_train_samples=20, seed=seed) for seed in (0, 0, 1))
     assert first["train"]["text"] == again["train"]["text"] != other["train"]["text"]

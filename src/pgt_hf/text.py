@@ -19,6 +19,8 @@ from datasets.exceptions import DatasetNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .splits import draw, find_column, train_and_validation
+
 __all__ = ["DOCSTRINGS", "STDLIB", "load_labelled_text", "load_plain_text", "train_tokenizer"]
 
 DOCSTRINGS = "docstrings"
@@ -27,7 +29,6 @@ STDLIB = "stdlib"
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "pandas", "sklearn", "torch", "transformers")
 _PER_LIBRARY = {"train": 250, "validation": 50}
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-_EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 _TEXT_COLUMNS = ("text", "sentence", "content", "review")
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
@@ -64,14 +65,15 @@ def load_labelled_text(
         'numpy'
     """
     splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
+    present = next(iter(splits.values())).column_names
     columns = {
-        _find_column(splits, "text", text_column, _TEXT_COLUMNS): "text",
-        _find_column(splits, "label", label_column, _LABEL_COLUMNS): "label",
+        find_column(present, "text", text_column, _TEXT_COLUMNS): "text",
+        find_column(present, "label", label_column, _LABEL_COLUMNS): "label",
     }
     splits = splits.select_columns(list(columns)).rename_columns(columns)
-    splits = _train_and_validation(splits, seed, stratify=True)
+    splits = train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
-    return DatasetDict({key: _draw(split, limits[key], seed) for key, split in splits.items()})
+    return DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
 
 
 def load_plain_text(
@@ -82,7 +84,7 @@ def load_plain_text(
     Args:
         name: "stdlib" (a document is a module), a text, JSON, CSV or Parquet file, a folder of such, or a Hub id.
         config: The configuration, where a Hub data set has several.
-        text_column: The column with the text, if not found by itself.
+        text_column: The column with the text, if it cannot be detected.
         seed: For the documents that are held out where there is no validation or test split.
 
     Raises:
@@ -94,9 +96,9 @@ def load_plain_text(
         ['text']
     """
     splits = _stdlib(seed) if name == STDLIB else _load(name, config)
-    column = _find_column(splits, "text", text_column, _TEXT_COLUMNS)
+    column = find_column(next(iter(splits.values())).column_names, "text", text_column, _TEXT_COLUMNS)
     splits = splits.select_columns([column]).rename_columns({column: "text"})
-    return _train_and_validation(splits, seed, stratify=False)
+    return train_and_validation(splits, name, seed, labelled=False)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -146,41 +148,6 @@ def _load(name: str, config: str | None) -> DatasetDict:
             f"{name!r} is neither a file, nor a folder, nor in the cache, and was not found on the Hub: {error}"
         ) from error
     return found
-
-
-def _find_column(splits: DatasetDict, what: str, wanted: str | None, usual: tuple[str, ...]) -> str:
-    columns = next(iter(splits.values())).column_names
-    found = [column for column in ([wanted] if wanted else usual) if column in columns]
-    if not found:
-        asked = f"got {wanted!r}" if wanted else f"none of {', '.join(usual)} is there"
-        raise ValueError(f"{what}_column must be one of {columns}, {asked}")
-    return found[0]
-
-
-def _train_and_validation(splits: DatasetDict, seed: int, stratify: bool) -> DatasetDict:
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    held_out = next((splits[key] for key in _EVALUATION_SPLITS if key in splits and splits[key] is not train), None)
-    if stratify and not isinstance(train.features["label"], ClassLabel):
-        names = sorted({str(label) for split in (train, held_out) if split for label in split.unique("label")})
-        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-
-        def number(row: dict[str, Any]) -> dict[str, int]:
-            return {"label": names.index(str(row["label"]))}
-
-        train = train.map(number, features=features)
-        held_out = held_out.map(number, features=features) if held_out is not None else None
-    if held_out is None:
-        halves = train.train_test_split(0.1, seed=seed, stratify_by_column="label" if stratify else None)
-        train, held_out = halves["train"], halves["test"]
-    return DatasetDict({"train": train, "validation": held_out})
-
-
-def _draw(split: Dataset, size: int | None, seed: int) -> Dataset:
-    if size is None or size >= split.num_rows:
-        return split
-    if size < 1:
-        raise ValueError(f"a number of samples must be at least 1, got {size}")
-    return split.shuffle(seed=seed).select(range(size))
 
 
 def _docstrings(seed: int) -> DatasetDict:

@@ -1,0 +1,166 @@
+"""``pgt-hf``: what is done with a run once it is trained, and what is installed here."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Run = Annotated[Path, typer.Argument(help="The run's folder.")]
+RepoId = Annotated[
+    str | None, typer.Option(help="owner/name; by default what the run was told, or its folder's name.")
+]
+Fold = Annotated[bool, typer.Option("--fold", help="Multiply the head by alpha.")]
+Ema = Annotated[bool, typer.Option(help="Take the moving average of the weights, where there is one.")]
+License = Annotated[str | None, typer.Option(help="The licence of the weights, such as apache-2.0.")]
+BaseModel = Annotated[str | None, typer.Option(help="Hub id of the model that training started from.")]
+Pictures = Annotated[
+    bool, typer.Option("--pictures", help="Show the data set's images in the report, whatever its licence.")
+]
+
+
+@app.command()
+def push(
+    run: Run,
+    repo_id: RepoId = None,
+    fold: Fold = False,
+    ema: Ema = True,
+    license: License = None,
+    base_model: BaseModel = None,
+    pictures: Pictures = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it does not exist.")] = None,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
+) -> None:
+    """Push a run's model, card, curve and report to the Hub."""
+    from .hub import push_run
+
+    release = _release(fold, ema, license, base_model, pictures)
+    commit = push_run(run, repo_id, private=private or None, revision=revision, message=message, **release)
+    print(commit.commit_url)
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    repo_id: RepoId = None,
+    fold: Fold = False,
+    ema: Ema = True,
+    license: License = None,
+    base_model: BaseModel = None,
+    pictures: Pictures = False,
+) -> None:
+    """Write what would be pushed into a folder, to look at it."""
+    from .hub import prepare_release
+
+    release = _release(fold, ema, license, base_model, pictures)
+    print(prepare_release(run, target, repo_id or f"you/{run.resolve().name}", **release))
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="owner/name")],
+    run: Run,
+    checkpoint: Annotated[str, typer.Option(help="Its folder in the repository.")] = "last-checkpoint",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Fetch a checkpoint that was pushed, to resume from it."""
+    from .hub import pull_checkpoint
+
+    print(pull_checkpoint(repo_id, run, checkpoint=checkpoint, revision=revision))
+
+
+@app.command()
+def report(
+    run: Run,
+    dataset_name: Annotated[
+        str | None, typer.Option(help="As the recipe takes it; by default what the run was trained on.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(help="Look at so many evaluation images only.")] = None,
+    mistakes: Annotated[int, typer.Option(help="How many of the worst to show.")] = 24,
+) -> None:
+    """Look at a run's predictions and write report.html."""
+    from .runs import report_run
+
+    print(report_run(run, dataset_name, mistakes=mistakes, max_images=max_images))
+
+
+@app.command()
+def plot(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The runs' folders.")]) -> None:
+    """Draw all that the files of one or several runs hold."""
+    from .runs import draw_runs
+
+    for path in draw_runs(runs):
+        print(path)
+
+
+@app.command()
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(help="Classes of each image.")] = 3,
+    picture: Annotated[Path | None, typer.Option(help="Draw the images with their classes into this file.")] = None,
+) -> None:
+    """Classify images with a run's model."""
+    from .analysis import plot_images
+    from .images import read_upright
+    from .runs import predict_images
+
+    found = predict_images(run, images, top=top)
+    lines = {path: [f"{name}, {share:.1%}" for name, share in classes] for path, classes in found.items()}
+    for path, classes in lines.items():
+        print(f"{path}: {'; '.join(classes)}")
+    if picture is not None:
+        pixels = [read_upright(path.read_bytes()) for path in lines]
+        plot_images(pixels, ["\n".join(classes) for classes in lines.values()], picture)
+        print(picture)
+
+
+@app.command()
+def presets() -> None:
+    """Print the presets of recipes/imagenet.py, with the published figures."""
+    from .images import preset_table
+
+    print(preset_table())
+
+
+@app.command()
+def info() -> None:
+    """Print versions, device and registered optimizers."""
+    from .runs import describe_environment
+    from .trainer import TRAINER_OPTIMIZERS
+
+    here = describe_environment(processes=1)
+    for name, version in {"python": here["python"], **here["packages"], "device": here["device"]}.items():
+        print(f"{name:16}{version}")
+    print(f"{'optimizers':16}{' '.join(TRAINER_OPTIMIZERS)}")
+
+
+def _release(fold: bool, ema: bool, license: str | None, base_model: str | None, pictures: bool) -> dict[str, Any]:
+    """Options of ``prepare_release``; without ``pictures`` the data set's licence decides."""
+    return {"fold": fold, "ema": ema, "license": license, "base_model": base_model, "pictures": pictures or None}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; an error is a message without a traceback.
+
+    Example:
+        >>> main(["push", "runs/digits", "--repo-id", "alice/digits"])
+    """
+    try:
+        app(args=arguments, prog_name="pgt-hf")
+    except SystemExit as end:
+        if end.code:
+            raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Names that are imported when they are first used, so that a package costs nothing until then.
+
+The list of a package's names is its ``__init__.pyi``, which type checkers and editors read as well.
+"""
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .extras import missing
+
+__all__ = ["exports"]
+
+
+def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
+    """``__getattr__`` and ``__all__`` of a package, from its stub.
+
+    Example:
+        >>> __getattr__, __all__ = exports(__name__)
+    """
+    module = sys.modules[package]
+    stub = ast.parse(Path(str(module.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
+    homes = {name.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names}
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(f".{homes[name]}", package), name)
+        except ModuleNotFoundError as error:
+            raise missing(error.name, f"{package}.{name}") from error
+        setattr(module, name, value)
+        return value
+
+    return get, sorted(homes)

@@ -1,0 +1,45 @@
+"""Which class was taken for which, and the mistakes that a classifier was surest of."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..splits import IGNORED
+
+__all__ = ["confusion_matrix", "worst_mistakes"]
+
+
+def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """How many images of each class, a row each, were taken for each class, a column each.
+
+    Args:
+        labels: The true classes, (N); those of ``IGNORED`` are left out.
+        predicted: What they were taken for, (N).
+        classes: How many classes there are.
+
+    Example:
+        >>> confusion_matrix([0, 0, 1], [0, 1, 1], classes=2).tolist()
+        [[1, 1], [0, 1]]
+    """
+    truth, best = np.asarray(labels), np.asarray(predicted)
+    counted = truth != IGNORED
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (truth[counted], best[counted]), 1)
+    return counts
+
+
+def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: int) -> list[int]:
+    """The places of the images that were classified wrong with the highest probability, the worst first.
+
+    Args:
+        labels: The true classes, (N); those of ``IGNORED`` are left out.
+        predicted: What they were taken for, (N).
+        confidence: The probability of that, (N).
+        most: How many are returned at most.
+
+    Example:
+        >>> worst_mistakes([0, 1, 1], [1, 1, 0], [0.6, 0.9, 0.8], most=2)
+        [2, 0]
+    """
+    truth, sure = np.asarray(labels), np.asarray(confidence)
+    wrong = np.flatnonzero((truth != IGNORED) & (truth != np.asarray(predicted)))
+    return [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]]

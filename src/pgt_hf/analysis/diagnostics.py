@@ -1,0 +1,277 @@
+"""What PGT does to logits, gradients and filters: the quantities of the paper's figures, in plain torch.
+
+Everything about the logits is computed from the logits and their gradient, so it needs nothing of the loss or of the
+loop; ``DiagnosticsCallback`` collects it in a Trainer run, ``pgt-hf plot RUN`` draws it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..atomic import replacing
+from ..functional import check_alpha
+
+__all__ = [
+    "CURVE_ALPHAS",
+    "ZERO_NORM",
+    "History",
+    "filter_norms",
+    "gradient_cosine",
+    "gradient_norms",
+    "lemma_threshold",
+    "log_power_sum",
+    "logit_statistics",
+    "probability_histograms",
+    "recover_target",
+    "zeroed_filters",
+]
+
+CURVE_ALPHAS = (0.0, 0.05, 0.1, 0.25, 0.5)  # of the curves of p' against p
+ZERO_NORM = 1e-3  # a freshly drawn filter's norm is about 1
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SURE = 10  # classes that a gradient's scale is read from: far from underflow, and most of them not the target
+
+
+def logit_statistics(logits: Tensor) -> dict[str, Tensor]:
+    """The paper's four statistics of logits (N, C), each a mean over the images.
+
+    Returns:
+        ``logit_norm`` (L2), ``logit_abs_mean`` (of the mean logit), ``logit_abs_max`` (of the largest), and
+        ``logit_variance`` (over the classes), each 0-dim.
+
+    Example:
+        >>> logit_statistics(torch.tensor([[3.0, -4.0]]))["logit_norm"]
+        tensor(5.)
+    """
+    logits = logits.float()
+    return {
+        "logit_norm": logits.norm(dim=-1).mean(),
+        "logit_abs_mean": logits.mean(dim=-1).abs().mean(),
+        "logit_abs_max": logits.amax(dim=-1).abs().mean(),
+        "logit_variance": logits.var(dim=-1, correction=0).mean(),
+    }
+
+
+@torch.no_grad()
+def filter_norms(model: nn.Module) -> dict[str, Tensor]:
+    """The L2 norm of each filter: of what leads to one output of a convolution or a linear layer.
+
+    Returns:
+        By the layer's dotted name, shape (outputs).
+
+    Example:
+        >>> filter_norms(nn.Sequential(nn.Conv2d(3, 8, 3)))["0"].shape
+        torch.Size([8])
+    """
+    return {
+        name: layer.weight.flatten(1).float().norm(dim=1)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _LAYERS)
+    }
+
+
+def zeroed_filters(norms: Iterable[Tensor], threshold: float = ZERO_NORM) -> Tensor:
+    """How many filters have zeroed out: their norm is at most ``threshold``.
+
+    Example:
+        >>> zeroed_filters([torch.tensor([0.0, 1.2, 1e-5])])
+        tensor(2)
+    """
+    return torch.stack([(layer <= threshold).sum() for layer in norms]).sum()
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """The L2 norm of the gradient of each convolution's and linear layer's weight, where there is a gradient.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> gradient_norms(model)["0"]
+        tensor(6.9282)
+    """
+    gradients = {
+        name: layer.weight.grad
+        for name, layer in model.named_modules()
+        if isinstance(layer, _LAYERS) and layer.weight.grad is not None
+    }
+    norms = torch._foreach_norm(list(gradients.values())) if gradients else []
+    return dict(zip(gradients, norms, strict=True))
+
+
+def recover_target(logits: Tensor, grad: Tensor, alpha: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The target distribution q behind a gradient at the logits, ``s (softmax(alpha z) - q)`` with any scale s.
+
+    Most classes of an image are not its target: they have ``q_i = eps / C``, and there ``grad_i / (p'_i - q_i)`` is s.
+    Exact for labels, and for mixtures of two where there are more than four classes.
+
+    Args:
+        logits: Shape (N, C).
+        grad: Their gradient, (N, C).
+        alpha: The exponent that it was made with.
+        label_smoothing: eps.
+
+    Returns:
+        q of shape (M, C), and which of the N rows it is of (N, bool): those with a gradient of 0 have no target.
+
+    Example:
+        >>> z = torch.randn(4, 10, requires_grad=True)
+        >>> torch.nn.functional.cross_entropy(z, torch.arange(4)).backward()
+        >>> recover_target(z.detach(), z.grad, alpha=1)[0].argmax(dim=1)
+        tensor([0, 1, 2, 3])
+    """
+    classes, grad = logits.size(-1), grad.float()
+    powered = (check_alpha(alpha) * logits.float()).softmax(dim=-1)
+    others = powered - label_smoothing / classes
+    sure = others.abs().topk(min(_SURE, classes), dim=-1).indices
+    ratios = grad.gather(-1, sure) / others.gather(-1, sure)
+    scale = (ratios.median(dim=-1).values if classes > 2 else ratios.amax(dim=-1))[:, None]
+    found = ((scale > 0) & scale.isfinite())[:, 0]
+    return (powered[found] - grad[found] / scale[found]).clamp(min=0), found
+
+
+def gradient_cosine(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """The cosine, image by image, between PGT's gradient at the logits and that of plain cross-entropy.
+
+    Args:
+        logits: Shape (N, C).
+        target: Distributions, (N, C).
+        alpha: PGT's exponent.
+
+    Returns:
+        Shape (N); 1 at ``alpha=1``.
+
+    Example:
+        >>> gradient_cosine(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]), alpha=0.25)
+        tensor([0.9388])
+    """
+    logits = logits.float()
+    ours, plain = (logits * alpha).softmax(dim=-1) - target, logits.softmax(dim=-1) - target
+    return torch.nn.functional.cosine_similarity(ours, plain, dim=-1)
+
+
+def log_power_sum(logits: Tensor, alpha: float) -> Tensor:
+    """``log sum_j p_j^alpha`` of each image (N), from logits (N, C): ``p'_i = p_i^alpha / exp`` of it.
+
+    Example:
+        >>> log_power_sum(torch.zeros(1, 4), alpha=0).exp()
+        tensor([4.])
+    """
+    return (alpha * logits.float().log_softmax(dim=-1)).logsumexp(dim=-1)
+
+
+def lemma_threshold(power_sum: Any, alpha: float) -> Any:
+    """Lemma 1's threshold ``t = (sum_j p_j^alpha)^(1 / (alpha - 1))``: PGT raises p below t and lowers it above.
+
+    Args:
+        power_sum: ``exp(log_power_sum(...))``, a number, an array or a tensor.
+        alpha: Below 1: at 1 every p stays what it is.
+
+    Raises:
+        ValueError: ``alpha`` is 1.
+
+    Example:
+        >>> lemma_threshold(4.0, alpha=0)
+        0.25
+    """
+    if alpha == 1:
+        raise ValueError("alpha must not be 1 for Lemma 1's threshold: there p' = p")
+    return power_sum ** (1 / (alpha - 1))
+
+
+def probability_histograms(logits: Tensor, target: Tensor, alpha: float) -> dict[str, Tensor]:
+    """Counts of predicted probabilities: p in the first row, p' = softmax(alpha z) in the second.
+
+    Args:
+        logits: Shape (N, C).
+        target: Distributions, (N, C).
+        alpha: PGT's exponent.
+
+    Returns:
+        ``target_histogram`` (2, 20) of the targets' probabilities, over [0, 1]; ``class_histogram`` (2, 40) of all
+        classes', over the decades from 1e-10 to 1 (smaller ones count in the first).
+
+    Example:
+        >>> probability_histograms(torch.zeros(3, 4), torch.eye(4)[:3], alpha=0.5)["target_histogram"][:, 5]
+        tensor([3., 3.])
+    """
+    both = [(scale * logits.float()).softmax(dim=-1) for scale in (1.0, alpha)]
+    of_target = [(probs * target).sum(dim=-1) for probs in both]
+    decades = [probs.log10().clamp(min=-10) for probs in both]
+    return {
+        "target_histogram": torch.stack([_count(values, 20, 0.0, 1.0) for values in of_target]),
+        "class_histogram": torch.stack([_count(values, 40, -10.0, 0.0) for values in decades]),
+    }
+
+
+class History:
+    """Snapshots of named arrays over the steps of a run, in one npz file that stays small however long the run.
+
+    When ``capacity`` snapshots are held every second one is dropped, and from then on every second one that comes:
+    the run stays covered from its first step to its last.
+
+    Args:
+        capacity: The most snapshots to hold, at least 2.
+
+    Raises:
+        ValueError: ``capacity`` is below 2.
+
+    Example:
+        >>> history = History()
+        >>> history.add(0, {"logit_norm": np.float32(3.5)})
+        >>> history.save("diagnostics.npz")
+        >>> History.read("diagnostics.npz")["logit_norm"]
+        array([3.5], dtype=float32)
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        if capacity < 2:
+            raise ValueError(f"capacity must be at least 2, got {capacity}")
+        self.capacity = capacity
+        self.stride = 1  # one of so many snapshots is kept
+        self.snapshots: list[dict[str, NDArray[Any]]] = []
+        self._offered = 0
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Offers a snapshot; steps grow, and a name has one shape. Names that not all snapshots have are not saved."""
+        if self._offered % self.stride == 0:
+            self.snapshots.append({key: np.asarray(value) for key, value in {"step": step, **values}.items()})
+        self._offered += 1
+        if len(self.snapshots) == self.capacity:
+            self.snapshots, self.stride = self.snapshots[::2], 2 * self.stride
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file anew; a reader meets the old one or the new one, never a half."""
+        if not self.snapshots:
+            return
+        names = [key for key in self.snapshots[0] if all(key in snapshot for snapshot in self.snapshots)]
+        columns: dict[str, Any] = {key: np.stack([snapshot[key] for snapshot in self.snapshots]) for key in names}
+        with replacing(path) as draft, draft.open("wb") as file:
+            np.savez_compressed(file, stride=self.stride, offered=self._offered, **columns)
+
+    def resume(self, path: str | os.PathLike[str], step: int) -> None:
+        """Goes on from a file, without what it holds from ``step`` on."""
+        columns = self.read(path)
+        self.stride, self._offered = int(columns.pop("stride")), int(columns.pop("offered"))
+        kept = int((columns["step"] < step).sum())
+        self._offered = min(self._offered, kept * self.stride)
+        self.snapshots = [{key: column[index] for key, column in columns.items()} for index in range(kept)]
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+        """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+
+
+def _count(values: Tensor, bins: int, low: float, high: float) -> Tensor:
+    return torch.histc(values.flatten().clamp(low, high), bins, low, high)

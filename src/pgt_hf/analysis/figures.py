@@ -1,0 +1,48 @@
+"""What every picture of this package begins and ends with; matplotlib is imported only when one is drawn."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["finish", "new_figure", "require_matplotlib", "save", "shorten"]
+
+
+def require_matplotlib() -> None:
+    """Raises ImportError, before hours of training, where no picture could be drawn in the end."""
+    require("matplotlib", "drawing a picture")
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
+    """A figure without pyplot's global state, and its axes as an array (rows, columns)."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def finish(grid: Any, used: int, label: str) -> None:
+    """Hides the panels that are left over, and names the x axis under the last one of each column."""
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < used)
+        if number < used <= number + grid.shape[1]:
+            axes.set_xlabel(label)
+            axes.tick_params(labelbottom=True)
+
+
+def save(figure: "Figure", path: str | os.PathLike[str], title: str | None) -> None:
+    """Writes the picture, with ``title`` above it if there is one."""
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def shorten(name: str) -> str:
+    """The end of a long name, at most 30 characters."""
+    return name if len(name) <= 30 else "..." + name[-27:]

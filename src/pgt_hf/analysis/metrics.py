@@ -1,0 +1,254 @@
+"""Accuracy and calibration of classifiers, without keeping every logit.
+
+In Trainer, ``ClassificationMetrics`` keeps a few numbers of each image as the batches pass, and scores them at the
+end; other metrics of the best class come from the ``evaluate`` package, by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..extras import require
+from ..functional import check_alpha
+from ..splits import IGNORED
+
+__all__ = [
+    "BINS",
+    "IGNORED",
+    "TOP_K",
+    "ClassificationMetrics",
+    "Reliability",
+    "probability_scores",
+    "reliability",
+    "score_logits",
+    "top_k_accuracy",
+]
+
+TOP_K = 5
+BINS = 15  # Guo et al. 2017
+
+
+def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
+    """The shares of images whose class is among the k best predictions.
+
+    Args:
+        ranked: Class numbers from best to worst, (N, K).
+        labels: The true classes, (N).
+        k: Which k to report. One above K, as where there are fewer classes, is reported as top-K under that name.
+
+    Raises:
+        ValueError: There is nothing to count, or a k is below 1.
+
+    Example:
+        >>> top_k_accuracy([[2, 0], [1, 2]], [2, 2], k=(1, 2))
+        {'top1': 0.5, 'top2': 1.0}
+    """
+    best, truth = np.asarray(ranked), np.asarray(labels)
+    if not len(truth):
+        raise ValueError("top-k accuracy of no images at all is not defined")
+    if min(k) < 1:
+        raise ValueError(f"k must be at least 1, got {tuple(k)}")
+    hits = best == truth[:, None]  # (N, K)
+    depths = sorted({min(depth, best.shape[1]) for depth in k})
+    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in depths}
+
+
+def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: int = BINS) -> dict[str, float]:
+    """How good the probabilities are: NLL, ECE and Brier score.
+
+    With p the probabilities, y the class and q its one-hot vector, over N images:
+
+        nll = mean(-log p_y),  brier = mean(sum_i (p_i - q_i)^2),
+        ece = sum over bins of (images in it / N) |accuracy in it - mean confidence in it|
+
+    Args:
+        scores: What ``score_logits`` keeps of each image, (N, 3).
+        hits: Whether the best class is the image's, (N).
+        bins: Number of equal-width bins of the expected calibration error.
+
+    Raises:
+        ValueError: There is nothing to score, or ``bins`` is below 1.
+
+    Example:
+        >>> {name: round(value, 4) for name, value in probability_scores([[np.log(0.75), 0.75, 0.625]], [1]).items()}
+        {'nll': 0.2877, 'ece': 0.25, 'brier': 0.125}
+    """
+    rows, right = np.asarray(scores, dtype=np.float64).reshape(-1, 3), np.asarray(hits)
+    if not len(right):
+        raise ValueError("the calibration of no images at all is not defined")
+    log_prob, confidence, squares = rows.T
+    return {
+        "nll": float(-log_prob.mean()),
+        "ece": reliability(confidence, right, bins).ece,
+        "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
+    }
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What a reliability diagram shows, bin by bin; an empty bin has nan for accuracy and confidence."""
+
+    edges: NDArray[np.float64]
+    count: NDArray[np.int64]
+    accuracy: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, in [0, 1]."""
+        filled = self.count > 0
+        gap = np.abs(self.accuracy - self.confidence)[filled]
+        return float((self.count[filled] * gap).sum() / self.count.sum())
+
+
+def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Reliability:
+    """Sorts predictions into ``bins`` of equal width by their confidence, as in Guo et al. 2017.
+
+    Args:
+        confidence: The probability of the best class, (N), in [0, 1]. Bin m holds ((m - 1) / bins, m / bins].
+        hits: Whether that class is right, (N).
+        bins: How many.
+
+    Raises:
+        ValueError: ``bins`` is below 1, or the shapes differ.
+
+    Example:
+        >>> reliability([0.9, 0.8, 0.3], [1, 0, 0], bins=2).count
+        array([1, 2])
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    certain, right = np.asarray(confidence, dtype=np.float64), np.asarray(hits, dtype=np.float64)
+    if certain.shape != right.shape or certain.ndim != 1:
+        raise ValueError(f"confidence and hits must both have shape (N,), got {certain.shape} and {right.shape}")
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    number = np.searchsorted(edges[1:], certain, side="left").clip(max=bins - 1)
+    count = np.bincount(number, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        accuracy, mean = (np.bincount(number, values, minlength=bins) / count for values in (right, certain))
+    return Reliability(edges, count, accuracy, mean)
+
+
+def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+    """What ``probability_scores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
+
+    Args:
+        logits: Shape (N, C).
+        labels: Class numbers (N); those of ``IGNORED`` give a row that means nothing.
+        scale: 1 for the raw probabilities, alpha for those that PGT trained, 1/T for a temperature T.
+
+    Returns:
+        Shape (N, 3): log-probability of the label, probability of the best class, sum of squared probabilities.
+
+    Raises:
+        ValueError: A label is no class, or the shapes do not fit.
+
+    Example:
+        >>> score_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).exp()[0, 0]
+        tensor(0.5000)
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits and labels must have shapes (N, C) and (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    counted = labels != IGNORED
+    if not ((labels >= 0) & (labels < logits.size(1)) | ~counted).all():
+        raise ValueError(
+            f"labels must lie in [0, {logits.size(1)}) or be {IGNORED}, got {labels.min()} to {labels.max()}"
+        )
+    log_probs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale, dim=-1)
+    log_prob = log_probs.gather(1, labels.where(counted, 0)[:, None])[:, 0]
+    probs = log_probs.exp()
+    return torch.stack([log_prob, probs.amax(dim=1), probs.square().sum(dim=1)], dim=1)
+
+
+class ClassificationMetrics:
+    """Top-1, top-k, NLL, ECE and Brier score for Trainer, from a few numbers of each image.
+
+    ``preprocess`` goes to Trainer's ``preprocess_logits_for_metrics``, the object itself to ``compute_metrics``. With
+    several processes every image counts once. Images with the label -100 are left out; where there are some, their
+    number is reported as ``skipped``.
+
+    Args:
+        alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
+            ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
+            and ``fold_powergrad`` gives. The attribute may be moved.
+        top_k: The second accuracy to report, next to top-1.
+        bins: Number of bins of the ECE.
+        also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
+            path of a metric of your own.
+        **options: For those, such as ``average="macro"``.
+
+    Raises:
+        TypeError, ValueError: ``alpha``, ``top_k`` or ``bins`` is not allowed.
+        ImportError: ``also`` is used and ``evaluate`` is not installed.
+
+    Example:
+        >>> metrics = ClassificationMetrics(alpha=0.25)
+        >>> kept = metrics.preprocess(torch.tensor([[0.0, 4.0, 1.0]]), torch.tensor([1]))
+        >>> sorted(metrics(EvalPrediction(tuple(part.numpy() for part in kept), np.array([1]))))
+        ['brier', 'brier_folded', 'ece', 'ece_folded', 'nll', 'nll_folded', 'top1', 'top3']
+        >>> trainer = Trainer(..., compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess)
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = None,
+        top_k: int = TOP_K,
+        bins: int = BINS,
+        also: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        if alpha is not None:
+            check_alpha(alpha)
+        for name, value in (("top_k", top_k), ("bins", bins)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.alpha = alpha
+        self.top_k = top_k
+        self.bins = bins
+        self._options = options
+        self._also: Any = None
+        if also:
+            require("evaluate", "also=")
+            import evaluate
+
+            self._also = evaluate.combine(list(also))
+
+    def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
+        """Keeps of each image: its best classes, from best to worst, and its scores, raw and folded.
+
+        Args:
+            logits: Shape (N, C), or a tuple that begins with it.
+            labels: Shape (N).
+
+        Returns:
+            Shapes (N, min(top_k, C)), (N, 3) and, where there is something to fold, (N, 3); see ``score_logits``.
+        """
+        scores = logits[0] if isinstance(logits, tuple) else logits
+        best = torch.topk(scores, min(self.top_k, scores.size(-1)), dim=-1).indices
+        return best, *(score_logits(scores, labels, scale) for scale in self._scales.values())
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        counted = np.asarray(prediction.label_ids) != IGNORED
+        labels = np.asarray(prediction.label_ids)[counted]
+        best, *scores = (np.asarray(part)[counted] for part in prediction.predictions)
+        results = top_k_accuracy(best, labels, k=(1, self.top_k))
+        for suffix, rows in zip(self._scales, scores, strict=True):
+            values = probability_scores(rows, best[:, 0] == labels, self.bins)
+            results |= {name + suffix: value for name, value in values.items()}
+        if self._also is not None:
+            results |= self._also.compute(predictions=best[:, 0], references=labels, **self._options)
+        if skipped := int((~counted).sum()):
+            results["skipped"] = skipped
+        return results
+
+    @property
+    def _scales(self) -> dict[str, float]:
+        return {"": 1.0} if self.alpha is None or self.alpha == 1 else {"": 1.0, "_folded": self.alpha}

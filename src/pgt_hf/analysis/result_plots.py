@@ -1,0 +1,277 @@
+"""Pictures of what trained classifiers got right and wrong; matplotlib is imported only when one is drawn."""
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .confusion import worst_mistakes
+from .figures import finish, new_figure, save, shorten
+
+if TYPE_CHECKING:
+    from .comparison import Point
+    from .metrics import Reliability
+
+__all__ = ["plot_adaptation", "plot_confusion", "plot_heat_map", "plot_images", "plot_mistakes", "plot_reliability"]
+
+
+def plot_reliability(
+    diagrams: Mapping[str, "Reliability"], path: str | os.PathLike[str], title: str | None = None, columns: int = 3
+) -> None:
+    """Draws reliability diagrams side by side: accuracy against confidence, with the share of images in each bin.
+
+    Args:
+        diagrams: By the line above each, row by row.
+        path: Where the picture is written.
+        title: A line above all.
+        columns: Diagrams in a row.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is no diagram.
+
+    Example:
+        >>> plot_reliability({"raw": reliability([0.9, 0.8, 0.3], [1, 0, 0])}, "reliability.png")
+    """
+    if not diagrams:
+        raise ValueError("diagrams must hold at least one diagram, got none")
+    columns = min(columns, len(diagrams))
+    rows = math.ceil(len(diagrams) / columns)
+    figure, grid = new_figure(rows, columns, (3.1 * columns, 0.6 + 3.0 * rows), sharex=True, sharey=True)
+    for axes, (name, diagram) in zip(grid.flat, diagrams.items(), strict=False):
+        filled = diagram.count > 0
+        middles, width = (diagram.edges[:-1] + diagram.edges[1:]) / 2, diagram.edges[1]
+        share = diagram.count / diagram.count.sum()
+        axes.bar(middles, share, width, color="C7", alpha=0.35, label="share of images")
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+        axes.plot(
+            diagram.confidence[filled], diagram.accuracy[filled], "C0o-", markersize=4, linewidth=1.2, label="accuracy"
+        )
+        axes.set_title(f"{name}\nECE {diagram.ece:.3f}", fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    finish(grid, len(diagrams), "confidence")
+    save(figure, path, title)
+
+
+def plot_confusion(
+    counts: ArrayLike, names: Sequence[str], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Draws which class was taken for which: each row is a true class, in shares of its images.
+
+    Args:
+        counts: Shape (C, C): how many images of class row were taken for class column.
+        names: The classes; shown up to 40 of them, and up to 20 with the counts as well.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``counts`` is no square of as many rows as there are names.
+
+    Example:
+        >>> plot_confusion([[8, 2], [0, 10]], ["cat", "dog"], "confusion_matrix.png")
+    """
+    matrix = np.asarray(counts)
+    if matrix.shape != (len(names), len(names)):
+        raise ValueError(f"counts must have shape ({len(names)}, {len(names)}), got {matrix.shape}")
+    side = min(4 + 0.32 * len(names), 12)
+    figure, grid = new_figure(1, 1, (side, side))
+    axes = grid[0, 0]
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the class's images")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(names) <= 40:
+        labels = [shorten(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
+    if len(names) <= 20:
+        for row, column in zip(*matrix.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=color)
+    save(figure, path, title)
+
+
+def plot_images(
+    images: Sequence[Any], captions: Sequence[str], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Draws a sheet of images, each with a caption.
+
+    Args:
+        images: PIL images or arrays.
+        captions: A line or two for each.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are not as many captions as images, or none at all.
+
+    Example:
+        >>> plot_images([Image.new("RGB", (32, 32))], ["cat, 98%"], "predictions.png")
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"images and captions must be as many, at least 1, got {len(images)} and {len(captions)}")
+    columns = min(6, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, grid = new_figure(rows, columns, (1.9 * columns, 2.4 * rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(np.asarray(image), cmap="gray")
+        axes.set_title("\n".join(shorten(line) for line in caption.splitlines()), fontsize=7)
+    save(figure, path, title)
+
+
+def plot_mistakes(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    confidence: ArrayLike,
+    images: Any,
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str | None = None,
+    most: int = 36,
+) -> None:
+    """Draws the images that were classified wrong with the highest probability; nothing where all are right.
+
+    Args:
+        labels: The true classes, (N).
+        predicted: What they were taken for, (N).
+        confidence: The probability of that, (N).
+        images: A split whose column ``image`` has the pictures.
+        names: The classes.
+        path: Where the picture is written.
+        title: A line above it.
+        most: How many are drawn at most.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> plot_mistakes([0, 1], [0, 0], [0.9, 0.8], load_image_dataset("digits")["train"], names, "mistakes.png")
+    """
+    truth, best, sure = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
+    if worst := worst_mistakes(truth, best, sure, most):
+        captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {sure[i]:.0%}" for i in worst]
+        plot_images([images[i]["image"] for i in worst], captions, path, title)
+
+
+def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
+
+    Args:
+        rows: Of each run: alpha, seed, target, method, accuracy on the source, accuracy on the target.
+        path: Where the picture is written.
+        title: A line above it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are no rows.
+
+    Example:
+        >>> plot_adaptation([[1.0, 0, "contrast:3", "bn", 0.9, 0.8], [0.5, 0, "contrast:3", "bn", 0.9, 0.7]], "bn.png")
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one run, got none")
+    targets, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (2, 3))
+    columns = min(3, len(targets))
+    lines = math.ceil(len(targets) / columns)
+    figure, grid = new_figure(lines, columns, (1 + 3.6 * columns, 3.2 * lines), sharex=True)
+    for axes, target in zip(grid.flat, targets, strict=False):
+        for method in methods:
+            accuracies: dict[float, list[float]] = {}
+            for alpha, _, its_target, its_method, _, accuracy in rows:
+                if (its_target, its_method) == (target, method):
+                    accuracies.setdefault(alpha, []).append(100 * accuracy)
+            alphas = sorted(accuracies)
+            axes.plot(alphas, [np.mean(accuracies[alpha]) for alpha in alphas], "o-", markersize=4, label=method)
+        axes.set_title(shorten(str(target)), fontsize=10)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("top-1 on the target (%)")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    finish(grid, len(targets), "alpha")
+    save(figure, path, title)
+
+
+def plot_heat_map(points: Sequence["Point"], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draws the mean score of each point over learning rate and alpha; stars mark the best baseline and the best PGT.
+
+    Cells are the settings of a grid; where the settings are many, as after a random search, they are bins, and each
+    shows the mean of the points in it.
+
+    Args:
+        points: What was trained.
+        path: Where the picture goes; the ending says the format.
+        title: Above it.
+
+    Raises:
+        ValueError: There are no points.
+        ImportError: matplotlib is missing.
+    """
+    if not points:
+        raise ValueError("points must hold at least one setting that was trained")
+    columns = _cells([math.log10(point.learning_rate) for point in points])
+    rows = _cells([point.alpha for point in points if point.alpha < 1])
+    if any(point.alpha == 1 for point in points):
+        rows = [*rows, (1.0, 1.0)]
+    cells: dict[tuple[int, int], list[Point]] = {}
+    for point in points:
+        key = _find(rows, point.alpha), _find(columns, math.log10(point.learning_rate))
+        cells.setdefault(key, []).append(point)
+    means = np.full((len(rows), len(columns)), np.nan)
+    for key, inside in cells.items():
+        means[key] = 100 * statistics.fmean(point.mean for point in inside)
+
+    figure, grid = new_figure(1, 1, (2.2 + 0.75 * len(columns), 1.6 + 0.5 * len(rows)))
+    axes = grid[0, 0]
+    # The worst settings fail altogether: the colours begin at the median, where the differences that matter are.
+    low, high = float(np.nanmedian(means)) - 1e-9, float(np.nanmax(means))
+    image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    for (row, column), mean in np.ndenumerate(means):
+        if not np.isnan(mean):
+            dark = mean < (low + high) / 2
+            axes.text(column, row, f"{mean:.1f}", ha="center", va="center", size=8, color="white" if dark else "black")
+    for side in ([p for p in points if p.alpha == 1], [p for p in points if p.alpha < 1]):
+        if side:
+            best = max(side, key=lambda point: point.mean)
+            place = _find(columns, math.log10(best.learning_rate)), _find(rows, best.alpha)
+            axes.plot(place[0], place[1] + 0.32, "*", color="red", markersize=9)
+    axes.set_xticks(range(len(columns)), [_label(column, lambda value: 10**value) for column in columns], rotation=45)
+    axes.set_yticks(range(len(rows)), [_label(row, lambda value: value) for row in rows])
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("alpha")
+    figure.colorbar(image, label="mean score (%), lower half clipped", extend="min")
+    if title:
+        axes.set_title(title, size=10)
+    save(figure, path, None)
+
+
+_MOST_CELLS = 12
+_BINS = 8
+
+
+def _cells(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The values themselves where they are few, as those of a grid are; else bins of equal width."""
+    distinct = sorted({round(value, 9) for value in values})
+    if len(distinct) <= _MOST_CELLS:
+        return [(value, value) for value in distinct]
+    width = (distinct[-1] - distinct[0]) / _BINS
+    return [(distinct[0] + i * width, distinct[0] + (i + 1) * width) for i in range(_BINS)]
+
+
+def _find(cells: Sequence[tuple[float, float]], value: float) -> int:
+    return min(range(len(cells)), key=lambda i: max(cells[i][0] - value, value - cells[i][1]))
+
+
+def _label(cell: tuple[float, float], scale: Callable[[float], float]) -> str:
+    low, high = (f"{scale(edge):.3g}" for edge in cell)
+    return low if low == high else f"{low} - {high}"

@@ -1,0 +1,179 @@
+"""The model card of a run, made from what its folder says was really run.
+
+Nothing is copied into a card by default: the fields that it may show are listed here, so that a path, a host or a
+token that stands in a run's settings does not reach it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..runs.dataset_terms import Terms, dataset_terms
+from ..runs.record import CURVE, METRICS, REPORT, Run, architecture, is_hub_id, shown_settings
+
+__all__ = ["model_card"]
+
+
+TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+}
+
+
+def model_card(
+    run: Run,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+    base_model: str | None = None,
+    ema: bool = False,
+    files: Iterable[str] = (),
+) -> str:
+    """Writes the card: metadata with a model-index, results, code to use the model, training, data, citation.
+
+    Args:
+        run: What ``read_run`` read; ``run.config["powergrad_folded"]`` says whether alpha is in the weights.
+        repo_id: Where the model will be, as the code in the card names it.
+        license: The model's own licence, as the Hub names it ("apache-2.0"); none is claimed when not given.
+        tags: More tags.
+        base_model: The Hub id of the model that training started from.
+        ema: Whether the weights are an exponential moving average.
+        files: What lies beside the card; the curve and the report are shown if they are among them.
+
+    Raises:
+        ValueError: huggingface_hub does not accept the metadata.
+
+    Example:
+        >>> print(model_card(read_run("runs/digits"), "alice/digits"))
+    """
+    task, terms, files = _task(run.config), dataset_terms(run.dataset), set(files)
+    data = ModelCardData(
+        license=license,
+        library_name="timm" if _is_timm(run.config) else "transformers",
+        pipeline_tag=task or None,
+        tags=sorted(
+            {*filter(None, [task]), "powergrad-transform", "arxiv:2111.12495", *_libraries(run.config), *tags}
+        ),
+        datasets=[run.dataset] if run.dataset and "/" in run.dataset else None,
+        base_model=base_model,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(run, task, terms) or None,
+    )
+    how = "trained with the PowerGrad Transform" if run.alpha is not None else "trained"
+    weights = "an exponential moving average of those of training" if ema else "the last ones of training"
+    unlicensed = "" if license else "\n\nThe author of this model has named no licence for its weights."
+    card = _read("card.md").substitute(
+        metadata=data.to_yaml(),
+        name=repo_id.split("/")[-1],
+        summary=f"`{architecture(run.config)}`, {how}{_alpha(run)} on {terms.name}. The weights are {weights}.",
+        results=_results(run),
+        usage=_usage(run.config, repo_id, task),
+        probabilities=_calibration(run),
+        training=_training(run, files),
+        data=f"{terms.name[0].upper()}{terms.name[1:]}. {terms.licence}{unlicensed}",
+    )
+    return ModelCard(card).content
+
+
+def _read(name: str) -> Template:
+    return Template(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def _alpha(run: Run) -> str:
+    return f" (alpha = {run.alpha:g})" if run.alpha is not None else ""
+
+
+def _eval_results(run: Run, task: str, terms: Terms) -> list[EvalResult]:
+    kind = run.dataset or "unknown"
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=kind if is_hub_id(kind) else re.sub(r"[^\w.-]+", "-", kind),
+            dataset_name=terms.name,
+            dataset_split="validation",
+            metric_type=METRICS[key][0],
+            metric_name=METRICS[key][1],
+            metric_value=float(f"{value:.6g}"),
+        )
+        for key, value in run.metrics.items()
+    ]
+
+
+def _results(run: Run) -> str:
+    if not run.metrics:
+        return "No evaluation has been recorded."
+    images = run.settings.get("eval_images")
+    where = f"On the {images:,} validation images:" if isinstance(images, int) else "On the validation set:"
+    rows = [
+        f"| {METRICS[key][1]} | {f'{value:.2%}' if METRICS[key][2] else f'{value:.4g}'} |"
+        for key, value in run.metrics.items()
+    ]
+    return "\n".join([where, "", "| metric | value |", "|---|---|", *rows])
+
+
+def _usage(config: Mapping[str, Any], repo_id: str, task: str) -> str:
+    """Code that runs as it stands."""
+    if task != "image-classification":
+        return _read("usage.md").substitute(repo_id=repo_id, model_class=_model_class(config)).strip()
+    # This package makes its ResNet variant known to timm.
+    first = "import pgt_hf.models  # pip install pgt_hf\n" if config.get("architecture") == "pgt_resnet" else ""
+    text = _read("usage_images.md").substitute(repo_id=repo_id, first=first)
+    return (text if _is_timm(config) else text.partition("timm:\n")[0]).strip()
+
+
+def _calibration(run: Run) -> str:
+    alpha = run.alpha
+    if alpha is None or alpha == 1:
+        return "The model was trained with plain cross-entropy on its logits `z`: its probabilities are `softmax(z)`."
+    fitted = f"Training fitted `softmax({alpha:g} * z)`, where `z` are the logits that it computed."
+    advice = "The softmax of `z` itself is sharper, and as a rule over-confident."
+    if {"ece", "ece_folded"} <= set(run.metrics):
+        raw, folded = run.metrics["ece"], run.metrics["ece_folded"]
+        better = f"softmax({alpha:g} * z)" if folded <= raw else "softmax(z)"
+        advice = (
+            f"On the validation set the expected calibration error was {raw:.4g} for `softmax(z)` and {folded:.4g} "
+            f"for `softmax({alpha:g} * z)`: take `{better}` for probabilities. The best class is the same."
+        )
+    if run.config.get("powergrad_folded"):
+        here = (
+            f"In these weights the factor {alpha:g} has been multiplied into the head (`powergrad_folded` in "
+            f"config.json): their logits are `{alpha:g} * z`, and a pipeline's scores are `softmax({alpha:g} * z)`."
+        )
+    else:
+        here = "These weights give `z`; a pipeline's scores are `softmax(z)`."
+    return f"{fitted} {here} {advice}"
+
+
+def _training(run: Run, files: set[str]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in shown_settings(run)]
+    table = ["| setting | value |", "|---|---|", *rows] if rows else ["No settings have been recorded."]
+    versions = run.settings.get("packages")
+    known = ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else "not recorded"
+    lines = [*table, "", f"Versions: {known}."]
+    if CURVE in files:
+        lines += ["", f"![Training curve]({CURVE})"]
+    if REPORT in files:
+        lines += ["", f"[{REPORT}]({REPORT}): curves, confusion, worst mistakes and calibration on one page."]
+    return "\n".join(lines)
+
+
+def _model_class(config: Mapping[str, Any]) -> str:
+    return (config.get("architectures") or ["AutoModel"])[0]
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    return next((task for suffix, task in TASKS.items() if _model_class(config).endswith(suffix)), "")
+
+
+def _is_timm(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "timm_wrapper"
+
+
+def _libraries(config: Mapping[str, Any]) -> list[str]:
+    return ["transformers", "timm"] if _is_timm(config) else ["transformers"]

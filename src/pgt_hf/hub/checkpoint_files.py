@@ -1,0 +1,144 @@
+"""Checkpoints that travel without a pickle: optimizer, scheduler and random state as safetensors, and back.
+
+A checkpoint that Trainer writes holds pickles (``optimizer.pt``, ``rng_state.pth``, ``training_args.bin``), which run
+code where they are opened carelessly. Packed, its tensors and arrays are safetensors and the rest is JSON in the
+file's header; unpacked, training resumes on the same bits.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.trainer_pt_utils import safe_globals
+
+from ..runs.record import STATE
+
+__all__ = ["pack_checkpoint", "unpack_checkpoint"]
+
+_PICKLES = (".pt", ".pth")
+_PACKED = ".packed.safetensors"
+_PLAIN = (".safetensors", ".json", ".jsonl", ".txt", ".model")
+
+
+def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Copies a checkpoint without its pickles and without paths of this machine.
+
+    Args:
+        folder: A ``checkpoint-N`` as Trainer writes it. ``training_args.bin``, which resuming does not need, and files
+            of unknown kinds are left out.
+        target: Written to; made where it does not exist.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
+        TypeError: A state holds an object that is neither tensor, array, number, string nor a container of them.
+
+    Example:
+        >>> pack_checkpoint("runs/digits/checkpoint-100", "packed")
+    """
+    folder, target = Path(folder), Path(target)
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
+    for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+        copy = target / source.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.name == STATE:
+            state = json.loads(source.read_text(encoding="utf-8"))
+            if state.get("best_model_checkpoint"):
+                state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+            copy.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        elif source.suffix in _PICKLES:
+            with safe_globals():  # the random state of numpy, and nothing else that is not torch's
+                value = torch.load(source, map_location="cpu", weights_only=True)
+            tensors: dict[str, Tensor] = {}
+            outline = _pack(value, tensors)
+            save_file(tensors, f"{copy}{_PACKED}", metadata={"outline": json.dumps(outline)})
+        elif source.suffix in _PLAIN:
+            shutil.copyfile(source, copy)
+    return target
+
+
+def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str]) -> Path:
+    """Makes a packed checkpoint one that Trainer resumes from.
+
+    Args:
+        folder: What ``pack_checkpoint`` wrote.
+        run: The run's folder; the checkpoint goes there as ``checkpoint-N``.
+
+    Returns:
+        The checkpoint, for ``trainer.train(resume_from_checkpoint=...)``.
+
+    Raises:
+        FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
+        FileExistsError: The run has that checkpoint already.
+
+    Example:
+        >>> unpack_checkpoint("packed", "runs/digits")
+    """
+    folder, run = Path(folder), Path(run)
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    target = run / f"checkpoint-{state['global_step']}"
+    if target.exists():
+        raise FileExistsError(f"{target} is there already")
+    partial = run / f"_{target.name}"  # what is half written is never taken for a checkpoint
+    shutil.rmtree(partial, ignore_errors=True)
+    for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+        copy = partial / source.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.name.endswith(_PACKED):
+            with safe_open(source, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+                outline = json.loads(file.metadata()["outline"])
+            torch.save(_unpack(outline, tensors), str(copy).removesuffix(_PACKED))
+        else:
+            shutil.copyfile(source, copy)
+    if best := state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = str(run / best)
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    partial.rename(target)
+    return target
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; tensors and arrays go into ``tensors`` and leave their number behind."""
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name := str(len(tensors))] = value.detach().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        return {"array": _pack(torch.from_numpy(np.ascontiguousarray(value)), tensors)["tensor"]}
+    if isinstance(value, np.generic):
+        return {"scalar": _pack(torch.from_numpy(np.asarray(value).reshape(1)), tensors)["tensor"]}
+    if isinstance(value, dict):  # pairs, because JSON would turn numbers as keys into strings
+        return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(item, tensors) for item in value]}
+    raise TypeError(f"a checkpoint's state cannot be packed: it holds a {type(value).__name__}")
+
+
+def _unpack(outline: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(outline, dict):
+        return outline
+    ((kind, content),) = outline.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "scalar":
+        return tensors[content].numpy()[0]
+    if kind == "dict":
+        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,328 @@
+"""``PublishCallback``: a Trainer's model on the Hub, such that no failure of the Hub stops a training or loses a file.
+
+What is uploaded is copied first and sent by a thread of its own, so training and the rotation of checkpoints go on
+beside it. What could not be pushed is said, with the command that pushes it later.
+"""
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+
+from ..runs.environment import package_versions
+from ..runs.folder import add_to_record
+from ..runs.record import STATE, read_record, read_run
+from .card import model_card
+from .checkpoint_files import pack_checkpoint
+from .release import LAST_CHECKPOINT, prepare_release, push_command
+from .upload import check_push_access, push_release
+
+__all__ = ["PublishCallback", "take_over"]
+
+logger = logging.getLogger(__name__)
+
+_STAGE = "_hub-"  # folders of what is being uploaded, in the output folder
+_FIRST_ANSWER = 60.0  # seconds that the Hub may take before training starts without it
+
+
+class PublishCallback(TrainerCallback):
+    """Publishes what ``prepare_release`` writes: at each checkpoint, and when ``push`` is called after the training.
+
+    A token that is refused, or that may not write to the repository, is an error before the first step; a Hub that
+    cannot be reached then is a warning. In training, a push that fails is a warning. The end of training and ``push``
+    log what was not pushed, and how to push it later. Only the first process talks to the Hub.
+
+    ``PowerGradTrainer`` adds it by itself where ``push_to_hub=True``, with the ``hub_*`` arguments.
+
+    Args:
+        repo_id: "name" or "owner/name"; by default the output folder's name.
+        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        private: Whether a new repository is private; by default what the owner's settings say.
+        revision: A branch, made where it does not exist; by default "main".
+        strategy: "end" pushes nothing before ``push`` is called, "every_save" the model of each checkpoint,
+            "checkpoint" also what training resumes from, "all_checkpoints" that of every checkpoint.
+        always: Push at a checkpoint although an earlier upload is still under way.
+        fold: Publish weights with alpha multiplied into the head.
+        timeout: Seconds that the end of training waits for an upload.
+
+    Raises:
+        PermissionError: When a Trainer is made: the token is missing, refused, or may not write there.
+        ValueError: ``strategy`` is not known; when a Trainer is made: its model could not be loaded from the Hub.
+
+    Example:
+        >>> publish = PublishCallback("alice/digits")
+        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[publish])
+        >>> trainer.train()
+        >>> publish.push(trainer, dataset="digits")
+    """
+
+    def __init__(
+        self,
+        repo_id: str | None = None,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        strategy: str = "every_save",
+        always: bool = False,
+        fold: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        self.repo_id = repo_id
+        self.unpushed: str | None = None  # what the last failed push was to bring, until one succeeds
+        self._where: dict[str, Any] = {"token": token, "private": private, "revision": revision}
+        self._strategy, self._always, self._fold, self._timeout = HubStrategy(strategy), always, fold, timeout
+        self._upload: _Background | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes sure, before the first step, that the repository can be written to."""
+        if not state.is_world_process_zero:
+            return
+        model = kwargs.get("model")
+        if not hasattr(model, "config"):
+            raise ValueError(
+                f"publishing needs a transformers model, got a {type(model).__name__}, which could not be loaded from "
+                "the Hub; pgt_hf.images.create_model makes one of any timm network"
+            )
+        for stage in Path(str(args.output_dir)).glob(f"{_STAGE}*"):  # of a program that was killed while it pushed
+            shutil.rmtree(stage, ignore_errors=True)
+        self.repo_id = self.repo_id or Path(str(args.output_dir)).absolute().name
+        token, private = self._where["token"], self._where["private"]
+        asking = _Background(partial(check_push_access, self.repo_id, token, private=private))
+        try:
+            self.repo_id = asking.result(min(_FIRST_ANSWER, self._timeout))
+        except (ConnectionError, TimeoutError) as error:
+            logger.warning("%s. Training starts all the same; each push will try again.", error)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if not state.is_world_process_zero or self._strategy == HubStrategy.END or not checkpoint.is_dir():
+            return
+        if self._upload is not None and self._upload.is_alive() and not self._always:
+            return
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        when = f"step {state.global_step}" if by_steps else f"epoch {int(state.epoch or 0)}"
+        self._record(args, state)
+        self._start(f"the model of {checkpoint.name}", f"Training in progress, {when}", args, self._where, checkpoint)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._finish(args)
+
+    def push(
+        self,
+        trainer: Any,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | None:
+        """Saves and publishes the trainer's model as it is now; to be called on all processes.
+
+        Args:
+            trainer: Any Trainer that has this callback.
+            commit_message: The commit's title.
+            blocking: Wait for the upload.
+            token: In place of the callback's own.
+            revision: The same.
+            private: The same.
+            **card: As ``write_card`` takes them.
+
+        Returns:
+            The commit; None where it was not pushed, or not by this process, or not yet.
+        """
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return None
+        self.write_card(trainer, **card)
+        self._wait()
+        given = {"token": token, "revision": revision, "private": private}
+        where = self._where | {key: value for key, value in given.items() if value is not None}
+        self._start("the model", commit_message or "End of training", trainer.args, where)
+        return self._finish(trainer.args) if blocking else None
+
+    def write_card(
+        self,
+        trainer: Any,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        """Writes README.md, and what it was made from, into the output folder, which must hold the model already.
+
+        Args:
+            trainer: Any Trainer that has this callback.
+            license: The licence of the weights, as the Hub names it.
+            tags: More tags.
+            finetuned_from: The Hub id of the model that training started from.
+            dataset: The Hub id or name of the data set, where no recipe has recorded it.
+        """
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(trainer.args.output_dir)
+        tags = [tags] if isinstance(tags, str) else list(tags or ())
+        known = {"license": license, "tags": tags, "base_model": finetuned_from}
+        self._record(trainer.args, trainer.state, {key: value for key, value in known.items() if value}, dataset)
+        files = [path.name for path in folder.iterdir()]
+        run = read_run(folder)
+        card = model_card(run, str(self.repo_id), license=license, tags=tags, base_model=finetuned_from, files=files)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _record(
+        self, args: Any, state: TrainerState, card: dict[str, Any] | None = None, dataset: str | None = None
+    ) -> None:
+        """What a later push needs to know; it stays in the output folder, on this machine."""
+        known = read_record(args.output_dir)
+        content: dict[str, Any] = {"hub_model_id": self.repo_id}
+        if card:
+            content["card"] = card
+        if dataset:
+            content["dataset_name"] = dataset
+        if "environment" not in known:  # no RunFolder keeps the record
+            content |= {
+                "arguments": args.to_dict(),  # with its tokens masked
+                "batch": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+                "world_size": args.world_size,
+                "packages": package_versions(),
+            }
+        add_to_record(args.output_dir, content)
+        state.save_to_json(str(Path(args.output_dir, STATE)))
+
+    def _start(
+        self, what: str, message: str, args: Any, where: dict[str, Any], checkpoint: Path | None = None
+    ) -> None:
+        """Copies now, uploads in the background, after an earlier upload that is still under way."""
+        folder, repo_id = Path(args.output_dir), str(self.repo_id)
+        stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
+        try:
+            if checkpoint is not None:
+                self._add_checkpoint(checkpoint, stage)
+            prepare_release(folder, stage, repo_id, checkpoint=checkpoint, fold=self._fold)
+        except Exception as error:  # a full disk, a model that cannot be folded: no reason to stop either
+            shutil.rmtree(stage, ignore_errors=True)
+            self._note_failure(what, error)
+            return
+        earlier = self._upload
+
+        def upload() -> CommitInfo | None:
+            if earlier is not None:
+                earlier.join()
+            try:
+                info = push_release(stage, repo_id, message=message, **where)
+            except Exception as error:  # whatever the Hub does, training goes on
+                self._note_failure(what, error)
+                return None
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+            self.unpushed = None
+            logger.info("pushed %s: %s", what, info.commit_url)
+            return info
+
+        self._upload = _Background(upload)
+
+    def _add_checkpoint(self, checkpoint: Path, stage: Path) -> None:
+        """What training resumes from, where the strategy asks for it."""
+        names = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        name = names.get(self._strategy)
+        if name is not None:
+            pack_checkpoint(checkpoint, stage / name)
+
+    def _wait(self) -> CommitInfo | None:
+        if self._upload is None:
+            return None
+        try:
+            return self._upload.result(self._timeout)
+        except TimeoutError as error:
+            self._note_failure("the model", error)
+            return None
+
+    def _finish(self, args: Any) -> CommitInfo | None:
+        info = self._wait()
+        if self.unpushed is not None:
+            options = {"private": self._where["private"], "revision": self._where["revision"], "fold": self._fold}
+            logger.error(
+                "NOT PUSHED: %s. Nothing is lost: it lies in %s. To push it later:\n    %s",
+                self.unpushed,
+                args.output_dir,
+                push_command(args.output_dir, str(self.repo_id), **options),
+            )
+        return info
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        self.unpushed = f"{what} to {self.repo_id} ({type(error).__name__}: {error})"
+        logger.warning("could not push %s", self.unpushed)
+
+
+def take_over(trainer: Any) -> PublishCallback:
+    """Lets a ``PublishCallback`` do what Trainer's own methods for the Hub do; it is made of the ``hub_*`` arguments.
+
+    Example:
+        >>> take_over(trainer).push(trainer)
+    """
+    callbacks = trainer.callback_handler.callbacks
+    publish = next((callback for callback in callbacks if isinstance(callback, PublishCallback)), None)
+    if publish is None:
+        args = trainer.args
+        publish = PublishCallback(
+            args.hub_model_id,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            strategy=args.hub_strategy,
+            always=args.hub_always_push,
+            fold=getattr(args, "hub_fold", False),
+            timeout=getattr(args, "hub_timeout", 600.0),
+        )
+        trainer.add_callback(publish)
+    publish.repo_id = publish.repo_id or Path(trainer.args.output_dir).absolute().name
+    trainer.hub_model_id = publish.repo_id
+    trainer.push_to_hub, trainer.create_model_card = (
+        partial(publish.push, trainer),
+        partial(publish.write_card, trainer),
+    )
+    trainer._push_from_checkpoint = trainer._finish_current_push = _leave_it_to_the_callback
+    return publish
+
+
+def _leave_it_to_the_callback(*args: Any) -> None:
+    """In place of what Trainer itself does when it saves and when it ends."""
+
+
+class _Background(threading.Thread):
+    """A call in a thread that does not keep the program alive."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call, self._value = call, None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # raised again where the result is asked for
+            self._error = error
+
+    def result(self, timeout: float) -> Any:
+        self.join(timeout)
+        if self.is_alive():
+            raise TimeoutError(f"the Hub has not answered within {timeout:g} seconds")
+        if self._error is not None:
+            raise self._error
+        return self._value

@@ -1,0 +1,258 @@
+"""A run's model as one repository that timm, transformers and ``pipeline`` load, and back.
+
+A repository gets safetensors, config.json, the model card, the training curve and the report; never a pickle, never a
+run's raw settings. To load it, the libraries' own functions are enough.
+"""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, snapshot_download
+
+from ..extras import require
+from ..runs.dataset_terms import dataset_terms
+from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_run
+from .card import model_card
+from .checkpoint_files import unpack_checkpoint
+from .safetensors_layout import rewrite_safetensors
+from .upload import check_push_access, push_release, refuse_leaks
+
+__all__ = ["LAST_CHECKPOINT", "prepare_release", "pull_checkpoint", "push_command", "push_run"]
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"
+# What besides the weights belongs to a model, for processors and tokenizers of any kind.
+_MODEL_FILES = (
+    CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "adapter_config.json",
+)  # fmt: skip
+_PREFIX = "timm_model."  # what transformers puts before the names that timm gave a network's weights; it reads both
+
+
+def prepare_release(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    fold: bool = False,
+    ema: bool = True,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    base_model: str | None = None,
+    pictures: bool | None = None,
+) -> Path:
+    """Writes what a repository will hold into a folder, without a network: to look at it, or for ``push_release``.
+
+    Args:
+        folder: A run: config.json and model.safetensors as ``save_model`` writes them, and what was recorded beside.
+        target: Written to; made where it does not exist.
+        repo_id: Where the model will be, for the code in the card.
+        checkpoint: Take the model from this checkpoint of the run, and describe the run as it was then.
+        fold: Multiply the head by alpha, so that the model's softmax gives the probabilities that PGT trained. Else
+            the logits are those of the trained model, bit for bit.
+        ema: Take the moving average's weights from the subfolder ``ema`` where there is one.
+        license: The licence of the weights, as the Hub names it; none is claimed when not given.
+        tags: More tags for the card.
+        base_model: The Hub id of the model that training started from.
+        pictures: Show images of the data set in the report; by default if its licence is known to allow that.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        FileNotFoundError: There is no model with safetensors weights in ``folder``.
+        ValueError: A file would reveal a token or a path of this machine; or ``fold`` is asked for and alpha is not
+            known or cannot be folded.
+
+    Example:
+        >>> prepare_release("runs/digits", "release", "alice/digits", fold=True)
+    """
+    run_folder, target = Path(folder), Path(target)
+    source = Path(checkpoint or folder)
+    model = model_folder(source) if ema else source
+    averaged = model != source
+    run = read_run(run_folder, checkpoint, ema=averaged)
+    target.mkdir(parents=True, exist_ok=True)
+
+    settings = run.settings.get("card") or {}
+    config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    if run.alpha is not None:
+        config |= {"powergrad_alpha": run.alpha, "powergrad_folded": fold}
+    if not any(model.glob("*.safetensors")):
+        raise FileNotFoundError(f"there is no {WEIGHTS} in {model}; only safetensors are published")
+    prefix = _PREFIX if config.get("model_type") == "timm_wrapper" else ""
+    with tempfile.TemporaryDirectory(dir=target) as folded:
+        origin = _fold(model, Path(folded), run.alpha) if fold else model
+        for path in origin.glob("*.safetensors"):
+            rewrite_safetensors(path, target / path.name, remove_prefix=prefix)
+        for path in origin.glob("*.safetensors.index.json"):
+            _copy_index(path, target / path.name, prefix)
+    for name in _MODEL_FILES:
+        if (model / name).is_file():
+            content = config if name == CONFIG else None
+            _copy_without_paths(model / name, target / name, content)
+    run = replace(run, config=config)
+    try:
+        require("matplotlib", "a curve and a report")
+        require("evaluate", "a report")
+    except ImportError as error:
+        logger.warning("nothing is drawn: %s", error)
+    else:
+        _add_curve(target, run)
+        if checkpoint is None:  # the evaluation that it shows is the final model's
+            _add_report(run_folder, target, run, pictures)
+    card = model_card(
+        run,
+        repo_id,
+        license=license or settings.get("license"),
+        tags=[*(settings.get("tags") or ()), *tags],
+        base_model=base_model or settings.get("base_model"),
+        ema=averaged,
+        files=[path.name for path in target.iterdir()],
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")
+    refuse_leaks(target, [str(run_folder.absolute()), str(source.absolute())])
+    return target
+
+
+def push_run(
+    folder: str | os.PathLike[str],
+    repo_id: str | None = None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload model",
+    **release: Any,
+) -> CommitInfo:
+    """Publishes the model of a run folder; what ``pgt-hf push`` calls.
+
+    Args:
+        folder: The run's folder.
+        repo_id: "name" or "owner/name"; by default what the run was told (``hub_model_id``), else the folder's name.
+        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        private: Whether a new repository is private.
+        revision: A branch, made where it does not exist; by default "main".
+        message: The commit's title.
+        **release: As ``prepare_release`` takes them: ``fold``, ``ema``, ``license``, ``tags``, ``base_model``,
+            ``pictures``.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError: As the functions that it calls.
+
+    Example:
+        >>> push_run("runs/digits", "alice/digits", private=True, license="apache-2.0")
+    """
+    settings = read_run(folder).settings
+    wanted = repo_id or settings.get("hub_model_id") or Path(folder).resolve().name
+    full = check_push_access(wanted, token, private=private)
+    with tempfile.TemporaryDirectory() as release_folder:
+        prepare_release(folder, release_folder, full, **release)
+        return push_release(release_folder, full, token=token, private=private, revision=revision, message=message)
+
+
+def pull_checkpoint(
+    repo_id: str,
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str = LAST_CHECKPOINT,
+    token: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Fetches a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to resume from it here.
+
+    Args:
+        repo_id: The repository.
+        run: The run's folder on this machine; the checkpoint goes there as ``checkpoint-N``.
+        checkpoint: The checkpoint's folder in the repository.
+        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        revision: A branch, tag or commit; by default "main".
+
+    Returns:
+        The folder for ``trainer.train(resume_from_checkpoint=...)``.
+
+    Raises:
+        FileNotFoundError: The repository holds no such checkpoint.
+        FileExistsError: The run has that checkpoint already.
+        OSError: The Hub could not be reached or refused.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=pull_checkpoint("alice/digits", "runs/digits"))
+    """
+    snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    return unpack_checkpoint(Path(snapshot, checkpoint), run)
+
+
+def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
+    """The shell command that pushes a run later.
+
+    Example:
+        >>> push_command("runs/digits", "alice/digits", private=True)
+        'pgt-hf push runs/digits --repo-id alice/digits --private'
+    """
+    words = ["pgt-hf", "push", str(folder), "--repo-id", repo_id]
+    for name, value in options.items():
+        if value:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _add_curve(target: Path, run: Run) -> None:
+    from ..analysis.run_plots import plot_training_curve
+
+    with suppress(ValueError):  # nothing that can be drawn has been logged
+        plot_training_curve(run.history, target / CURVE)
+
+
+def _add_report(folder: Path, target: Path, run: Run, pictures: bool | None) -> None:
+    from ..runs.report import write_report
+
+    allowed = dataset_terms(run.dataset).redistributable if pictures is None else pictures
+    write_report(folder, target / REPORT, run=run, pictures=allowed)
+
+
+def _fold(model: Path, target: Path, alpha: float | None) -> Path:
+    """The model with alpha in its head; it is loaded, so that any architecture's head is found as in training."""
+    import transformers
+
+    from ..heads import fold_powergrad
+    from ..images import models  # noqa: F401  registers this package's timm variants
+
+    if alpha is None:
+        raise ValueError(f"fold needs the alpha of the training, and neither {CONFIG} nor the run's settings hold it")
+    config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    network = getattr(transformers, config["architectures"][0]).from_pretrained(model, dtype="auto")
+    fold_powergrad(network, alpha)
+    network.save_pretrained(target)
+    return target
+
+
+def _copy_index(source: Path, target: Path, prefix: str) -> None:
+    """The table that says which of several weight files holds a tensor."""
+    index = json.loads(source.read_text(encoding="utf-8"))
+    index["weight_map"] = {name.removeprefix(prefix): file for name, file in index["weight_map"].items()}
+    target.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _copy_without_paths(source: Path, target: Path, content: dict[str, Any] | None) -> None:
+    """Copies a model's file; in JSON, the folder that it was once loaded from is left out."""
+    if source.suffix != ".json" or source.name in ("tokenizer.json", "vocab.json"):
+        shutil.copyfile(source, target)
+        return
+    content = json.loads(source.read_text(encoding="utf-8")) if content is None else content
+    for key in ("_name_or_path", "name_or_path"):
+        if not is_hub_id(str(content.get(key, ""))):
+            content.pop(key, None)
+    target.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,121 @@
+"""Uploads to the Hub: access, one commit for a folder, nothing secret."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from .safetensors_layout import read_header
+
+__all__ = ["check_push_access", "push_release", "refuse_leaks"]
+
+_TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
+
+
+def check_push_access(repo_id: str, token: str | None = None, *, private: bool | None = None) -> str:
+    """Makes sure, before anything is trained or uploaded, that the repository can be written to.
+
+    It is created where it does not exist, since only that shows whether the token may.
+
+    Args:
+        repo_id: "name" or "owner/name".
+        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        private: Whether a new repository is private; by default what the owner's settings say.
+
+    Returns:
+        The full "owner/name".
+
+    Raises:
+        ValueError: ``repo_id`` is not the form of a name.
+        PermissionError: There is no token, it is not valid, or it may not write there.
+        ConnectionError: The Hub could not be asked.
+
+    Example:
+        >>> check_push_access("alice/digits")
+        'alice/digits'
+    """
+    api = HfApi(token=token)
+    advice = "make a token with write access at https://huggingface.co/settings/tokens and run `hf auth login`"
+    if token is None and get_token() is None:
+        raise PermissionError(f"no Hugging Face token was found for pushing to {repo_id!r}; {advice}")
+    try:
+        found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(found, write=True)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 402, 403, 404):
+            reason = "is not valid" if status == 401 else f"may not write to {repo_id!r} (HTTP {status})"
+            raise PermissionError(f"the Hugging Face token {reason}; {advice}") from error
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} answered HTTP {status}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # the transport's own errors are huggingface_hub's to choose
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} could not be reached: {error}") from error
+    return found
+
+
+def push_release(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload model",
+) -> CommitInfo:
+    """Uploads a folder, all of it in one commit: a push that breaks off leaves the repository as it was.
+
+    Args:
+        folder: What ``prepare_release`` wrote.
+        repo_id: "name" or "owner/name"; made where it does not exist.
+        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        private: Whether a new repository is private.
+        revision: A branch, made where it does not exist; by default "main".
+        message: The commit's title.
+
+    Raises:
+        PermissionError, ConnectionError, ValueError: As ``check_push_access``.
+        OSError: The Hub failed or refused during the upload.
+
+    Example:
+        >>> push_release("release", "alice/digits", private=True)
+    """
+    api = HfApi(token=token)
+    repo_id = check_push_access(repo_id, token, private=private)
+    try:
+        if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=Path(folder), commit_message=message, revision=revision, ignore_patterns=[]
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # the upload threads wrap what they met in a RuntimeError
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"the push to {repo_id!r} broke off: {reason}") from error
+
+
+def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
+    """Raises if a text file, or the header of a safetensors file, holds a token or a path of this machine.
+
+    Raises:
+        ValueError: One does; the message names the file, not the secret.
+    """
+    tokens = {get_token(), os.environ.get("HF_TOKEN")}
+    tokens |= {value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|API_KEY)$", name)}
+    secrets = {"a token or password": [token for token in tokens if token and len(token) >= 8]}
+    secrets["a path of this machine"] = [path for path in {str(Path.home()), *private_paths} if len(path) > 1]
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            text = json.dumps(read_header(path))
+        elif path.suffix in _TEXT:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        else:
+            continue
+        for what, values in secrets.items():
+            if any(value in text for value in values):
+                raise ValueError(f"{path.relative_to(folder)} holds {what}, so nothing was published")

@@ -1,0 +1,84 @@
+"""``ImageDataArguments``: a program's flags for its images, and the data sets that they describe."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .dataset import ImageDataset
+from .sources import load_image_dataset
+from .transforms import ImageTransform
+
+__all__ = ["ImageDataArguments"]
+
+
+@dataclass
+class ImageDataArguments:
+    """Where the images come from, how many of them are used, and how they are augmented.
+
+    Raises:
+        ValueError: From ``load``: see ``load_image_dataset``.
+
+    Example:
+        >>> data = ImageDataArguments("digits", hflip=0.0)
+        >>> train, validation = data.datasets(data.load(), {"input_size": (3, 32, 32)})
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, folder of images, CSV or Parquet (file or folder), or 'digits'."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip' and count what cannot be read."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the training images in pixels."})
+    min_crop: float = field(default=0.08, metadata={"help": "Smallest random crop, as a share of the image's area."})
+    hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    color_jitter: float = field(default=0.4, metadata={"help": "Strength of the colour jitter in training."})
+    auto_augment: str | None = field(default=None, metadata={"help": "timm's RandAugment, as rand-m9-mstd0.5-inc1."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+    def load(self, seed: int = 0, *, streaming: bool = False) -> Any:
+        """The splits ``train`` and ``validation``, undecoded, as ``load_image_dataset`` gives them."""
+        if self.dataset_name is None:
+            raise ValueError("--dataset-name must be given: a Hub id, a folder of images, a CSV or Parquet, or digits")
+        return load_image_dataset(
+            self.dataset_name,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            max_train_samples=self.max_train_samples,
+            max_eval_samples=self.max_eval_samples,
+            seed=seed,
+            streaming=streaming,
+        )
+
+    def augmentation(self, preprocessing: Mapping[str, Any], *, normalize: bool = False) -> ImageTransform:
+        """The training images' way to tensors: uint8, which the trainer normalises on the device, if not told else."""
+        size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
+        return ImageTransform(
+            dict(preprocessing) | size,
+            training=True,
+            normalize=normalize,
+            scale=(self.min_crop, 1.0),
+            hflip=self.hflip,
+            color_jitter=self.color_jitter,
+            auto_augment=self.auto_augment,
+        )
+
+    def datasets(
+        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0, *, normalize: bool = False
+    ) -> tuple[ImageDataset, ImageDataset]:
+        """Training and evaluation images, for a network with this preprocessing (``config.pretrained_cfg``)."""
+        augment = self.augmentation(preprocessing, normalize=normalize)
+        train = ImageDataset(splits["train"], augment, seed=seed, on_bad_image=self.on_bad_image)
+        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=normalize))
+
+    def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:
+        """The evaluation images."""
+        return ImageDataset(splits["validation"], transform, on_bad_image=self.on_bad_image)

@@ -1,0 +1,262 @@
+"""A trained network from a folder, the Hub or timm, with its own preprocessing and class names, ready to evaluate.
+
+A folder, a Hub id or a timm name becomes a transformers model; the classes of a data set are found among the model's.
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+from transformers.utils import CONFIG_NAME
+
+from .decoding import BadImageError, to_rgb
+from .models import load
+from .transforms import ImageTransform
+
+__all__ = ["load_classifier", "load_weights", "match_labels", "preprocessing"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> PreTrainedModel:
+    """Loads an image classifier for evaluation.
+
+    Args:
+        name: A folder that ``save_pretrained`` or Trainer wrote (a ``checkpoint-100`` too), a timm model, such as
+            "resnet50.a1_in1k", with timm's weights, or a Hub id.
+        weights: A file of weights to use in place of the model's own, see ``load_weights``.
+
+    Returns:
+        A transformers model in evaluation mode; ``config.id2label`` names its classes.
+
+    Raises:
+        OSError: There is no such model, or its weights are not available.
+        ValueError: The weights do not fit the model.
+
+    Example:
+        >>> model = load_classifier("runs/digits")
+    """
+    if Path(name).is_dir():
+        if not Path(name, CONFIG_NAME).is_file():
+            raise OSError(
+                f"{os.fspath(name)!r} holds no {CONFIG_NAME}; a folder written by Trainer or a checkpoint does"
+            )
+        model = load(name)
+    elif timm.is_model(str(name)):
+        model = _load_timm(str(name), pretrained=weights is None)
+    else:
+        try:
+            model = load(name)
+        except OSError as error:
+            close = difflib.get_close_matches(str(name), timm.list_models())
+            raise OSError(
+                f"{os.fspath(name)!r} is no folder, no timm model{f' (near: {close})' if close else ''} "
+                f"and no model that the Hub gave: {error}"
+            ) from error
+    if weights is not None:
+        load_weights(getattr(model, "timm_model", model), weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Puts the weights of a local file into ``model``: by name or, where the names are others', in order.
+
+    A file from another library often holds the very same network under other names. It is taken entry by entry, in
+    order, if there are as many entries and every shape agrees. Nothing in the file is executed.
+
+    Args:
+        model: The network.
+        path: ``*.safetensors``, by name only, since that format keeps no order; or what ``torch.save`` wrote: a state
+            dict, or a dict that holds one under "state_dict", "model" or "model_ema".
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It holds no state dict, or one of another network; the first difference is named.
+
+    Example:
+        >>> load_weights(timm.create_model("tf_efficientnet_lite0"), "efficientnet-lite0-57934424.pth")
+    """
+    state = _read_state(Path(path))
+    wanted = model.state_dict()
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if set(state) != set(wanted):
+        if Path(path).suffix == ".safetensors":
+            raise ValueError(f"weights {os.fspath(path)!r} do not fit by name: {_difference(state, wanted)}")
+        if len(state) != len(wanted):
+            raise ValueError(
+                f"weights {os.fspath(path)!r} hold {len(state)} tensors, the model has {len(wanted)}; "
+                f"{_difference(state, wanted)}"
+            )
+        logger.warning("the names in %s are not the model's; its tensors are taken in their order", path)
+        state = dict(zip(wanted, _checked_in_order(state, wanted, path), strict=True))
+    wrong = next((name for name in wanted if state[name].shape != wanted[name].shape), None)
+    if wrong is not None:
+        raise ValueError(
+            f"weights {os.fspath(path)!r}: {wrong!r} has shape {tuple(state[wrong].shape)}, "
+            f"the model wants {tuple(wanted[wrong].shape)}"
+        )
+    model.load_state_dict(state)
+
+
+def preprocessing(
+    model: PreTrainedModel, name: str | os.PathLike[str], image_size: int | None = None
+) -> Callable[[Any], Tensor]:
+    """The model's own way from one image, or the bytes of its file, to a tensor of shape (3, H, W).
+
+    Args:
+        model: From ``load_classifier``.
+        name: Where it was loaded from; a model that is not timm's has its image processor there.
+        image_size: Another side length than the model's, for a timm model.
+
+    Raises:
+        OSError: The model's image processor is not there.
+        ValueError: ``image_size`` is given for a model that is not timm's.
+
+    Example:
+        >>> preprocessing(load_classifier("runs/digits"), "runs/digits")(Image.new("L", (8, 8))).shape
+        torch.Size([3, 32, 32])
+    """
+    config = getattr(model.config, "pretrained_cfg", None)
+    if config is not None:
+        size = {} if image_size is None else {"input_size": [3, image_size, image_size]}
+        return ImageTransform(dict(config) | size, training=False)
+    if image_size is not None:
+        raise ValueError(f"image_size is for timm models, got {image_size} for a {type(model).__name__}")
+    return _Processor(AutoImageProcessor.from_pretrained(name))
+
+
+def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> list[int]:
+    """The model's class number for each class number of the data set.
+
+    Classes are matched by name, whatever their order; the data set may have fewer than the model. ImageNet's 1,000 in
+    their standard order match whatever small differences in spelling there are, and may be given as WordNet ids. A
+    model that names no classes (LABEL_0, ...) is matched by number, which is logged as a warning.
+
+    Args:
+        dataset_names: The data set's classes, in the order of their numbers.
+        model_names: The model's.
+
+    Raises:
+        ValueError: Some class of the data set is not found among the model's, or a name stands for two.
+
+    Example:
+        >>> match_labels(["cat", "dog"], ["Dog", "bird", "Cat"])
+        [2, 0]
+    """
+    wanted, known = ([str(name).strip().casefold() for name in names] for names in (dataset_names, model_names))
+    in_order = list(range(len(wanted)))
+    if wanted == known:
+        return in_order
+    if known == [f"label_{number}" for number in range(len(known))] and len(wanted) == len(known):
+        logger.warning("the model names no classes: its %d are taken to be the data set's, in order", len(known))
+        return in_order
+    if len(known) == 1000:
+        imagenet = ImageNetInfo("imagenet-1k")
+        if _same_first_words(known, imagenet.label_descriptions()):
+            if _same_first_words(wanted, known):
+                return in_order
+            numbers = {synset: number for number, synset in enumerate(imagenet.label_names())}
+            if all(name in numbers for name in wanted):
+                return [numbers[name] for name in wanted]
+    missing = [name for name, key in zip(dataset_names, wanted, strict=True) if key not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the data set's {len(wanted)} classes are not among the model's {len(known)}: "
+            f"{missing[:5]}; the model's begin with {list(model_names)[:5]}"
+        )
+    twice = [name for name, key in zip(dataset_names, wanted, strict=True) if known.count(key) + wanted.count(key) > 2]
+    if twice:
+        raise ValueError(f"classes cannot be matched by name, since these stand for more than one: {twice[:5]}")
+    return [known.index(name) for name in wanted]
+
+
+class _Processor:
+    """An image processor of transformers, called as ``ImageTransform`` is; a class, for workers to pickle."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: bytes | Image.Image) -> Tensor:
+        try:
+            pixels = to_rgb(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
+        except Exception as error:  # PIL's decoders raise whatever meets them
+            raise BadImageError(f"the image cannot be decoded: {error}") from error
+        return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+
+
+def _load_timm(name: str, pretrained: bool) -> TimmWrapperForImageClassification:
+    try:
+        network = timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"timm's weights of {name!r} are not available; give a local file: {error}") from error
+    config = TimmWrapperConfig.from_dict(
+        {
+            "architecture": name,
+            "num_classes": network.num_classes,
+            # JSON's types, as a saved config has them.
+            "pretrained_cfg": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in network.pretrained_cfg.items()
+            },
+        }
+    )
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(network.state_dict())
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise OSError(f"weights must name a local file, got {os.fspath(path)!r}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no one class for "this is no such file"
+        raise ValueError(f"weights {os.fspath(path)!r} could not be read as tensors alone: {error}") from error
+    for key in ("state_dict", "model", "model_ema"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights {os.fspath(path)!r} hold no state dict, but a {type(state).__name__}")
+    return dict(state)
+
+
+def _checked_in_order(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | os.PathLike[str]
+) -> list[Tensor]:
+    for (theirs, tensor), (ours, expected) in zip(state.items(), wanted.items(), strict=True):
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"weights {os.fspath(path)!r}: {theirs!r} of shape {tuple(tensor.shape)} stands where the model has "
+                f"{ours!r} of shape {tuple(expected.shape)}"
+            )
+    return list(state.values())
+
+
+def _difference(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    return f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
+
+
+def _same_first_words(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Two lists of 1,000 in the same order: each name's first synonym, but for a few spellings."""
+    pairs = [(a.split(",")[0], b.split(",")[0].casefold()) for a, b in zip(names, others, strict=False)]
+    return len(names) == len(others) and sum(a == b for a, b in pairs) >= 0.98 * len(pairs)

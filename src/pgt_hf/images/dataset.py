@@ -1,0 +1,335 @@
+"""torch data sets of images whose every sample is a function of (seed, epoch, place), not of a worker's state.
+
+``ImageDataset`` is map-style, ``ImageStream`` reads a source that cannot be indexed. Both give ``pixel_values`` and
+``labels``, both decode in the worker that reads, and both come out the same when a run is killed and resumed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import datasets
+import fsspec.asyn  # type: ignore[import-untyped]
+import numpy as np
+import torch
+from datasets import Image
+from datasets.utils.file_utils import xopen
+from PIL import Image as Pictures
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..splits import IGNORED
+from .decoding import BadImageError
+from .seeding import preserve_rng, seed_sample
+from .transforms import ImageTransform
+
+__all__ = ["ImageDataset", "ImageStream", "read_image"]
+
+logger = logging.getLogger(__name__)
+
+_ON_BAD_IMAGE = ("error", "skip")
+_MOST_WORKERS = 256
+_ROWS_AT_ONCE = 64
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """The images of a ``datasets.Dataset`` as tensors, for any ``DataLoader``.
+
+    A sample is a function of (seed, epoch, index) alone: the same bits for any number of workers or processes.
+
+    Args:
+        split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
+        transform: An ``ImageTransform``, or another function of an image or the bytes of its file.
+        seed: For the augmentation.
+        on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
+            and the metrics leave out, warns with the index, and counts it in ``bad_images``.
+
+    Raises:
+        ValueError: A column is missing, or ``on_bad_image`` is neither of the two.
+        BadImageError: From indexing, where ``on_bad_image="error"``.
+
+    Example:
+        >>> digits = load_image_dataset("digits")["train"]
+        >>> train = ImageDataset(digits, ImageTransform({"input_size": (3, 32, 32)}, training=True))
+        >>> train.set_epoch(1)  # other crops than in epoch 0
+        >>> train[0]["pixel_values"].shape
+        torch.Size([3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        split: datasets.Dataset,
+        transform: Callable[[Any], Tensor],
+        *,
+        seed: int = 0,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.split = _undecoded(split).with_format(None)
+        self.reader = _Reader(transform, seed, on_bad_image)
+        # Shared memory reaches workers that are running already, forked or spawned.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._bad_in_epoch = torch.full((len(split),), -1, dtype=torch.int32).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        indices = [range(len(self))[index] for index in indices]  # -1 is the last; IndexError past the end
+        rows, epoch = self.split[indices], self.epoch
+        with preserve_rng():
+            return [
+                self.reader(image, label, epoch, index, f"image {index}", partial(self._count, index, epoch))
+                for image, label, index in zip(rows["image"], rows["label"], indices, strict=True)
+            ]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose augmentation is drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other augmentations from the next batch on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def bad_images(self) -> int:
+        """How many different images of the present epoch could not be read so far, in this process and its workers."""
+        return int((self._bad_in_epoch == self.epoch).sum())
+
+    def _count(self, index: int, epoch: int) -> bool:
+        known = bool(self._bad_in_epoch[index] == epoch)
+        self._bad_in_epoch[index] = epoch
+        return not known
+
+
+class ImageStream(IterableDataset[dict[str, Any]]):
+    """The images of a ``datasets.IterableDataset`` as tensors, the same number of batches on every rank.
+
+    The readers are the ``DataLoader``'s workers on all ranks. At every epoch the source's shards are shuffled by
+    (seed, epoch) and dealt to the readers; shards left over are shared, each reader taking every n-th example. Within
+    a reader, consecutive blocks of ``block_size`` examples are shuffled. So a sample is a function of (seed, epoch,
+    its place in its reader), and of how many readers there are; resuming with the same number gives the same bits. A
+    reader that runs out before its share of ``num_samples`` is done starts over in its own part.
+
+    It deals the data to ranks itself: do not let ``Accelerator.prepare`` deal again, use
+    ``prepare_data_loader(loader, num_processes=1, process_index=0, ...)``.
+
+    Args:
+        split: With the columns ``image`` and ``label``, as ``load_image_dataset(..., streaming=True)`` gives it.
+        transform: An ``ImageTransform``.
+        batch_size: The ``DataLoader``'s: workers take turns by batches.
+        num_samples: Images in an epoch, over all ranks; each rank gets its part of it, in whole batches.
+        rank: This process's number.
+        world_size: The number of processes.
+        seed: For shards, blocks and augmentation.
+        block_size: Examples (undecoded) that a reader holds in memory, and shuffles, at a time.
+        on_bad_image: As for ``ImageDataset``.
+
+    Raises:
+        ValueError: An argument is out of its range, or a column is missing.
+        BadImageError: From iterating, where ``on_bad_image="error"``.
+
+    Example:
+        >>> source = load_image_dataset("digits")["train"].to_iterable_dataset(num_shards=4)
+        >>> transform = ImageTransform({"input_size": (3, 32, 32)}, training=True)
+        >>> stream = ImageStream(source, transform, batch_size=32, num_samples=1437)
+        >>> len(stream) // 32
+        44
+    """
+
+    def __init__(
+        self,
+        split: datasets.IterableDataset,
+        transform: ImageTransform,
+        *,
+        batch_size: int,
+        num_samples: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        block_size: int = 1000,
+        on_bad_image: str = "error",
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("block_size", block_size), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size - 1), got {rank}")
+        self.batches = num_samples // world_size // batch_size
+        if self.batches < 1:
+            raise ValueError(
+                f"num_samples must be at least world_size * batch_size = {world_size * batch_size}, got {num_samples}"
+            )
+        self.split = _undecoded(split).with_format("arrow")
+        self.reader = _Reader(transform, seed, on_bad_image)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.block_size = seed, block_size
+        # Shared memory reaches workers that are running already: epoch, and the (epoch, batches) to pass over.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._passed = torch.tensor([-1, 0]).share_memory_()
+        self._bad = torch.zeros(_MOST_WORKERS, 2, dtype=torch.int64).share_memory_()  # of each worker: epoch, count
+
+    def __len__(self) -> int:
+        """Samples per rank and epoch."""
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if workers > _MOST_WORKERS:
+            raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {workers}")
+        if info:
+            fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise, as datasets says of its own
+        epoch = self.epoch
+        passed = int(self._passed[1]) if self._passed[0] == epoch else 0
+        share = range(worker, self.batches, workers)  # DataLoader takes a batch from each worker in turn
+        done = len(share[: len(range(worker, min(passed, self.batches), workers))])
+        return self._iterate(epoch, worker, workers, done * self.batch_size, len(share) * self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration is of."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other shards, order and augmentation from the next iteration on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+    def fast_forward(self, epoch: int, batches: int) -> None:
+        """In that epoch, the first batches are black placeholders: read by no one and decoded by no one.
+
+        For ``accelerate.skip_first_batches``, which reads them and drops them. All later samples are those of an
+        uninterrupted epoch.
+
+        Args:
+            epoch: The epoch to resume in.
+            batches: How many batches of it this rank has done.
+
+        Raises:
+            ValueError: There are not that many batches in an epoch.
+        """
+        if not 0 <= batches <= self.batches:
+            raise ValueError(f"batches must be from 0 to {self.batches}, got {batches}")
+        self._passed.copy_(torch.tensor([epoch, batches]))
+
+    @property
+    def bad_images(self) -> int:
+        """How many images of the present epoch could not be read so far, in this process and its workers."""
+        return int(self._bad[self._bad[:, 0] == self.epoch, 1].sum())
+
+    def _iterate(self, epoch: int, worker: int, workers: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        placeholder = {"pixel_values": self.reader.transform.blank(), "labels": IGNORED}
+        for _ in range(start):
+            yield placeholder
+        self._bad[worker] = torch.tensor([epoch, 0])
+        bad: set[str] = set()
+
+        def count(where: str) -> bool:
+            """Counts a bad image once, though a reader that starts over meets it again."""
+            known = where in bad
+            bad.add(where)
+            self._bad[worker, 1] = len(bad)
+            return not known
+
+        reader, readers = self.rank * workers + worker, self.world_size * workers
+        rows = self._rows(epoch, reader, readers, skip=start - start % self.block_size)
+        block: list[tuple[str, dict[str, Any]]] = []
+        for place in range(start, stop):
+            number, within = divmod(place, self.block_size)
+            if not block or within == 0:
+                size = min(self.block_size, stop - number * self.block_size)  # the last block may be a short one
+                block = list(islice(rows, size))
+                order = np.random.default_rng([self.seed, epoch, reader, number]).permutation(size)
+            where, row = block[order[within]]
+            index = place * readers + reader  # no two samples of an epoch share it
+            # A worker's random numbers are used by nobody else.
+            with nullcontext() if get_worker_info() else preserve_rng():
+                sample = self.reader(row["image"], row["label"], epoch, index, where, partial(count, where))
+            yield sample
+
+    def _rows(self, epoch: int, reader: int, readers: int, skip: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The reader's examples without end, from the ``skip``-th on, each with its place in the source."""
+        parts = self._parts(epoch, reader, readers)
+        shards = self.split.num_shards
+        while True:
+            found = 0
+            for shard, offset, step in parts:
+                base = 0
+                for table in self.split.shard(shards, shard).iter(batch_size=_ROWS_AT_ONCE):
+                    mine = range((offset - base) % step, len(table), step)
+                    found += len(mine)
+                    for index in mine[skip:]:
+                        row = table.slice(index, 1).to_pylist()[0]
+                        yield f"image {base + index} of shard {shard}", row
+                    skip = max(skip - len(mine), 0)
+                    base += len(table)
+            if not found:
+                raise ValueError(
+                    f"reader {reader} of {readers} (processes x workers) has no image at all: the source's {shards} "
+                    "shards are too few or too small; use fewer workers"
+                )
+
+    def _parts(self, epoch: int, reader: int, readers: int) -> list[tuple[int, int, int]]:
+        """What a reader reads, as (shard, first example, every how many)."""
+        shards = np.random.default_rng([self.seed, epoch]).permutation(self.split.num_shards).tolist()
+        whole = len(shards) - len(shards) % readers
+        parts = [(shard, 0, 1) for shard in shards[reader:whole:readers]]
+        if left_over := shards[whole:]:
+            sharing = range(reader % len(left_over), readers, len(left_over))
+            parts.append((left_over[reader % len(left_over)], sharing.index(reader), len(sharing)))
+        return parts
+
+
+def read_image(image: Any) -> bytes | Pictures.Image:
+    """The file behind an undecoded cell of an image column (a dict of ``bytes`` and ``path``); else the cell itself.
+
+    Raises:
+        FileNotFoundError: The cell names a file that is not there.
+
+    Example:
+        >>> read_image({"bytes": b"...", "path": None})
+        b'...'
+    """
+    if not isinstance(image, dict):
+        return image
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with xopen(image["path"], "rb") as file:
+        return file.read()
+
+
+class _Reader:
+    """One example from its row, or what stands for it where the image is bad."""
+
+    def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
+        if on_bad_image not in _ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image must be one of {_ON_BAD_IMAGE}, got {on_bad_image!r}")
+        self.transform, self.seed, self.on_bad_image = transform, seed, on_bad_image
+
+    def __call__(
+        self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Seeds the random numbers and does not give them back. ``count`` says whether a bad image is a new one."""
+        seed_sample(self.seed, epoch, index)
+        try:
+            pixels: Tensor = self.transform(read_image(image))
+        except (BadImageError, FileNotFoundError) as error:
+            if self.on_bad_image == "error":
+                raise BadImageError(f"{where}: {error}") from error
+            if count():
+                logger.warning("%s is skipped: %s", where, error)
+            return {"pixel_values": self.transform.blank(), "labels": IGNORED}
+        return {"pixel_values": pixels, "labels": label}
+
+
+def _undecoded(split: Any) -> Any:
+    missing = {"image", "label"} - set(split.column_names or ())
+    if missing:
+        raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
+    return split.cast_column("image", Image(decode=False))

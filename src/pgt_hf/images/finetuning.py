@@ -1,0 +1,288 @@
+"""From a pretrained classifier to one of your own classes: a new head, and what of the network is trained, how fast.
+
+Works on timm networks (in transformers' wrapper) and on transformers' own. Layers and their order are timm's to know,
+LoRA is PEFT's; this module joins them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..extras import require
+from ..heads import last_linear
+from .models import fit_image_size
+
+__all__ = [
+    "add_lora",
+    "class_weights",
+    "freeze_backbone",
+    "merge_lora",
+    "parameter_groups",
+    "replace_head",
+    "set_image_size",
+]
+
+# Transformers' models have numbered blocks under these names; what comes after them (a last norm) goes with the head.
+_BLOCK = r"\.(?:layers?|blocks?|stages?)\.(\d+)"
+_LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), (f".*?{_BLOCK}", None)]}
+
+
+def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:
+    """Gives a classifier a new, untrained last layer for other classes, and their names; all else stays.
+
+    Args:
+        model: A transformers image classifier, or timm's in its wrapper; changed in place.
+        label_names: The new classes in the order of their numbers.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: Fewer than two classes, or the model does not end in one linear layer.
+
+    Example:
+        >>> model = replace_head(load_classifier("runs/digits"), ["cat", "dog"])
+        >>> model.config.id2label
+        {0: 'cat', 1: 'dog'}
+    """
+    if len(label_names) < 2:
+        raise ValueError(f"label_names must name at least 2 classes, got {list(label_names)}")
+    network = getattr(model, "timm_model", None)
+    if network is not None:
+        network.reset_classifier(len(label_names))
+    else:
+        heads = last_linear(model)
+        if len(heads) != 1 or not isinstance(heads[0], nn.Linear):
+            raise ValueError(f"model must end in one linear layer, got {type(model).__name__} with {heads}")
+        old = heads[0]
+        new = nn.Linear(old.in_features, len(label_names), bias=old.bias is not None)
+        model._init_weights(new)
+        model.set_submodule(next(name for name, module in model.named_modules() if module is old), new)
+    names = dict(enumerate(label_names))
+    model.config.id2label, model.config.label2id = names, {label: number for number, label in names.items()}
+    model.num_labels = len(names)
+    return model
+
+
+def set_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
+    """Sets the side of the images, in pixels, that a timm network is trained on, evaluated on and saved with.
+
+    Raises:
+        ValueError: ``side`` is below 1, or the network is not timm's.
+
+    Example:
+        >>> set_image_size(load_classifier("tf_efficientnet_lite0"), 96).config.pretrained_cfg["input_size"]
+        [3, 96, 96]
+    """
+    if side < 1:
+        raise ValueError(f"side must be at least 1, got {side}")
+    network = getattr(model, "timm_model", None)
+    if network is None:
+        raise ValueError(f"the image size can be set for timm models, got {side} for a {type(model).__name__}")
+    if list(model.config.pretrained_cfg["input_size"]) == [3, side, side]:
+        return model
+    model.config.model_args = dict(model.config.model_args or {}) | fit_image_size(network, side)
+    model.config.pretrained_cfg = dict(model.config.pretrained_cfg) | {"input_size": [3, side, side]}
+    return model
+
+
+def freeze_backbone(model: nn.Module) -> nn.Module:
+    """Leaves only the last layer trainable: a linear probe.
+
+    Frozen layers run as in evaluation, also while the model trains: batch norm keeps its statistics and drops nothing.
+
+    Example:
+        >>> model = freeze_backbone(create_model("resnet18", ["cat", "dog"]))
+        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        1026
+    """
+    model.requires_grad_(False)
+    for layer in _heads(model):
+        layer.requires_grad_(True)
+    return _evaluate_frozen_layers(model)
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    head_lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups with learning rates of their own, for any optimizer and schedule.
+
+    Biases and norms get no weight decay, as timm does it. With ``layer_decay`` the layer n places below the head
+    trains at ``lr * layer_decay ** n`` (BEiT, arXiv 2106.08254); timm's networks say themselves what a layer is.
+
+    Args:
+        model: The model; also one with LoRA.
+        lr: Learning rate of the last layers but the head.
+        weight_decay: Of all weight matrices.
+        layer_decay: In (0, 1]; None is one rate for all layers.
+        head_lr_scale: The new head's learning rate, as a multiple of ``lr``.
+
+    Raises:
+        ValueError: An argument is out of its range, or nothing is trainable, or the model's layers cannot be told.
+
+    Example:
+        >>> model = create_model("resnet18", ["cat", "dog"])
+        >>> groups = parameter_groups(model, 0.1, layer_decay=0.5, head_lr_scale=10)
+        >>> max(group["lr"] for group in groups), min(group["lr"] for group in groups)
+        (1.0, 0.0001953125)
+    """
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
+    if not head_lr_scale > 0:
+        raise ValueError(f"head_lr_scale must be above 0, got {head_lr_scale}")
+    base = _base(model)
+    network = getattr(base, "timm_model", base)
+    options: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "no_weight_decay_list": getattr(network, "no_weight_decay", set)(),
+    }
+    if layer_decay is None:
+        groups = param_groups_weight_decay(network, **options)
+    else:
+        layered = network if hasattr(network, "group_matcher") else _Layered(network)
+        groups = param_groups_layer_decay(layered, layer_decay=layer_decay, **options)
+        if len({group["lr_scale"] for group in groups}) == 1 and layer_decay != 1:
+            raise ValueError(f"layer_decay needs a network whose layers are known, got a {type(network).__name__}")
+    if not groups:
+        raise ValueError(f"model must have trainable parameters, got a {type(base).__name__} with none")
+
+    head = {id(parameter) for layer in _heads(model) for parameter in layer.parameters()}
+    split = []
+    for group in groups:
+        rate = lr * group.pop("lr_scale", 1.0)  # the rate itself: a scale is for timm's schedulers alone
+        for scale, parameters in (
+            (1.0, [parameter for parameter in group["params"] if id(parameter) not in head]),
+            (head_lr_scale, [parameter for parameter in group["params"] if id(parameter) in head]),
+        ):
+            if parameters:
+                split.append(group | {"params": parameters, "lr": rate * scale})
+    return split
+
+
+def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropout: float = 0.0) -> Any:
+    """Freezes the network and puts a trainable low-rank update beside its linear and convolutional layers (PEFT).
+
+    The head is trained whole. Grouped convolutions (depthwise ones) stay as they are. Frozen layers run as in
+    evaluation.
+
+    Args:
+        model: A transformers image classifier, or timm's in its wrapper.
+        rank: Of the updates.
+        scale: What an update is multiplied by, ``lora_alpha / rank`` in PEFT's words; no relation to PGT's alpha.
+        dropout: On an update's input.
+
+    Returns:
+        A ``peft.PeftModel``; ``merge_lora`` makes a plain model of it.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: ``rank`` is below 1.
+
+    Example:
+        >>> model = add_lora(create_model("vit_tiny_patch16_224", ["cat", "dog"]), rank=4)
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    require("peft", "LoRA")
+    from peft import LoraConfig, get_peft_model
+
+    heads = _heads(model)
+    names = {name: module for name, module in model.named_modules() if name}
+    adapted = [
+        name
+        for name, module in names.items()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if not any(module is head for head in heads)
+    ]
+    whole = [name for name, module in names.items() if any(module is head for head in heads)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=dropout,
+        target_modules=adapted,
+        modules_to_save=whole,
+    )
+    return _evaluate_frozen_layers(get_peft_model(model, config))
+
+
+def merge_lora(model: Any) -> PreTrainedModel:
+    """Adds the updates to the weights that they stand beside: the same function, as a plain model without PEFT.
+
+    Example:
+        >>> merge_lora(add_lora(create_model("resnet18", ["cat", "dog"]))).save_pretrained("model")
+    """
+    return model.merge_and_unload()
+
+
+def class_weights(labels: ArrayLike, classes: int) -> Tensor:
+    """Weights that let every class count the same, ``N / (C n_c)``, whose mean over the images is 1.
+
+    Args:
+        labels: The class numbers of the training images, (N).
+        classes: How many classes there are; one without an image gets 0, and C counts the others.
+
+    Raises:
+        ValueError: There are no labels, or one of them is no class.
+
+    Example:
+        >>> class_weights([0, 0, 0, 1], 2)
+        tensor([0.6667, 2.0000])
+    """
+    numbers = np.asarray(labels)
+    if not numbers.size or numbers.min() < 0 or numbers.max() >= classes:
+        raise ValueError(f"labels must lie in [0, {classes}) and not be empty, got {numbers.size} of them")
+    count = torch.from_numpy(np.bincount(numbers, minlength=classes))
+    present = int((count > 0).sum())
+    return torch.where(count > 0, numbers.size / (present * count.clamp(min=1)), 0.0)
+
+
+class _Layered:
+    """A transformers model as timm's layer decay asks for one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named_parameters = model.named_parameters
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        return _LAYERS
+
+
+class _EvaluateFrozen:
+    """Forward pre-hook; a class, so that models which carry it can be copied and pickled."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for frozen in self.modules:
+            frozen.training = False
+
+
+def _evaluate_frozen_layers(model: nn.Module) -> Any:
+    """A hook, since Trainer puts the whole model into training mode before each step."""
+    frozen: list[nn.Module] = []
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen.extend(module.modules())
+    model.register_forward_pre_hook(_EvaluateFrozen(frozen))
+    return model
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The last linear layers; of a PEFT model, all parts of the trained copy."""
+    return list(last_linear(model))

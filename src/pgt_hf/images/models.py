@@ -1,0 +1,175 @@
+"""timm networks as transformers models, with two variants that timm lacks: norm-free and small-image ResNets.
+
+The result is transformers' own ``TimmWrapperForImageClassification``: its folder holds safetensors and a
+``config.json`` that also describes the preprocessing, so ``AutoModelForImageClassification``, ``AutoImageProcessor``
+and ``pipeline`` read it. The two variants are registered with timm, as ``pgt_resnet``, when this module is imported:
+import it, or use ``load``, before a checkpoint of one is read.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import ResNet, load_pretrained, register_model
+from torch import nn
+from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+
+__all__ = ["create_model", "fit_image_size", "load", "pgt_resnet"]
+
+
+def create_model(
+    name: str,
+    label_names: Sequence[str],
+    *,
+    image_size: int = 224,
+    pretrained: bool = False,
+    norm_free: bool = False,
+    small_images: bool = False,
+    **timm_kwargs: Any,
+) -> TimmWrapperForImageClassification:
+    """Builds a timm network as a transformers model, initialised as timm does it.
+
+    Args:
+        name: Any timm model, such as "resnet50" or "resnet50.a1_in1k" (the tag picks the weights when ``pretrained``).
+        label_names: The classes in the order of their numbers; there are as many outputs as names.
+        image_size: Side of the square that the network is trained and evaluated on. Images up to 64 pixels are
+            evaluated whole, larger ones cropped to their central 87.5%.
+        pretrained: Start from timm's weights (downloaded from the Hub, with their own preprocessing).
+        norm_free: Replace every normalisation layer of a ResNet by the identity; see ``pgt_resnet``.
+        small_images: Replace the stem of a ResNet, which shrinks by 4, by a 3x3 convolution that keeps the size.
+        **timm_kwargs: Passed to timm, hence JSON values only: ``drop_path_rate=0.1``, ``stem_type="deep"``.
+
+    Returns:
+        A model from ``pixel_values`` of shape (N, 3, image_size, image_size), and optionally ``labels`` of shape (N),
+        to an output with ``logits`` of shape (N, C) and ``loss``.
+
+    Raises:
+        ValueError: ``name`` is unknown to timm, fewer than two classes, or a ResNet option for another network.
+
+    Example:
+        >>> model = create_model("resnet18", ["cat", "dog"], image_size=64, small_images=True)
+        >>> model(torch.zeros(1, 3, 64, 64)).logits.shape
+        torch.Size([1, 2])
+    """
+    if len(label_names) < 2:
+        raise ValueError(f"label_names must name at least 2 classes, got {list(label_names)}")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models())
+        raise ValueError(f"name must be a timm model, got {name!r}; near: {close or 'see timm.list_models()'}")
+    architecture, model_args = name, dict(timm_kwargs)
+    if norm_free or small_images:
+        architecture = pgt_resnet.__name__
+        model_args |= {"base": name, "norm_free": norm_free, "small_images": small_images}
+
+    network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
+    model_args |= fit_image_size(network, image_size)
+    names = dict(enumerate(label_names))
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=model_args,
+        pretrained_cfg=_preprocessing(network.pretrained_cfg if pretrained else {}, image_size),
+        id2label=names,
+        label2id={label: number for number, label in names.items()},
+    )
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(network.state_dict())  # the wrapper draws its head anew
+    return model
+
+
+def load(path: str | os.PathLike[str], **kwargs: Any) -> TimmWrapperForImageClassification:
+    """``AutoModelForImageClassification.from_pretrained``, for the variants of this module too.
+
+    Args:
+        path: A folder that ``save_pretrained`` or Trainer wrote, or a Hub id.
+        **kwargs: As ``from_pretrained`` takes them.
+
+    Raises:
+        OSError: There is no model at ``path``.
+
+    Example:
+        >>> model = load("runs/digits")
+    """
+    return AutoModelForImageClassification.from_pretrained(path, **kwargs)
+
+
+def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
+    """Brings a network whose parameters depend on the image's size, as a ViT's do, to square images of this side.
+
+    Args:
+        network: A timm network, changed in place; most take any size, and stay as they are.
+        side: In pixels.
+
+    Returns:
+        What ``timm.create_model`` needs to build it so from the start.
+
+    Example:
+        >>> fit_image_size(timm.create_model("vit_tiny_patch16_224"), 96)
+        {'img_size': 96}
+    """
+    set_input_size = getattr(network, "set_input_size", None)
+    if set_input_size is None:
+        return {}
+    set_input_size(img_size=side)
+    return {"img_size": side}
+
+
+@register_model
+def pgt_resnet(
+    pretrained: bool = False,
+    base: str = "resnet18",
+    norm_free: bool = False,
+    small_images: bool = False,
+    **kwargs: Any,
+) -> ResNet:
+    """A timm ResNet ``base`` without normalisation, with a stem for small images, or both.
+
+    Without normalisation, each residual block doubles the variance at initialisation: harmless in ResNet-18, a first
+    loss near 30 in ResNet-50, which wants clipping and a smaller learning rate.
+
+    Raises:
+        ValueError: ``base`` is not of timm's ResNet family (ResNet, ResNeXt, SE-ResNet, ...).
+
+    Example:
+        >>> network = timm.create_model("pgt_resnet", base="resnet50", norm_free=True, num_classes=10)
+    """
+    if norm_free:
+        kwargs["norm_layer"] = nn.Identity
+    published = pretrained and kwargs.get("pretrained_cfg")  # weights of this very variant, from the Hub or a folder
+    try:
+        network = timm.create_model(base, pretrained=pretrained and not published, **kwargs)
+    except TypeError:
+        network = None
+    if not isinstance(network, ResNet):
+        raise ValueError(f"norm_free and small_images are for timm's ResNets, got {base!r}")
+    if small_images:
+        _keep_size_in_stem(network)
+    if published:
+        load_pretrained(network, published, num_classes=network.num_classes)
+    return network
+
+
+def _keep_size_in_stem(network: ResNet) -> None:
+    network.maxpool = nn.Identity()
+    if isinstance(network.conv1, nn.Sequential):  # a "deep" stem of three 3x3 convolutions
+        first = network.conv1[0]
+        assert isinstance(first, nn.Conv2d)
+        first.stride = (1, 1)
+        return
+    wide = network.conv1
+    network.conv1 = nn.Conv2d(wide.in_channels, wide.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _preprocessing(pretrained_cfg: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """What timm's and transformers' image processors read; the weights' own values win over the defaults."""
+    defaults = {
+        "mean": list(IMAGENET_DEFAULT_MEAN),
+        "std": list(IMAGENET_DEFAULT_STD),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if image_size <= 64 else 0.875,
+    }
+    own = {key: pretrained_cfg[key] for key in defaults if pretrained_cfg.get(key) is not None}
+    return defaults | own | {"input_size": [3, image_size, image_size]}

@@ -1,0 +1,271 @@
+"""Labelled images from the Hub, a local folder or scikit-learn, always as ``train`` and ``validation``.
+
+Nothing is decided silently: a split that has to be made or used twice is a warning, a data set that may not be read
+is an error that says what to do.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from datasets.exceptions import DatasetNotFoundError
+from datasets.splits import SplitDict, SplitInfo
+from datasets.utils.file_utils import xopen
+from huggingface_hub import get_token
+
+from ..splits import EVALUATION_SPLITS, check_size, class_names, draw, find_column, train_and_validation
+
+__all__ = [
+    "DEFAULT_DATASET",
+    "DIGITS",
+    "GATED",
+    "check_access",
+    "class_names",
+    "load_image_dataset",
+    "num_images",
+]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DATASET = "ILSVRC/imagenet-1k"
+DIGITS = "digits"
+GATED = (DEFAULT_DATASET,)
+
+_IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_DIGIT_SHARDS = 8
+
+
+def load_image_dataset(
+    name: str = DEFAULT_DATASET,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+    streaming: bool = False,
+) -> DatasetDict | dict[str, Dataset | IterableDataset]:
+    """Loads labelled images.
+
+    The evaluation split is the first labelled one of validation, valid, val and test. Where there is none, a tenth of
+    each class is held out of ``train``, drawn by ``seed``; where there is no ``train``, the one split serves as both.
+    Either is logged as a warning. With ``streaming`` neither can be done, and both splits must be there.
+
+    Args:
+        name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
+            a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
+            after the splits), one Parquet file, or a Hub id. A CSV file names its images by path, from where it lies.
+        image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
+            the only column of images.
+        label_column: The column with the classes; by default label, labels, fine_label or class.
+        max_train_samples: Keep so many training images, drawn by ``seed``; with ``streaming`` the first ones.
+        max_eval_samples: The same for validation.
+        seed: For every draw.
+        streaming: Leave ``train`` where it is and read it as training goes, for ``ImageStream``. The files of the
+            evaluation split, and no others, are downloaded, so that it can be indexed and each image counted once.
+
+    Returns:
+        ``train`` and ``validation``, each with the columns ``image`` (Image) and ``label`` (ClassLabel, the same names
+        in both). ``train`` is an ``IterableDataset`` where ``streaming``.
+
+    Raises:
+        PermissionError: The data set is gated and cannot be read with the present token, if any.
+        FileNotFoundError: There is no such folder or data set.
+        ConnectionError: The Hub could not be reached.
+        ValueError: No image or label column, no labelled images, or labels that differ between the splits. With
+            ``streaming`` also: a split is missing, or the classes have no names.
+
+    Example:
+        >>> load_image_dataset("digits")["validation"].num_rows
+        360
+    """
+    check_access(name)
+    if streaming and name != DIGITS:
+        return _stream(name, image_column, label_column, max_train_samples, max_eval_samples, seed)
+    splits = _digits(seed) if name == DIGITS else _load(name)
+    splits = DatasetDict(
+        {key: _image_and_label(split, name, image_column, label_column) for key, split in splits.items()}
+    )
+    splits = train_and_validation(splits, name, seed)
+    limits = {"train": max_train_samples, "validation": max_eval_samples}
+    drawn = DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
+    if not streaming:
+        return drawn
+    rows = drawn["train"].num_rows
+    train = drawn["train"].to_iterable_dataset(num_shards=min(_DIGIT_SHARDS, rows))
+    return {"train": _with_num_images(train, rows), "validation": drawn["validation"]}
+
+
+def check_access(name: str) -> None:
+    """Looks, without the network, whether a gated data set could be read at all.
+
+    Raises:
+        PermissionError: It is gated, not in the local cache, and there is no token; the message says how to get one.
+
+    Example:
+        >>> check_access("digits")
+    """
+    if name in GATED and not Path(name).is_dir() and get_token() is None and not _is_cached(name):
+        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
+
+
+def num_images(dataset: Dataset | IterableDataset) -> int | None:
+    """How many images there are; None for a stream whose source does not say.
+
+    Example:
+        >>> num_images(load_image_dataset("digits", streaming=True)["train"])
+        1437
+    """
+    if isinstance(dataset, Dataset):
+        return dataset.num_rows
+    splits = dataset.info.splits or {}
+    return splits["train"].num_examples if "train" in splits else None
+
+
+def _how_to_get(name: str, reason: str) -> str:
+    return (
+        f"{name!r} is a gated data set, and {reason}. To get it:\n"
+        f"  1. log in and accept its terms at https://huggingface.co/datasets/{name}\n"
+        "  2. make a token with read access at https://huggingface.co/settings/tokens\n"
+        "  3. run `hf auth login`, or set HF_TOKEN to the token\n"
+        "Or use other data: --dataset-name digits, a local folder of Parquet files or images, or another Hub id."
+    )
+
+
+def _is_cached(name: str) -> bool:
+    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+
+
+def _load(name: str, **options: Any) -> Any:
+    tables = _tables(name)
+    if tables:
+        options = {"data_files": {split: str(file) for split, file in tables.items()}} | options
+    try:
+        return datasets.load_dataset(next(iter(tables.values())).suffix[1:] if tables else name, **options)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            reason = "the present token has no access to it" if get_token() else "no token was found"
+            raise PermissionError(_how_to_get(name, reason)) from error
+        raise FileNotFoundError(
+            f"{name!r} is neither a local folder nor a data set on the Hub that can be read"
+        ) from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
+        ) from error
+
+
+def _tables(name: str) -> dict[str, Path]:
+    """The CSV or Parquet file of each split, where ``name`` is such a file or a folder of CSV files."""
+    path = Path(name)
+    if path.is_file() and path.suffix in (".csv", ".parquet"):
+        return {"train": path}
+    found = sorted(path.glob("*.csv")) if path.is_dir() else []
+    if not found or any(file.stem == "metadata" for file in found):  # `datasets` reads metadata.csv with the images
+        return {}
+    return {file.stem: file for file in found} if len(found) > 1 else {"train": found[0]}
+
+
+def _stream(
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+) -> dict[str, Dataset | IterableDataset]:
+    splits = _load(name, streaming=True)
+    held_out = next((key for key in EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
+    if "train" not in splits or held_out is None:
+        raise ValueError(
+            f"streaming needs a split `train` and a labelled one of {EVALUATION_SPLITS}; {name!r} has {sorted(splits)}"
+        )
+    train = _image_and_label(splits["train"], name, image_column, label_column)
+    if not isinstance(train.features["label"], ClassLabel):
+        raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
+
+    # Asked for the split alone, load_dataset would still download every file of the data set.
+    files = datasets.load_dataset_builder(name).config.data_files
+    alone = {held_out: list(files[held_out])}
+    options = {"features": splits["train"].features, "verification_mode": "no_checks"}
+    validation = _load(name, data_files=alone, split=held_out, **options)
+    validation = _image_and_label(validation, name, image_column, label_column)
+
+    known = splits["train"].info.splits or {}
+    rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
+    if max_train_samples is not None:
+        check_size(max_train_samples)
+        train = train.take(max_train_samples)
+        rows = max_train_samples if rows is None else min(rows, max_train_samples)
+    return {"train": _with_num_images(train, rows), "validation": draw(validation, max_eval_samples, seed)}
+
+
+def _begins_labelled(split: IterableDataset) -> bool:
+    label = next((column for column in _LABEL_COLUMNS if column in (split.column_names or ())), None)
+    if label is None:
+        return True  # named by the user; what is wrong with it is said where it is read
+    first = next(iter(split.select_columns([label])), {label: -1})[label]
+    return first is not None and first != -1
+
+
+def _count_rows(files: Sequence[str]) -> int | None:
+    """From the footers of Parquet files; there is no other way to know without reading everything."""
+    if not all(file.endswith(".parquet") for file in files):
+        return None
+    rows = 0
+    for path in files:
+        with xopen(path, "rb") as file:
+            rows += pq.read_metadata(file).num_rows
+    return rows
+
+
+def _with_num_images(train: IterableDataset, rows: int | None) -> IterableDataset:
+    train.info.splits = None if rows is None else SplitDict({"train": SplitInfo("train", num_examples=rows)})
+    return train
+
+
+def _digits(seed: int) -> DatasetDict:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 17 grey levels
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    digits = Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features=features)
+    halves = digits.train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
+    return DatasetDict({"train": halves["train"], "validation": halves["test"]})
+
+
+def _image_and_label(split: Any, name: str, image_column: str | None, label_column: str | None) -> Any:
+    """Of a ``Dataset`` as of an ``IterableDataset``."""
+    if split.features is None:
+        raise ValueError("the columns of the stream have no types; write it as Parquet with `datasets` first")
+    of_images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
+    of_classes = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
+    image = find_column(split.column_names, "image", image_column, _IMAGE_COLUMNS, of_images)
+    label = find_column(split.column_names, "label", label_column, _LABEL_COLUMNS, of_classes)
+    split = split.select_columns([image, label])
+    for old, new in ((image, "image"), (label, "label")):
+        if old != new:
+            split = split.rename_column(old, new)
+    return _as_images(split, name)
+
+
+def _as_images(split: Any, name: str) -> Any:
+    """Paths become images; those of a local table count from where it lies."""
+    if isinstance(split.features["image"], Image):
+        return split
+    if isinstance(split.features["image"], Value) and Path(name).exists():
+        place = Path(name).resolve()
+        folder = str(place if place.is_dir() else place.parent)
+        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": folder})
+    return split.cast_column("image", Image())
+
+
+def _locate(image: str, folder: str) -> dict[str, str]:
+    return {"image": str(Path(folder, image))}  # an absolute path stays as it is

@@ -1,0 +1,213 @@
+"""One image, as bytes or decoded, to one tensor: timm's augmentation and evaluation at a fraction of the time.
+
+timm's ``create_transform`` says what is done; size, crop, interpolation, mean and std come from the model's own
+config, so that training, evaluation and the saved model's ``AutoImageProcessor`` agree. Three things make it fast. The
+crop is drawn from the header's size, and JPEG is decoded no larger than the crop needs; resizing runs in torch, whose
+kernel for bytes is vectorised; colour jitter works in place on one float image.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import transforms
+
+from .decoding import Box, Size, check_pixels, decode, to_rgb
+
+__all__ = [
+    "ImageTransform",
+    "collate",
+    "normalize",
+]
+
+# What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
+_ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
+_ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
+
+# How much larger than needed JPEG is decoded. In training a slightly other sharpness does no harm; evaluation should
+# agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
+_TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
+
+_ON_TENSORS = (
+    MaybePILToTensor,
+    transforms.CenterCrop,
+    transforms.RandomHorizontalFlip,
+    transforms.RandomVerticalFlip,
+)
+_IN_TORCH = (transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC)
+
+
+class ImageTransform:
+    """Turns one image into a tensor of the model's input size.
+
+    Bytes are decoded here: JPEG at the smallest of libjpeg's sizes (1, 1/2, 1/4, 1/8) that is not below what is
+    needed, in evaluation not below twice that. EXIF orientation is applied; grey, 16-bit, palette, CMYK and
+    transparent images become RGB.
+
+    Args:
+        config: The model's ``config.pretrained_cfg``: input size, mean, std, interpolation, crop.
+        training: Augment: random resized crop, flip and colour jitter; else resize and crop the centre.
+        normalize: Return float32, normalised by the model's mean and std; if False uint8, a quarter of the memory, to
+            be normalised on the device by ``normalize(images, transform.mean, transform.std)``.
+        **augmentation: For training, as ``timm.data.create_transform`` takes it: ``scale=(0.08, 1.0)``, ``hflip=0.5``,
+            ``color_jitter=0.4``, ``auto_augment="rand-m9-mstd0.5"``, ``interpolation="random"``. Random erasing is not
+            among them: it belongs after normalisation, on the device.
+
+    Raises:
+        ValueError: An augmentation that does not belong here.
+        BadImageError: From the call: the image cannot be decoded, or has more than ``PIL.Image.MAX_IMAGE_PIXELS``
+            pixels at the size that it would be decoded at.
+
+    Example:
+        >>> transform = ImageTransform({"input_size": (3, 32, 32)}, training=True, normalize=False)
+        >>> image = transform(Image.new("RGB", (80, 60)))
+        >>> image.shape, image.dtype
+        (torch.Size([3, 32, 32]), torch.uint8)
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], training: bool, *, normalize: bool = True, **augmentation: Any
+    ) -> None:
+        for name in augmentation:
+            if name in _ERASING + _ELSEWHERE:
+                what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
+                raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
+        options = resolve_data_config(pretrained_cfg=dict(config))
+        self.normalize = normalize
+        self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
+        self.size: tuple[int, int] = tuple(options["input_size"][-2:])
+        options |= augmentation if training else {}
+        steps = create_transform(**options, is_training=training, normalize=False).transforms
+
+        # The first step decides how large the image is decoded; where it is another than these, PIL does as timm says.
+        self._crop: RandomResizedCropAndInterpolation | None = None
+        self._shorter_side: int | None = None
+        self._interpolations: Sequence[transforms.InterpolationMode] = ()
+        first = steps[0]
+        if isinstance(first, RandomResizedCropAndInterpolation):
+            self._crop, steps = first, steps[1:]
+            chosen = first.interpolation
+            self._interpolations = chosen if isinstance(chosen, tuple) else (chosen,)
+        elif isinstance(first, transforms.Resize) and isinstance(first.size, int):
+            self._shorter_side, steps = first.size, steps[1:]
+            self._interpolations = (first.interpolation,)
+        self._steps = [_Jitter(step) if _is_plain_jitter(step) else step for step in steps]
+
+    def __call__(self, image: bytes | Image.Image) -> Tensor:
+        region, size = decode(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
+        region = to_rgb(region)
+        pixels: Tensor | Image.Image = region
+        if size is not None:
+            several = len(self._interpolations) > 1
+            interpolation = random.choice(self._interpolations) if several else self._interpolations[0]
+            pixels = _resize(region, size, interpolation)
+        for step in self._steps:
+            if isinstance(step, _Jitter):
+                pixels = step(_to_tensor(pixels))
+                continue
+            if isinstance(pixels, Tensor) and not isinstance(step, _ON_TENSORS):
+                pixels = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            pixels = step(pixels)
+        assert isinstance(pixels, Tensor)
+        return normalize(pixels[None], self.mean, self.std)[0] if self.normalize else pixels.contiguous()
+
+    def blank(self) -> Tensor:
+        """A black image, of the shape and type that a call gives."""
+        return torch.zeros(3, *self.size, dtype=torch.float32 if self.normalize else torch.uint8)
+
+    def _plan(self, width: int, height: int) -> tuple[Box, Size | None]:
+        """For ``decode``; no size where PIL does all that follows."""
+        whole = (0, 0, width, height)
+        if self._crop is not None:
+            shape = torch.empty(1).expand(height, width)  # the size is all that timm asks for
+            top, left, crop_height, crop_width = self._crop.get_params(shape, self._crop.scale, self._crop.ratio)
+            # Of an image of a few pixels timm may draw a crop of none, at its very edge.
+            left, top = min(left, width - 1), min(top, height - 1)
+            return (left, top, left + max(crop_width, 1), top + max(crop_height, 1)), self.size
+        if self._shorter_side is None:
+            return whole, None
+        short, long = sorted((width, height))
+        longer_side = int(self._shorter_side * long / short)
+        check_pixels(self._shorter_side * longer_side, f"{width} x {height} pixels, too long and thin to resize")
+        return whole, (self._shorter_side, longer_side) if height <= width else (longer_side, self._shorter_side)
+
+
+class _Jitter:
+    """torchvision's ColorJitter without hue, with the same draws; values differ from PIL's by rounding alone."""
+
+    def __init__(self, jitter: transforms.ColorJitter) -> None:
+        self.jitter = jitter
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Takes and returns uint8 of shape (3, H, W)."""
+        ranges = self.jitter
+        order, brightness, contrast, saturation, _ = ranges.get_params(
+            ranges.brightness, ranges.contrast, ranges.saturation, None
+        )
+        pixels = image.to(torch.float32, memory_format=torch.contiguous_format)
+        for step in order.tolist():
+            if step == 0 and brightness is not None:
+                pixels.mul_(brightness)
+            elif step == 1 and contrast is not None:
+                mean = int(torch.dot(pixels.mean((1, 2)), _LUMA) + 0.5)
+                pixels.mul_(contrast).add_((1 - contrast) * mean)
+            elif step == 2 and saturation is not None:
+                luma = (_LUMA @ pixels.flatten(1)).view(pixels.shape[1:])
+                pixels.mul_(saturation).add_(luma.mul_(1 - saturation))
+            else:
+                continue
+            pixels.clamp_(0, 255).floor_()  # PIL stores bytes after each step
+        return pixels.to(torch.int16).to(
+            torch.uint8
+        )  # by way of int16: torch vectorises these two, not the direct one
+
+
+_LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL converts to grey
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
+
+    Example:
+        >>> normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), mean=(0.5,) * 3, std=(0.5,) * 3).unique()
+        tensor([1.])
+    """
+    shift, scale = (255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return images.float().sub_(shift).div_(scale)
+
+
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stacks examples into ``pixel_values`` of shape (N, 3, H, W) and ``labels`` of shape (N).
+
+    Example:
+        >>> collate([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}] * 2)["labels"]
+        tensor([1, 1])
+    """
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.long),
+    }
+
+
+def _resize(image: Image.Image, size: Size, interpolation: transforms.InterpolationMode) -> Tensor:
+    if interpolation not in _IN_TORCH:
+        return _to_tensor(transforms.functional.resize(image, list(size), interpolation))
+    pixels = _to_tensor(image)
+    if pixels.shape[1:] == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels[None], size, mode=interpolation.value, antialias=True)[0]
+
+
+def _to_tensor(image: Tensor | Image.Image) -> Tensor:
+    """Shape (3, H, W), with the channels last in memory, where resizing is fastest."""
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _is_plain_jitter(step: Any) -> bool:
+    return isinstance(step, transforms.ColorJitter) and step.hue is None

@@ -1,0 +1,169 @@
+"""What the recipes and ``pgt-hf`` have in common: how they read arguments, fail, and say what they did."""
+
+import json
+import logging
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+
+from .runs.record import CONTENTS, METRICS
+
+__all__ = [
+    "IMAGE_DEFAULTS",
+    "TRAINING_DEFAULTS",
+    "RunArguments",
+    "errors_in_one_line",
+    "parse",
+    "quiet_other_processes",
+    "tell",
+    "workers_per_process",
+]
+
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_steps": 20,
+    "report_to": "none",
+    "ddp_find_unused_parameters": False,
+}
+
+
+@dataclass
+class RunArguments:
+    """What every program that trains takes, beside its own arguments."""
+
+    resume: str | None = field(default=None, metadata={"help": "A checkpoint, or 'auto': the newest one, if any."})
+    smoke: bool = field(default=False, metadata={"help": "A few steps on embedded data, to see that it works."})
+
+
+def parse(
+    *kinds: type,
+    description: str | None,
+    defaults: Mapping[str, Any] | Callable[[Namespace], Mapping[str, Any]],
+    smoke: Mapping[str, Any] | None = None,
+    early: Sequence[str] = (),
+    adjust: Callable[[Namespace], None] | None = None,
+    positional: str | None = None,
+) -> tuple[Any, ...]:
+    """Fills dataclasses from the command line; an error ends the program with one line.
+
+    Args:
+        *kinds: Dataclasses, as ``HfArgumentParser`` takes them: each field is a flag.
+        description: The program's docstring.
+        defaults: In place of the fields' own; or a function that gives them, from the ``early`` arguments.
+        smoke: More defaults, with ``--smoke``; every flag still wins.
+        early: The arguments that ``defaults`` asks about; None where they were not given.
+        adjust: Changes all arguments, or refuses them with a ValueError, before the dataclasses are made.
+        positional: The argument that may be given first, without its flag.
+
+    Returns:
+        The dataclasses, and all arguments as they were given, in one dict of JSON values for ``run.json``.
+
+    Example:
+        >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
+    """
+    words = sys.argv[1:]
+    if positional and words and not words[0].startswith("-"):
+        words = [f"--{positional}", *words]
+    parser = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in early:
+        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
+    first.add_argument("--smoke", action="store_true")
+    with errors_in_one_line():
+        asked = first.parse_known_args(words)[0]
+        chosen = defaults(asked) if callable(defaults) else defaults
+        parser.set_defaults(**dict(chosen) | (dict(smoke or {}) if asked.smoke else {}))
+        if unknown := set(parser._defaults) - {action.dest for action in parser._actions}:
+            raise ValueError(f"there are no arguments of these names: {', '.join(sorted(unknown))}")
+        namespace = parser.parse_args(words)
+        if getattr(namespace, "resume_from_checkpoint", None):
+            raise ValueError("--resume-from-checkpoint is --resume here, which takes a checkpoint or 'auto'")
+        config = {key: value.value if isinstance(value, Enum) else value for key, value in vars(namespace).items()}
+        config = {key: value for key, value in config.items() if key not in ("config", "resume")}
+        if adjust is not None:
+            adjust(namespace)
+        return *parser.parse_dict(vars(namespace)), json.loads(json.dumps(config, default=str))
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with a message, and no traceback, where the user can mend what is wrong.
+
+    Example:
+        >>> with errors_in_one_line():
+        ...     dataset = load_image_dataset("no/such-set")
+        SystemExit: error: 'no/such-set' is neither a local folder nor in the cache, and the Hub could not be reached
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def quiet_other_processes(process_index: int) -> None:
+    """Lets the first process alone warn of what all of them see."""
+    if process_index > 0:
+        logging.getLogger("pgt_hf").setLevel(logging.ERROR)
+
+
+def workers_per_process() -> int:
+    """Data workers for each process of this machine: its share of the cores, at most 8."""
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+IMAGE_DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
+    "max_grad_norm": 0.0,
+    "dataloader_num_workers": workers_per_process(),
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "dataloader_drop_last": True,
+    "remove_unused_columns": False,
+}
+
+
+def tell(
+    heading: str,
+    results: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    then: Mapping[str, str],
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Prints what a program found, what it wrote where, and what can be done with it.
+
+    Args:
+        heading: What was done on which data.
+        results: Numbers by name; what is None is left out.
+        folder: A run's folder.
+        then: Commands by what they do.
+        files: What is in the folder beside the usual files of a run.
+
+    Example:
+        >>> tell("resnet18 on digits", {"top1": 0.97}, "runs/digits", {"plot": "pgt-hf plot runs/digits"})
+    """
+    print(f"\n{heading}")
+    for key, value in results.items():
+        if value is not None:
+            share = METRICS[key][2] if key in METRICS else "top" in key
+            print(f"  {key:20}{f'{value:.2%}' if share else f'{value:,.4g}':>10}")
+    print(f"\nWritten to {folder}")
+    for name, content in (CONTENTS | dict(files or {})).items():
+        if any(Path(folder).glob(name)):
+            print(f"  {name:20} {content}")
+    print("\nWhat next")
+    for what, command in then.items():
+        print(f"  {what:10} {command}")
+
+
+class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The examples keep their lines, and defaults are shown."""

@@ -1,0 +1,47 @@
+"""The licences and terms of known data sets."""
+
+from dataclasses import dataclass
+
+__all__ = ["DATASETS", "Terms", "dataset_terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is known of a data set: its name, what its licence allows, whether its images may be shown in public."""
+
+    name: str
+    licence: str
+    redistributable: bool = False
+
+
+_IMAGENET = (
+    "Terms of access of ImageNet: non-commercial research and education only, and the images may not be passed on. "
+    "Whoever uses a model trained on it has to judge what that means for the intended use."
+)
+
+
+DATASETS = {
+    "ILSVRC/imagenet-1k": Terms("ImageNet-1K (ILSVRC 2012)", _IMAGENET),
+    "zh-plus/tiny-imagenet": Terms("Tiny-ImageNet", f"A subset of ImageNet. {_IMAGENET}"),
+    "digits": Terms(
+        "Optical Recognition of Handwritten Digits (UCI, the part in scikit-learn)",
+        "CC BY 4.0 (Alpaydin and Kaynak, UCI Machine Learning Repository).",
+        redistributable=True,
+    ),
+}
+
+
+def dataset_terms(name: str | None) -> Terms:
+    """The licence and terms of a data set, or where to find them.
+
+    Example:
+        >>> dataset_terms("digits").redistributable
+        True
+    """
+    if name is None:
+        return Terms("an unrecorded data set", "The run does not say which data it was trained on.")
+    if name in DATASETS:
+        return DATASETS[name]
+    if "/" in name:
+        return Terms(name, f"See the data set's own page, https://huggingface.co/datasets/{name}.")
+    return Terms(f"{name} (a local data set)", "A local data set: the terms of its owner hold.")

@@ -1,0 +1,79 @@
+"""All that the files of training runs hold, drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..analysis.diagnostics import History
+from ..analysis.figures import require_matplotlib
+from ..analysis.run_plots import (
+    FINALS,
+    plot_against_alpha,
+    plot_filter_norms,
+    plot_gradients,
+    plot_logits,
+    plot_probabilities,
+    plot_training_curve,
+)
+from .record import CURVE, DIAGNOSTICS, read_history
+
+__all__ = ["draw_runs"]
+
+_PICTURES = {
+    "logits": (plot_logits, "logit_norm"),
+    "filters": (plot_filter_norms, "filter/"),
+    "gradients": (plot_gradients, "gradient/"),
+    "probabilities": (plot_probabilities, "curve_power_sums"),
+}
+
+
+def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Draws all that the runs' files hold, into a folder ``plots`` in each.
+
+    Args:
+        folders: What recipes and Trainer wrote. What several runs ended with is drawn against alpha, in the first
+            one's folder.
+
+    Returns:
+        The pictures' paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        FileNotFoundError: A folder holds no record of a run.
+
+    Example:
+        >>> draw_runs(["runs/digits"])
+    """
+    require_matplotlib()
+    drawn: list[Path] = []
+    runs: dict[str, dict[str, float]] = {}
+    for folder in map(Path, folders):
+        recorded, history = folder / DIAGNOSTICS, read_history(folder)
+        data = History.read(recorded) if recorded.is_file() else {}
+        if not data and not history:
+            raise FileNotFoundError(f"{folder} holds no record of a run: no {DIAGNOSTICS}, no history, no checkpoint")
+        (folder / "plots").mkdir(exist_ok=True)
+        title = folder.name + (f", alpha = {data['alpha'][-1]:g}" if data else "")
+        for name, (draw, needed) in _PICTURES.items():
+            if any(key.startswith(needed) for key in data):
+                drawn.append(folder / "plots" / f"{name}.png")
+                draw(data, drawn[-1], title)
+        if history:
+            drawn.append(folder / "plots" / CURVE)
+            plot_training_curve(history, drawn[-1], title)
+        runs[str(folder)] = _final_values(data, history)
+    if len([run for run in runs.values() if "alpha" in run]) > 1:
+        drawn.append(Path(folders[0], "plots", "against_alpha.png"))
+        plot_against_alpha({name: run for name, run in runs.items() if "alpha" in run}, drawn[-1])
+    return drawn
+
+
+def _final_values(data: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for entry in history:
+        values |= {key: entry[key] for key in FINALS if key in entry}
+        if "powergrad_alpha" in entry:
+            values["alpha"] = entry["powergrad_alpha"]
+    recorded = {key: float(data[key][-1]) for key in ("alpha", "logit_norm", "gradient_cosine") if key in data}
+    return recorded | values

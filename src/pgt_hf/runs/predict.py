@@ -1,0 +1,63 @@
+"""What a run's model says of images that are files."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..images.classifiers import load_classifier, preprocessing
+from ..images.decoding import BadImageError
+from .record import model_folder, read_run
+
+__all__ = ["predict_images"]
+
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def predict_images(
+    folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]], *, top: int = 3
+) -> dict[Path, list[tuple[str, float]]]:
+    """The likeliest classes of each image and their probabilities, the likeliest first.
+
+    The probabilities are ``softmax(alpha z)`` where the run's evaluation found these better calibrated than
+    ``softmax(z)``.
+
+    Args:
+        folder: A run, or another folder that holds a model.
+        paths: Image files, and folders of them.
+        top: How many classes of each image.
+
+    Raises:
+        FileNotFoundError: There is no model, no such file, or no image at all.
+        BadImageError: A file cannot be decoded; the message names it.
+        ValueError: ``top`` is below 1.
+
+    Example:
+        >>> predict_images("runs/digits", ["three.png"], top=1)
+        {PosixPath('three.png'): [('3', 0.998)]}
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    files = [file for path in map(Path, paths) for file in (_images_in(path) if path.is_dir() else [path])]
+    if not files:
+        raise FileNotFoundError(f"there is no image; a folder is searched for {', '.join(_IMAGES)}")
+    run, where = read_run(folder), model_folder(folder)
+    model = load_classifier(where)
+    transform = preprocessing(model, where)
+    found = {}
+    for file in files:
+        try:
+            pixels = transform(file.read_bytes())
+        except BadImageError as error:
+            raise BadImageError(f"{file}: {error}") from error
+        with torch.inference_mode():
+            logits = model(pixel_values=pixels[None]).logits[0].float()
+        probabilities, classes = torch.softmax(run.scale * logits, dim=-1).topk(min(top, len(logits)))
+        names = [model.config.id2label[number] for number in classes.tolist()]
+        found[file] = list(zip(names, probabilities.tolist(), strict=True))
+    return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)

@@ -1,0 +1,247 @@
+"""Reads what a run left in its folder; the one place that names a run's files."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..analysis.predictions import Evaluation
+
+__all__ = [
+    "CONFIG",
+    "CONTENTS",
+    "CURVE",
+    "DIAGNOSTICS",
+    "EMA",
+    "EVALUATION",
+    "HISTORY",
+    "METRICS",
+    "RECORD",
+    "REPORT",
+    "RESULTS",
+    "STATE",
+    "WEIGHTS",
+    "Run",
+    "architecture",
+    "is_hub_id",
+    "model_folder",
+    "read_evaluation",
+    "read_history",
+    "read_record",
+    "read_run",
+    "shown_settings",
+]
+
+# Written by ``RunFolder``, by ``examine`` and by ``DiagnosticsCallback``.
+RECORD, HISTORY, RESULTS, CURVE = "run.json", "history.jsonl", "metrics.json", "training_curve.png"
+EVALUATION, REPORT, DIAGNOSTICS = "evaluation.json", "report.html", "diagnostics.npz"
+# Written by transformers.
+CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "trainer_state.json"
+EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which is then the one to publish
+
+# What each of them holds, for people.
+CONTENTS = {
+    RESULTS: "the results, and what they were made with",
+    RECORD: "arguments, code, data, seed, environment",
+    HISTORY: "everything that was logged, a line each",
+    CURVE: "loss, accuracy and learning rate",
+    REPORT: "curves, calibration, confusion, worst mistakes, in one page",
+    DIAGNOSTICS: "logits, filters, gradients; pgt-hf plot draws them",
+    WEIGHTS: "the model, with config.json: transformers' auto classes and pipelines read it",
+    EMA: "the averaged model, in the same form",
+    "checkpoint-*": "to resume from",
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+# key in metrics.json, or after "eval_" in the history: (type in the model-index, name, shown in percent)
+METRICS: dict[str, tuple[str, str, bool]] = {
+    "top1": ("accuracy", "Top-1 accuracy", True),
+    "accuracy": ("accuracy", "Accuracy", True),
+    "top5": ("top_5_accuracy", "Top-5 accuracy", True),
+    "loss": ("loss", "Loss", False),
+    "nll": ("nll", "Negative log-likelihood, softmax(z)", False),
+    "nll_folded": ("nll", "Negative log-likelihood, softmax(alpha z)", False),
+    "ece": ("ece", "Expected calibration error, softmax(z)", False),
+    "ece_folded": ("ece", "Expected calibration error, softmax(alpha z)", False),
+    "brier": ("brier_score", "Brier score, softmax(z)", False),
+    "brier_folded": ("brier_score", "Brier score, softmax(alpha z)", False),
+}
+
+
+_HYPERPARAMETERS = (
+    "alpha", "preset", "optim", "optim_args", "learning_rate", "base_lr", "weight_decay", "lr_scheduler_type",
+    "warmup_steps", "warmup_epochs", "num_train_epochs", "epochs", "max_steps", "steps", "batch", "global_batch",
+    "batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_grad_norm",
+    "clip_mode", "clip_value", "label_smoothing", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
+    "auto_augment", "drop_path", "drop_path_rate", "ema_decay", "model_ema_decay", "image_size", "min_crop", "hflip",
+    "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
+)  # fmt: skip
+
+
+_OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
+
+
+_KEPT = ("packages", "card")  # sections of the settings that are read as such
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says: the model's config, flat settings, metrics and the log history."""
+
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def alpha(self) -> float | None:
+        """The alpha of the training, if it is known."""
+        return self.settings.get("alpha", self.config.get("powergrad_alpha"))
+
+    @property
+    def scale(self) -> float:
+        """The factor to the logits that gives the better calibrated probabilities: alpha or 1."""
+        raw, folded = self.metrics.get("ece"), self.metrics.get("ece_folded")
+        if self.alpha is None or self.config.get("powergrad_folded") or raw is None or folded is None or folded > raw:
+            return 1.0
+        return self.alpha
+
+    @property
+    def dataset(self) -> str | None:
+        """The data set's Hub id, "digits", or the last part of a local path."""
+        name = self.settings.get("dataset_name") or self.settings.get("dataset")
+        if not isinstance(name, str) or not name:
+            return None
+        return name if is_hub_id(name) else Path(name).name
+
+
+def read_run(
+    folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool | None = None
+) -> Run:
+    """Reads what a run left behind: the model's config, settings, metrics and history.
+
+    Args:
+        folder: The run's folder.
+        checkpoint: A checkpoint in it, to describe the run as it was then: metrics and history are the checkpoint's.
+        ema: Take the metrics of the moving average, where it was evaluated as well; by default where its weights are
+            there.
+
+    Raises:
+        FileNotFoundError: There is no config.json, hence no model.
+
+    Example:
+        >>> read_run("runs/digits").alpha
+        0.25
+    """
+    run, model = Path(folder), Path(checkpoint or folder)
+    config = _json(model / CONFIG)
+    if config is None:
+        raise FileNotFoundError(f"there is no model in {model}: {CONFIG} is missing")
+    settings = _flatten(read_record(run))
+    metrics = {} if checkpoint else _flatten(_json(run / RESULTS) or {})
+    settings |= {key: value for key, value in metrics.items() if not _is_metric(key)}
+    history = read_history(run, checkpoint)
+    evaluated: dict[str, Any] = next(
+        (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
+    )
+    found = {key.removeprefix("eval_"): value for key, value in (evaluated | metrics).items()}
+    if ema or (ema is None and model_folder(model) != model):
+        found = {key.removeprefix("ema_"): value for key, value in found.items() if key.startswith("ema_")} or found
+    if "nll" in found:  # the same quantity
+        found.pop("loss", None)
+    return Run(config, settings, {key: found[key] for key in METRICS if _is_number(found.get(key))}, history)
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``run.json`` says: arguments, code, data, seed, environment; nothing where there is none."""
+    return _json(Path(folder, RECORD)) or {}
+
+
+def read_history(
+    folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None
+) -> list[dict[str, Any]]:
+    """The log entries of a checkpoint, if one is named; else of the run, else of its newest checkpoint."""
+    run, lines = Path(folder), Path(folder, HISTORY)
+    if checkpoint is None and lines.is_file():
+        return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+    newest = sorted(run.glob(f"checkpoint-*/{STATE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    states = [run / STATE, *newest] if checkpoint is None else [Path(checkpoint, STATE)]
+    state = next(filter(None, map(_json, states)), None)
+    return state["log_history"] if state else []
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
+    """What ``write_evaluation`` wrote into a folder, or None where there is nothing.
+
+    Example:
+        >>> read_evaluation("runs/digits").names[:2]
+        ['0', '1']
+    """
+    from ..analysis.predictions import Evaluation
+
+    content = _json(Path(folder, EVALUATION))
+    return Evaluation.from_json(content) if content else None
+
+
+def model_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where the model to use is: the moving average of the weights where there is one, else the folder itself."""
+    averaged = Path(folder, EMA)
+    return averaged if (averaged / CONFIG).is_file() else Path(folder)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is that of something on the Hub rather than of a local file or folder."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The network's name, as timm or transformers knows it."""
+    base = (config.get("model_args") or {}).get("base")
+    return str(base or config.get("architecture") or config.get("model_type") or "model")
+
+
+def shown_settings(run: Run) -> list[tuple[str, str]]:
+    """The settings of a run that may be shown in public, as text."""
+    shown = ((key, _public(run.settings.get(key))) for key in _HYPERPARAMETERS)
+    return [(key, text) for key, text in shown if text is not None and (text not in _OFF or key in _TELLING_AT_ZERO)]
+
+
+def _public(value: Any) -> str | None:
+    """A setting as the card may show it: numbers, flags that are on, and words that are no path."""
+    if value is None or value is False or isinstance(value, (dict, list)):
+        return None
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if text and not re.search(r"[/\\|<>\n]", text) else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings as one level, the outer one's values before those of the sections in it."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in _KEPT or not isinstance(value, Mapping):
+            flat.setdefault(key, value)
+    for key, value in settings.items():
+        if key not in flat:
+            flat = _flatten(value) | flat
+    return flat
+
+
+def _is_metric(key: str) -> bool:
+    return key.removeprefix("eval_") in METRICS
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

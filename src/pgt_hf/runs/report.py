@@ -1,0 +1,258 @@
+"""One HTML page about a run, to be opened in any browser: curves, calibration, confusion, worst mistakes.
+
+The page holds its pictures and its style, and no script.
+"""
+
+import base64
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..analysis.predictions import Evaluation, examine
+from ..analysis.result_plots import plot_reliability
+from ..analysis.run_plots import plot_training_curve
+from ..atomic import replacing
+from ..images.classifiers import load_classifier, match_labels, preprocessing
+from ..images.dataset import ImageDataset
+from ..images.sources import class_names, load_image_dataset
+from .dataset_terms import dataset_terms
+from .folder import write_evaluation
+from .record import METRICS, REPORT, Run, architecture, model_folder, read_evaluation, read_run, shown_settings
+
+__all__ = ["report_run", "write_report"]
+
+_MATRIX = 25  # up to so many classes, the confusion matrix is a table of numbers
+_PIXELS = 720  # side of the picture that it is otherwise
+
+
+def report_run(
+    folder: str | os.PathLike[str],
+    dataset_name: str | None = None,
+    *,
+    mistakes: int = 24,
+    max_images: int | None = None,
+) -> Path:
+    """Looks at the predictions of a run's model, and writes its report.
+
+    Args:
+        folder: The run.
+        dataset_name: As ``load_image_dataset`` takes it; by default what the run was trained on.
+        mistakes: How many of the worst are shown.
+        max_images: Look at the first so many evaluation images only.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: There is no model in ``folder``, or no such data set.
+        ValueError: The run does not say what it was trained on; or the data set has other classes than the model.
+
+    Example:
+        >>> report_run("runs/digits")
+    """
+    run = read_run(folder)
+    name = dataset_name or run.settings.get("dataset_name")
+    if name is None:
+        raise ValueError("dataset_name must be given: the run does not say what it was trained on")
+    where = model_folder(folder)
+    model = load_classifier(where)
+    split = load_image_dataset(name)["validation"]
+    if match_labels(class_names(split), list(model.config.id2label.values())) != list(range(model.config.num_labels)):
+        raise ValueError(f"{name} has other classes than the model in {folder}, or another order of them")
+    images = ImageDataset(split, preprocessing(model, where), on_bad_image="skip")
+    write_evaluation(folder, examine(model, images, alpha=run.alpha, mistakes=mistakes, max_images=max_images))
+    return write_report(folder, run=run)
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    run: Run | None = None,
+    pictures: bool = True,
+) -> Path:
+    """Writes ``report.html`` from what lies in a run's folder; what was not recorded is left out.
+
+    Args:
+        folder: The run, with ``evaluation.json`` if ``examine`` was used.
+        target: The file to write; by default ``report.html`` in ``folder``.
+        run: What ``read_run`` read, if that is at hand.
+        pictures: Show the images of the worst mistakes. Data sets whose images may not be passed on must go without
+            where the page is published.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: There is no model in ``folder``.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> write_report("runs/digits")
+    """
+    run = read_run(folder) if run is None else run
+    evaluation = read_evaluation(folder)
+    name = architecture(run.config)
+    sections = [_headline(run, evaluation)]
+    if curve := _curve(run):
+        sections.append(_section("Training", curve))
+    if evaluation is not None:
+        sections += [
+            _section("Calibration", _calibration(evaluation)),
+            _section("Confusion", _confusion(evaluation)),
+            _section("Worst mistakes", _mistakes(evaluation, pictures)),
+        ]
+    if rows := shown_settings(run):
+        sections.append(_section("Settings", _table(("setting", "value"), rows)))
+    template = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
+    title = escape(f"{name} on {dataset_terms(run.dataset).name}")
+    page = template.substitute(title=title, body="\n".join(sections))
+    path = Path(target or Path(folder, REPORT))
+    with replacing(path) as draft:
+        draft.write_text(page, encoding="utf-8")
+    return path
+
+
+def _headline(run: Run, evaluation: Evaluation | None) -> str:
+    terms = dataset_terms(run.dataset)
+    how = "" if run.alpha is None else f", PowerGrad Transform with alpha = {run.alpha:g}"
+    tiles = [
+        (f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}", METRICS[key][1]) for key, value in run.metrics.items()
+    ]
+    if evaluation is not None:
+        tiles.append((f"{evaluation.confusion.sum():,}", "images looked at here"))
+    inner = "".join(
+        f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles
+    )
+    return (
+        f"<header><h1>{escape(architecture(run.config))}</h1><p>{escape(terms.name + how)}</p></header>"
+        f"<div class=tiles>{inner}</div>"
+    )
+
+
+def _curve(run: Run) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "curve.png")
+        try:
+            plot_training_curve(run.history, path)
+        except ValueError:  # nothing in the history can be drawn
+            return None
+        return _picture(path.read_bytes(), "Loss, accuracy and learning rate over the epochs")
+
+
+def _calibration(evaluation: Evaluation) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reliability.png")
+        plot_reliability(evaluation.calibration, path, columns=2)
+        picture = _picture(path.read_bytes(), "Accuracy against confidence")
+    return (
+        "<p>Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
+        f"over-confident.</p>{picture}"
+    )
+
+
+def _confusion(evaluation: Evaluation) -> str:
+    names, counts = evaluation.names, evaluation.confusion
+    matrix = _matrix(names, counts) if len(names) <= _MATRIX else _matrix_picture(counts)
+    off = counts.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:12]
+    pairs = [(*divmod(int(flat), len(names)), int(off.flat[flat])) for flat in order if off.flat[flat]]
+    confused = [(names[row], names[column], count) for row, column, count in pairs]
+    totals = counts.sum(axis=1)
+    seen = np.flatnonzero(totals)
+    shares = counts.diagonal()[seen] / totals[seen]
+    hardest = [i for i in np.argsort(shares, kind="stable")[:12] if shares[i] < 1]
+    low = [(names[seen[i]], f"{shares[i]:.1%}", int(totals[seen[i]])) for i in hardest]
+    matrix = f"<p>A row for each true class, a column for each predicted one.</p>{matrix}"
+    if not confused:
+        return f"{matrix}<p>No image was classified wrong.</p>"
+    return (
+        f"{matrix}<div class=pair>"
+        f"<div><h3>Most confused</h3>{_table(('class', 'taken for', 'images'), confused)}</div>"
+        f"<div><h3>Hardest classes</h3>{_table(('class', 'right', 'images'), low)}</div></div>"
+    )
+
+
+def _matrix(names: Sequence[str], counts: NDArray[np.int64]) -> str:
+    totals = counts.sum(axis=1, keepdims=True).clip(min=1)
+    shares = counts / totals
+    turned = " class=turned" if max(map(len, names)) > 4 else ""
+    head = "".join(f"<th scope=col><span{turned}>{escape(_short(name))}</span></th>" for name in names)
+    rows = []
+    for i, name in enumerate(names):
+        cells = "".join(
+            f'<td class="{"hit" if i == j else "miss"}" style="--share:{shares[i, j]:.3f}" '
+            f'title="{escape(name)} taken for {escape(names[j])}: {shares[i, j]:.1%}">{counts[i, j] or ""}</td>'
+            for j in range(len(names))
+        )
+        rows.append(f"<tr><th scope=row>{escape(_short(name))}</th>{cells}</tr>")
+    return f"<div class=wide><table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _matrix_picture(counts: NDArray[np.int64]) -> str:
+    """White where nothing is, blue on the diagonal, red beside it; square roots, so that single images are seen."""
+    shares = np.sqrt(counts / counts.sum(axis=1, keepdims=True).clip(min=1))
+    step = max(1, len(counts) // _PIXELS)
+    if step > 1:  # the strongest cell of each block stands for it
+        side = -(-len(shares) // step) * step
+        padded = np.zeros((side, side))
+        padded[: len(shares), : len(shares)] = shares
+        shares = padded.reshape(side // step, step, side // step, step).max(axis=(1, 3))
+    strength = shares[..., None]
+    blue, red = np.array([37, 99, 235]), np.array([220, 38, 38])
+    colour = np.where(np.eye(len(shares), dtype=bool)[..., None], blue, red)
+    pixels = (255 + (colour - 255) * strength).round().astype(np.uint8)
+    scale = max(1, _PIXELS // len(pixels))
+    image = Image.fromarray(pixels).resize((len(pixels) * scale,) * 2, Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    picture = _picture(buffer.getvalue(), "Confusion matrix: right predictions blue, wrong ones red")
+    return f"<div class=framed>{picture}</div>"
+
+
+def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
+    names = evaluation.names
+    if not evaluation.mistakes:
+        return "<p>There is none.</p>"
+    intro = "<p>Wrong predictions that the model was surest of; the number is the image's place in the data set.</p>"
+    if not pictures:
+        rows = [(m.index, names[m.label], names[m.predicted], f"{m.confidence:.1%}") for m in evaluation.mistakes]
+        note = "<p>The images themselves may not be passed on, so they are not shown.</p>"
+        return intro + note + _table(("image", "class", "taken for", "sure by"), rows)
+    cards = []
+    for mistake in evaluation.mistakes:
+        picture = f'<img src="{mistake.picture}" alt="image {mistake.index}">' if mistake.picture else ""
+        cards.append(
+            f"<figure>{picture}<figcaption><b>{escape(names[mistake.label])}</b> taken for "
+            f"<b>{escape(names[mistake.predicted])}</b><br>{mistake.confidence:.1%} · #{mistake.index}"
+            "</figcaption></figure>"
+        )
+    return f"{intro}<div class=mistakes>{''.join(cards)}</div>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    top = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _picture(png: bytes, alt: str) -> str:
+    return f'<img class=plot src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
+
+
+def _short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

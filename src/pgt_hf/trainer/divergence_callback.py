@@ -1,0 +1,183 @@
+"""``DivergenceCallback``: stops a run that has diverged."""
+
+import logging
+import math
+import statistics
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..analysis.diagnostics import recover_target
+from .logit_probe import LogitProbe, alpha_of, check_interval
+
+__all__ = ["DivergenceCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class DivergenceCallback(TrainerCallback):
+    """Stops a run that has diverged, within ``interval`` steps, and says what to try.
+
+    It looks at the logits every ``interval`` steps, and at what is logged. A run has diverged when logits, loss or
+    gradient norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or
+    ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is
+    1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the
+    place of a loss that is not finite.)
+
+    In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is no
+    divergence, and common at the start; only ``max_skipped`` skipped steps in a row stop the run, with other advice.
+
+    When it stops a run, ``verdict`` says why ("divergence" or "overflow"), ``message`` is the advice, which is also
+    logged as an error, and ``trainer.state.log_history`` gets an entry with both.
+
+    Args:
+        interval: Optimizer steps from one look at the logits to the next.
+        factor: The run has diverged when the loss exceeds so many times the larger of log(C) and the first one seen.
+        max_skipped: Steps that the gradient scaler may skip in a row.
+        head: As for ``attach_powergrad``.
+
+    Raises:
+        ValueError: An argument is not allowed.
+
+    Example:
+        >>> guard = DivergenceCallback()
+        >>> PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[guard]).train()
+        >>> guard.verdict is None
+        True
+    """
+
+    def __init__(
+        self,
+        interval: int = 10,
+        factor: float = 5.0,
+        max_skipped: int = 12,
+        head: nn.Module | str | None = None,
+    ) -> None:
+        self.interval = check_interval(interval)
+        if not factor > 1:
+            raise ValueError(f"factor must be above 1, got {factor}")
+        if max_skipped < 1:
+            raise ValueError(f"max_skipped must be at least 1, got {max_skipped}")
+        self.factor = factor
+        self.max_skipped = max_skipped
+        self.verdict: str | None = None
+        self.message: str | None = None
+        self.skipped = 0
+        self._head = head
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.verdict, self.message, self.skipped = None, None, 0
+        self._in_a_row, self._suspicions = 0, 0
+        self._first_loss: float | None = None
+        self._gradient_norms: list[float] = []
+        self._probe = LogitProbe(kwargs["model"], self._head)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.interval == 0:
+            self._probe.listen()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs["optimizer"]
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if self._in_a_row == self.max_skipped:
+            self._stop("overflow", f"the last {self.max_skipped} steps overflowed", state, control, kwargs)
+        if not self._probe.listening:
+            return
+        seen = self._probe.seen()
+        self._probe.forget()
+        trouble = "" if seen is None else self._examine(*seen, alpha_of(optimizer))
+        # A forward pass in fp16 may overflow in a sound network; one whose weights are finite is not lost yet.
+        if trouble and skipped and all(parameter.isfinite().all() for parameter in kwargs["model"].parameters()):
+            trouble = ""
+        trouble = _agree(trouble, args.device)
+        if trouble:
+            self._stop("divergence", trouble, state, control, kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        scaled = getattr(kwargs.get("optimizer"), "scaler", None) is not None
+        for key in ("loss", "grad_norm", "logit_norm"):
+            if key in logs and not math.isfinite(logs[key]) and not (scaled and key == "grad_norm"):
+                self._stop("divergence", f"{key} is {logs[key]}", state, control, kwargs)
+        norm = logs.get("grad_norm", math.inf)
+        if not math.isfinite(norm):
+            return
+        usual = statistics.median(self._gradient_norms) if len(self._gradient_norms) >= 5 else math.inf
+        if norm > 1000 * usual > 0:
+            what = f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median"
+            self._stop("divergence", what, state, control, kwargs)
+        self._gradient_norms.append(norm)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._probe.remove()
+
+    @torch.no_grad()
+    def _examine(self, logits: Tensor, grad: Tensor, alpha: float) -> str:
+        """What is wrong with these logits, or nothing."""
+        if not logits.isfinite().all():
+            return "the logits are not finite"
+        target, found = recover_target(logits, grad, alpha)
+        # Rows without a gradient have no loss to speak of.
+        losses = torch.nn.functional.cross_entropy(alpha * logits[found].float(), target, reduction="sum")
+        loss = losses.item() / len(logits)
+        largest = alpha * logits.abs().amax().item()
+        if self._first_loss is None:
+            self._first_loss = max(loss, math.log(logits.size(-1)))
+        suspicion = ""
+        if loss > self.factor * self._first_loss:
+            times = loss / self._first_loss
+            suspicion = f"the loss of alpha * logits is {loss:.3g}, {times:.3g} times that of the start"
+        elif largest > 1000:
+            suspicion = f"alpha * logits reach {largest:.3g}"
+        self._suspicions = self._suspicions + 1 if suspicion else 0
+        return suspicion if self._suspicions == 2 else ""
+
+    def _stop(
+        self, verdict: str, what: str, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
+    ) -> None:
+        if self.verdict is not None:
+            return
+        alpha, optimizer = alpha_of(kwargs.get("optimizer")), kwargs.get("optimizer")
+        rate = max((group["lr"] for group in getattr(optimizer, "param_groups", [])), default=math.nan)
+        self.verdict = verdict
+        self.message = _ADVICE[verdict].format(step=state.global_step, what=what, rate=rate, alpha=alpha)
+        logger.error(self.message)
+        state.log_history.append(
+            {"step": state.global_step, "epoch": state.epoch, "verdict": verdict, "message": self.message}
+        )
+        control.should_training_stop = True
+
+
+_ADVICE = {
+    "divergence": (
+        "stopped at step {step}, the run has diverged: {what}. Try a lower learning rate (it is {rate:.3g}; a small "
+        "alpha sends more gradient into the backbone), clipping (clip_mode='agc' with clip_value=0.01, or "
+        "max_grad_norm=1), or a larger alpha (it is {alpha:g})."
+    ),
+    "overflow": (
+        "stopped at step {step}, fp16 cannot hold the gradients: {what} and were skipped. The weights are as they "
+        "were before. Use bf16=True, or fp32, or a lower learning rate (it is {rate:.3g})."
+    ),
+}
+
+
+def _agree(trouble: str, device: torch.device) -> str:
+    """All processes stop at the same step, or the others would wait for ever."""
+    if PartialState().num_processes == 1:
+        return trouble
+    others = gather(torch.tensor([bool(trouble)], device=device)).any()
+    return trouble or ("another process is in trouble" if others else "")

@@ -1,0 +1,339 @@
+"""``ImageTrainer``: ``PowerGradTrainer`` for image classifiers, with timm's regularisation; a resumed run is exact.
+
+Images come as uint8 and are normalised, mixed and erased on the device; an average of the weights is kept beside the
+model; each step's randomness is a function of (seed, step, process), so a run that was killed resumes as if it had not
+been.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import TrainerCallback, TrainerState, set_seed
+
+from ..images.dataset import ImageStream
+from ..images.transforms import normalize
+from ..runs.record import EMA, WEIGHTS
+from ..splits import IGNORED
+from .checkpoints import AtomicCheckpoints, latest_checkpoint
+from .image_arguments import ImageTrainingArguments
+from .powergrad import PowerGradTrainer
+
+__all__ = ["ImageTrainer"]
+
+
+class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
+    """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
+
+    Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
+    on the device; Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
+    ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
+    with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
+    averaged model in the folder ``ema``.
+
+    Args:
+        model: Any classifier of transformers, with ``config.num_labels``; ``pgt_hf.images.create_model`` makes them of
+            timm's.
+        args: ``ImageTrainingArguments``.
+        mean: What uint8 images are normalised with, for pixels in [0, 1]; by default the model's own
+            (``config.pretrained_cfg``), or ImageNet's.
+        std: The same.
+        class_weights: A factor for each class in the training loss, (C); the loss is divided by the number of images,
+            so let their mean over the images be 1.
+        **kwargs: As Trainer takes them.
+
+    Raises:
+        TypeError: ``args`` is not an ``ImageTrainingArguments``.
+        ValueError: Mixup or CutMix with an odd batch; weights for another number of classes; EMA with sharded
+            parameters (FSDP).
+
+    Example:
+        >>> args = ImageTrainingArguments("out", optim="powergrad_sgd", schedule="cosine", mixup=0.2)
+        >>> trainer = ImageTrainer(model, args, train_dataset=ImageDataset(train, transform), data_collator=collate)
+    """
+
+    args: ImageTrainingArguments
+    model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: ImageTrainingArguments,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, ImageTrainingArguments):
+            raise TypeError(f"args must be an ImageTrainingArguments, got a {type(args).__name__}")
+        classes = model.config.num_labels
+        if class_weights is not None and class_weights.shape != (classes,):
+            raise ValueError(f"class_weights must have shape ({classes},), got {tuple(class_weights.shape)}")
+        mixing = args.mixup > 0 or args.cutmix > 0
+        if mixing and args.per_device_train_batch_size % 2:
+            raise ValueError(
+                "mixup and cutmix mix the images of a batch in pairs: per_device_train_batch_size must be even, "
+                f"got {args.per_device_train_batch_size}"
+            )
+        if mixing and not args.dataloader_drop_last:
+            raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        super().__init__(model, args, compute_loss_func=self._cross_entropy, **kwargs)
+        if args.ema_decay is not None and self.is_fsdp_enabled:
+            raise ValueError("ema_decay needs whole parameters on each process, and FSDP shards them: set it to None")
+        self.ema: ModelEmaV3 | None = None
+        self._resumed_from: str | None = None
+        preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
+        self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
+        self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
+        self._class_weights = None if class_weights is None else class_weights.float().to(args.device)
+        self._mixup = _mixup(args, classes) if mixing else None
+        self._erasing: RandomErasing | None = None
+        if args.random_erasing > 0:
+            self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
+        self.add_callback(_Steps(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(self.args.output_dir) or True  # Trainer has the error message
+        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # --- data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        dataset = self.train_dataset
+        if not isinstance(dataset, ImageStream):
+            return super().get_train_dataloader()
+        # A stream gives each process its own part already: Accelerate only moves the batches to the device.
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=True,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # Trainer would leave out images of the evaluation
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if hasattr(dataset, "epoch") and not isinstance(dataset, IterableDataset):
+            return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(super()._prepare_inputs(inputs))
+        images, labels = inputs["pixel_values"], inputs.get("labels")
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if images.dtype == torch.uint8:
+            images = normalize(images, self._mean, self._std)
+        if self.model.training and labels is not None:
+            if self._mixup is not None:
+                images, labels = _mix(self._mixup, images, labels)
+            if self._erasing is not None:
+                self._erasing(images)
+        inputs["pixel_values"] = images
+        if labels is not None:
+            inputs["labels"] = labels
+        return inputs
+
+    def bad_images(self) -> int:
+        """How many images of the training and evaluation data could not be read so far, over all processes."""
+        counted = sum(getattr(dataset, "bad_images", 0) for dataset in (self.train_dataset, self.eval_dataset))
+        return int(self.accelerator.reduce(torch.tensor(counted, device=self.args.device), "sum").item())
+
+    # --- loss, schedule
+
+    def _cross_entropy(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Mean over the images that could be read, of the whole accumulated global batch in training."""
+        logits = outputs["logits"]
+        smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
+        weight = self._class_weights if self.model.training else None
+        if labels.is_floating_point():
+            # An unreadable image has a row of zeros, in which nothing may be spread: hence not torch's own smoothing.
+            labels = labels * (1 - smoothing) + labels.sum(-1, keepdim=True) * (smoothing / labels.size(-1))
+            loss = F.cross_entropy(logits, labels, weight, reduction="sum")
+        else:
+            loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
+        if num_items_in_batch is None:
+            num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
+        return loss / num_items_in_batch
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
+        values = super().set_initial_training_values(args, dataloader)
+        self._updates_per_epoch = values[1]
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.args.schedule is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer if optimizer is None else optimizer,
+            sched="cosine" if self.args.schedule == "cosine" else "multistep",
+            num_epochs=num_training_steps / self._updates_per_epoch,
+            decay_milestones=self.args.decay_epochs,
+            decay_rate=self.args.decay_rate,
+            min_lr=self.args.min_lr,
+            warmup_lr=self.args.warmup_lr * self.args.learning_rate,
+            warmup_epochs=self.args.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self._updates_per_epoch,
+        )
+        self.lr_scheduler = _PerUpdate(scheduler)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # --- the averaged model
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.ema is not None and description == "Evaluation":
+            with self._evaluating(self.ema.module):
+                prefix = f"{metric_key_prefix}_{EMA}"
+                again = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
+            output.metrics.update(again.metrics)
+        # Trainer repeats a mean loss for each image of a batch, padded ones too; the metrics count images.
+        for key in [key for key in output.metrics if key.endswith("_nll")]:
+            output.metrics[key.removesuffix("nll") + "loss"] = output.metrics[key]
+        return output
+
+    @contextmanager
+    def _evaluating(self, model: nn.Module) -> Iterator[None]:
+        before = self.model, self.model_wrapped
+        self.model = self.model_wrapped = model
+        try:
+            yield
+        finally:
+            self.model, self.model_wrapped = before
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.ema is not None and self.args.should_save:
+            self.ema.module.save_pretrained(os.path.join(output_dir or self.args.output_dir, EMA))
+
+    def _start_ema(self) -> None:
+        self.ema = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=self.args.ema_warmup)
+        if self._resumed_from is not None:
+            load_model(self.ema.module, os.path.join(self._resumed_from, EMA, WEIGHTS))
+
+
+class _Steps(TrainerCallback):
+    """What happens around the steps: epochs reach the data set, steps get their randomness, the average its update."""
+
+    def __init__(self, trainer: ImageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.args.ema_decay is not None:
+            self.trainer._start_ema()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # Accelerate's loader tells the data set only where it does not tell a sampler.
+        dataset, epoch = self.trainer.train_dataset, int(state.epoch or 0)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        if isinstance(dataset, ImageStream):
+            done = state.global_step % self.trainer._updates_per_epoch * args.gradient_accumulation_steps
+            dataset.fast_forward(epoch, done)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        key = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
+        set_seed(int(key.generate_state(1)[0]))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.model, step=state.global_step)
+
+
+class _Shuffle(Sampler[int]):
+    """A permutation that is a function of (seed, epoch), the epoch being the data set's."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng((self.seed, self.dataset.epoch)).permutation(len(self.dataset)).tolist()
+
+
+class _PerUpdate:
+    """timm's scheduler behind the methods that Trainer calls on torch's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.updates = 0
+        scheduler.step_update(0)
+
+    def step(self) -> None:
+        self.updates += 1
+        self.scheduler.step_update(self.updates)
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.scheduler.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.scheduler.step_update(self.updates)
+
+
+def _mixup(args: ImageTrainingArguments, classes: int) -> Mixup:
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        label_smoothing=0.0,  # the loss does it
+        num_classes=classes + 1,
+    )
+
+
+def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images and targets, (N, C). An unreadable image counts as one more class, which is then left out."""
+    labels = torch.where(labels == IGNORED, mixup.num_classes - 1, labels)
+    images, targets = mixup(images, labels)
+    return images, targets[:, :-1]

@@ -1,0 +1,175 @@
+"""``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..attach import PowerGradHandle
+from ..optim import bind_powergrad, keep_asked_alpha
+from .alpha_callback import AlphaScheduleCallback
+from .arguments import PowerGradTrainingArguments
+from .hp_space import powergrad_hp_space
+from .process_group import end_group_at_exit
+
+__all__ = ["PowerGradTrainer"]
+
+
+class PowerGradTrainer(Trainer):
+    """Trainer whose every softmax cross-entropy is differentiated as PGT asks.
+
+    Takes what Trainer takes; ``args`` is a ``PowerGradTrainingArguments``. The optimizer may come from ``optim``, from
+    ``optimizers=(yours, scheduler)`` or from ``optimizer_cls_and_kwargs``. The logs gain ``powergrad_alpha`` and
+    ``logit_norm`` (mean L2 norm of the training logits since the last log); ``loss`` is the true training loss. When
+    ``train()`` ends the model is plain again. ``push_to_hub`` publishes by way of ``pgt_hf.hub.PublishCallback``.
+
+    Raises:
+        TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
+
+    Example:
+        >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
+        >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset)
+    """
+
+    args: PowerGradTrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: PowerGradTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+    ) -> None:
+        if args is not None and not isinstance(args, PowerGradTrainingArguments):
+            raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
+        self._handle: PowerGradHandle | None = None
+        self._logit_norm: Tensor | None = None
+        self._logit_rows = 0
+        super().__init__(
+            model,
+            args or PowerGradTrainingArguments("trainer_output"),
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
+        )
+        if self.args.world_size > 1:
+            end_group_at_exit(self)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        inner = getattr(optimizer, "optimizer", optimizer)  # a second train() finds the one that Accelerate wrapped
+        handle = getattr(inner, "powergrad", None)
+        if handle is None or not handle.attached:
+            bind_powergrad(inner, self.model if model is None else model, **self.args.powergrad_options())
+            handle = inner.powergrad
+            if self.args.alpha_given:
+                keep_asked_alpha(inner)
+        elif self.args.alpha_given and self.args.alpha != handle.alpha:
+            raise ValueError(
+                f"the optimizer sets alpha={handle.alpha}, the arguments alpha={self.args.alpha}; keep one"
+            )
+        self.args.alpha = handle.alpha
+        self._handle = handle
+        self._record_alpha()
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._handle is not None:
+                self._record_alpha()
+                self._handle.remove()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._record_alpha()
+        super().save_model(*args, **kwargs)
+
+    def _record_alpha(self) -> None:
+        """Who loads the model needs the alpha that it was last trained with to read its probabilities."""
+        config = getattr(self.model, "config", None)
+        if config is None or self._handle is None:
+            return
+        config.powergrad_alpha, config.powergrad_folded = self._handle.alpha, False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AlphaScheduleCallback):
+                config.powergrad_schedule = callback.settings()
+
+    def hyperparameter_search(self, hp_space: Any = None, *args: Any, backend: Any = "optuna", **kwargs: Any) -> Any:
+        """As ``Trainer.hyperparameter_search``, with a space of its own for Optuna: alpha and the learning rate.
+
+        Without ``hp_space``, alpha is searched from 0.05 to 1 and the learning rate from a tenth to ten times that of
+        the arguments, together; see ``powergrad_hp_space``.
+        """
+        if hp_space is None and backend == "optuna":
+            rate = self.args.learning_rate
+            hp_space = powergrad_hp_space((rate / 10, rate * 10))
+        return super().hyperparameter_search(hp_space, *args, backend=backend, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        from ..hub.publish import take_over
+
+        take_over(self)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        from ..hub.publish import take_over
+
+        return take_over(self).push(self, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._measure(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.
+        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
+            broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                logs |= getattr(callback, "take_logs", dict)()
+        if "loss" in logs and self._handle is not None:
+            logs["powergrad_alpha"] = self._handle.alpha
+            if self._logit_norm is not None:
+                total = torch.stack([self._logit_norm, self._logit_norm.new_tensor(self._logit_rows)])
+                total = self.accelerator.reduce(total, "sum")
+                logs["logit_norm"] = round((total[0] / total[1]).item(), 4)
+                self._logit_norm, self._logit_rows = None, 0
+        super().log(logs, *args, **kwargs)
+
+    def _measure(self, outputs: Any) -> None:
+        """Adds up the norms on the device; nothing waits for it before the next log."""
+        logits = (
+            outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
+        )
+        if logits is None:
+            return
+        norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
+        self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
+        self._logit_rows += norms.numel()

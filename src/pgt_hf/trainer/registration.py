@@ -1,0 +1,140 @@
+"""Makes ``optim="powergrad_sgd"`` known to a plain ``transformers.Trainer``, from Python and the command line.
+
+Trainer has no public door for new optimizer names, so this writes into two private tables of transformers: the enum
+that ``TrainingArguments.optim`` is checked against, and the handlers that turn a name into an optimizer.
+"""
+
+import ast
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from transformers import trainer_optimizer
+from transformers.training_args import OptimizerNames, TrainingArguments
+
+from ..attach import release_powergrad
+from ..optim import PREFIX, allowed_options, create_optimizer, keep_asked_alpha
+
+__all__ = ["TRAINER_OPTIMIZERS", "parse_optim_args", "register"]
+
+# Listed rather than asked from timm, whose import would make `import pgt_hf` slow.
+_NAMES = """
+    sgd momentum sgdw adam adamw nadam nadamw radam adabelief adafactor adagrad adan adopt lamb lars lion madgrad muon
+    rmsprop rmsproptf
+"""
+TRAINER_OPTIMIZERS = tuple(PREFIX + name for name in _NAMES.split())
+
+
+def register() -> None:
+    """Adds the names to transformers; harmless when called twice."""
+    handlers = trainer_optimizer._OPTIMIZER_HANDLERS
+    for name, handler in list(handlers.items()):
+        if not isinstance(handler, functools.partial):
+            handlers[name] = functools.partial(_plain, handler)
+    for name in TRAINER_OPTIMIZERS:
+        handlers[_add_member(name)] = functools.partial(_powergrad, name)
+    _replace_optim_args_parser()
+
+
+def parse_optim_args(opt: str, options: dict[str, str]) -> dict[str, Any]:
+    """Turns the strings of ``optim_args`` into values of the types that the optimizer's options have.
+
+    Raises:
+        ValueError: A key is unknown for this optimizer, or a value has the wrong type; the message names both.
+    """
+    allowed = allowed_options(opt)
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in allowed:
+            raise ValueError(f"optim_args: {opt!r} has no option {key!r}; it takes {', '.join(sorted(allowed))}")
+        values[key] = value = _parse_value(text)
+        default = allowed[key].default
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if (isinstance(default, bool) and not isinstance(value, bool)) or (
+            number and (isinstance(value, bool) or not isinstance(value, (int, float)))
+        ):
+            kind = "a number" if number else "true or false"
+            raise ValueError(f"optim_args: {key} must be {kind}, got {text!r}")
+    return values
+
+
+def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]], dict[str, Any]]:
+    """Handler: Trainer calls the first item, and what that returns with the model and the second."""
+    args = context.args
+    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    allowed = allowed_options(name)
+    # Trainer's adam flags count where the user moved them; else the optimizer's own defaults stand (LAMB's eps, say).
+    defaults = TrainingArguments.__dataclass_fields__
+    if args.adam_epsilon != defaults["adam_epsilon"].default and "eps" in allowed:
+        options["eps"] = args.adam_epsilon
+    betas = (args.adam_beta1, args.adam_beta2)
+    if betas != (defaults["adam_beta1"].default, defaults["adam_beta2"].default) and "betas" in allowed:
+        options["betas"] = betas
+    if hasattr(args, "powergrad_options"):
+        options |= args.powergrad_options()
+    given = getattr(args, "alpha_given", False) or "alpha" in context.optim_args
+    options |= parse_optim_args(name, context.optim_args)
+    return (lambda: _create_asked if given else create_optimizer), {"opt": name, **options}
+
+
+def _create_asked(model: Any, **options: Any) -> Any:
+    """An alpha that the user gave is used by a resumed run as well, whatever the checkpoint was trained with."""
+    optimizer = create_optimizer(model, **options)
+    keep_asked_alpha(optimizer)
+    return optimizer
+
+
+def _plain(handler: Callable[[Any], Any], context: Any) -> Any:
+    """A model that was trained with PGT and is handed to a plain optimizer is plain again."""
+    if context.model is not None:
+        release_powergrad(context.model)
+    return handler(context)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _add_member(value: str) -> OptimizerNames:
+    if value in OptimizerNames._value2member_map_:
+        return OptimizerNames(value)
+    name = value.upper()
+    member = str.__new__(OptimizerNames, value)
+    member._name_, member._value_, member.__objclass__ = name, value, OptimizerNames  # type: ignore[attr-defined]
+    member._sort_order_ = len(OptimizerNames)  # type: ignore[attr-defined]
+    OptimizerNames._member_names_.append(name)
+    OptimizerNames._member_map_[name] = member
+    OptimizerNames._value2member_map_[value] = member
+    type.__setattr__(OptimizerNames, name, member)
+    return member
+
+
+def _replace_optim_args_parser() -> None:
+    original = trainer_optimizer._parse_optim_args
+    if getattr(original, "checks_items", False):
+        return
+
+    @functools.wraps(original)
+    def parse(optim_args: str | None) -> dict[str, str]:
+        values: dict[str, str] = {}
+        # A comma inside brackets belongs to a value: betas=(0.9,0.95).
+        for item in re.split(r",(?![^(\[]*[)\]])", (optim_args or "").replace(" ", "")) if optim_args else []:
+            key, *rest = item.split("=")
+            if len(rest) != 1 or not key or not rest[0]:
+                raise ValueError(
+                    f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}"
+                )
+            if key in values:
+                raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
+            values[key] = rest[0]
+        return values
+
+    parse.checks_items = True  # type: ignore[attr-defined]
+    trainer_optimizer._parse_optim_args = parse
+    if (trainer := sys.modules.get("transformers.trainer")) is not None:
+        trainer._parse_optim_args = parse  # type: ignore[attr-defined]

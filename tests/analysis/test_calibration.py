@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss
+
+from pgt_hf.analysis import compare_calibration, fit_temperature
+
+
+def drawn(count: int, seed: int = 1, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and labels drawn from their softmax: calibrated as they stand."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(count, classes, generator=generator)
+    return logits, torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return log_loss(labels, logits.double().softmax(-1), labels=range(logits.size(1)))
+
+
+@pytest.mark.parametrize("temperature", [1 / 3, 1, 3])
+def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_at(temperature):
+    logits, labels = drawn(20_000)
+    assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
+
+
+def test_no_other_temperature_gives_a_smaller_loss_than_the_fitted_one():
+    logits, labels = drawn(300)
+    fitted = loss(logits / fit_temperature(logits, labels), labels)
+    assert all(fitted <= loss(logits / t, labels) + 1e-9 for t in np.geomspace(0.05, 50, 100))
+
+
+def test_temperature_of_images_that_are_all_right_is_small_and_that_is_a_warning(caplog):
+    assert fit_temperature(torch.eye(5), torch.arange(5)) < 0.05
+    assert "fitted to 5 images that are all right says nothing of others" in caplog.text
+
+
+def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha(device):
+    logits, labels = drawn(5000)
+    scores = compare_calibration((logits / 0.25).to(device), labels.to(device), alpha=0.25)
+    assert scores["raw"].ece > 0.1
+    assert scores["folded"].ece < 0.02
+    assert scores["folded"].temperatures == (4.0,)
+    assert scores["fitted"].temperatures == pytest.approx((4, 4), rel=0.1)
+    assert scores["folded"].nll == pytest.approx(scores["fitted"].nll, rel=0.01)
+
+
+def test_no_image_is_scored_at_a_temperature_that_it_was_fitted_with():
+    logits, labels = drawn(60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    first, second = order[:30], order[30:]
+    expected = (
+        loss(logits[second] / fit_temperature(logits[first], labels[first]), labels[second])
+        + loss(logits[first] / fit_temperature(logits[second], labels[second]), labels[first])
+    ) / 2
+    assert compare_calibration(logits, labels, seed=3)["fitted"].nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_images_without_a_label_are_left_out():
+    logits, labels = drawn(100)
+    padded = torch.cat([logits, torch.full((20, 4), 1e9)]), torch.cat([labels, torch.full((20,), -100)])
+    for ours, expected in zip(compare_calibration(*padded).values(), compare_calibration(logits, labels).values()):
+        assert (ours.nll, ours.ece, ours.brier) == (expected.nll, expected.ece, expected.brier)
+
+
+@pytest.mark.parametrize("alpha", [None, 1, 0])
+def test_where_nothing_can_be_folded_there_is_no_folded_row(alpha):
+    assert list(compare_calibration(*drawn(50), alpha=alpha)) == ["raw", "fitted"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fit_temperature(torch.zeros(1, 3), torch.tensor([-100])), "got 0 labelled images"),
+        (lambda: fit_temperature(torch.tensor([[0.0, float("nan")]]), torch.tensor([0])), "logits must be finite"),
+        (lambda: compare_calibration(torch.zeros(1, 3), torch.tensor([0])), "at least 2 images to score, got 1"),
+        (lambda: compare_calibration(torch.zeros(2, 3), torch.tensor([0, 1]), alpha=-1), "alpha must lie in"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_an_error_that_names_it(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

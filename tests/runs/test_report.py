@@ -1,0 +1,181 @@
+"""The HTML page of a run: its numbers are those of the predictions, and it needs nothing but itself."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pgt_hf.__main__ import main
+from pgt_hf.analysis import IGNORED, Evaluation, examine
+from pgt_hf.images import ImageDataset, ImageTransform, create_model, load_image_dataset
+from pgt_hf.runs import read_evaluation, write_evaluation, write_report
+
+NAMES = ["<b>ant</b>", "bee & wasp", "cat"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Fixed(nn.Module):
+    """A classifier whose logits are the images themselves."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(id2label=dict(enumerate(names)))
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=pixel_values)
+
+
+def examples(logits, labels):
+    return [{"pixel_values": torch.tensor(z), "labels": y} for z, y in zip(logits, labels, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a network that was hardly trained."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    torch.manual_seed(0)
+    model = create_model("resnet10t", [str(digit) for digit in range(10)], image_size=32)
+    model.save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"arguments": {"alpha": 0.25, "dataset_name": "digits", "seed": 3}}))
+    (folder / "metrics.json").write_text(json.dumps({"top1": 0.125, "nll": 2.5}))
+    history = [{"epoch": epoch, "loss": 3.0 - epoch, "learning_rate": 0.1} for epoch in (0.5, 1.0)]
+    (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    return folder
+
+
+def test_counts_are_those_of_the_predictions_and_unlabelled_images_are_left_out():
+    logits = [[4.0, 0, 0], [0, 3, 0], [0, 0, 1], [0, 2, 0], [9, 0, 0]]
+    found = examine(Fixed(NAMES), examples(logits, [0, 0, 2, IGNORED, 2]), alpha=0.5, batch_size=2)
+    assert found.confusion.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 1]]
+    assert [(wrong.index, wrong.label, wrong.predicted) for wrong in found.mistakes] == [(4, 2, 0), (1, 0, 1)]
+    folded = torch.softmax(torch.tensor(logits[4]) / 2, -1).max().item()
+    assert found.mistakes[0].confidence == pytest.approx(folded)
+    assert list(found.calibration) == ["softmax(z)", "softmax(0.5 z)"]
+    assert found.calibration["softmax(z)"].count.sum() == 4
+
+
+def test_evaluation_is_read_as_it_was_saved(tmp_path):
+    saved = examine(Fixed(NAMES), examples([[1.0, 0, 0], [0, 1, 0]], [1, 1]))
+    write_evaluation(tmp_path, saved)
+    read = read_evaluation(tmp_path)
+    assert (read.names, read.mistakes) == (saved.names, saved.mistakes)
+    np.testing.assert_array_equal(read.confusion, saved.confusion)
+    assert read.calibration["softmax(z)"].ece == pytest.approx(saved.calibration["softmax(z)"].ece)
+
+
+def test_page_of_a_run_that_was_never_examined_shows_what_there_is(run, tmp_path):
+    page = write_report(run, tmp_path / "page.html").read_text()
+    for text in ("12.50%", "alpha = 0.25", "Handwritten Digits", "<h2>Training</h2>", "<td>seed</td><td>3</td>"):
+        assert text in page
+    assert "<h2>Confusion</h2>" not in page
+
+
+def test_command_line_examines_a_run_and_shows_its_worst_mistakes(run):
+    main(["report", str(run), "--max-images", "80", "--mistakes", "5"])
+    page, found = (run / "report.html").read_text(), read_evaluation(run)
+    assert found.confusion.sum() == 80
+    split = load_image_dataset("digits")["validation"]
+    assert all(split[wrong.index]["label"] == wrong.label != wrong.predicted for wrong in found.mistakes)
+    assert page.count("<figure>") == 5 and page.count("data:image/jpeg") == 5
+    for title in ("Training", "Calibration", "Confusion", "Worst mistakes", "Settings"):
+        assert f"<h2>{title}</h2>" in page
+
+
+def test_page_holds_everything_it_needs_and_runs_no_code(run):
+    page = write_report(run).read_text()
+    assert not re.findall(r"<script|<link|<iframe|javascript:|\bon\w+=|@import|url\(", page)
+    sources = re.findall(r"(?:src|href)=[\"']?([^\"'\s>]{0,40})", page)
+    assert sources and all(source.startswith("data:image/") for source in sources)
+
+
+def test_images_that_may_not_be_passed_on_are_left_out(run, tmp_path):
+    page = write_report(run, tmp_path / "page.html", pictures=False).read_text()
+    assert "data:image/jpeg" not in page and "may not be passed on" in page
+    assert "<th scope=col>taken for</th><th scope=col>sure by</th>" in page
+
+
+def test_names_of_classes_are_text_and_not_markup(run, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path / name)
+    write_evaluation(tmp_path, examine(Fixed(NAMES), examples([[1.0, 0, 0], [0, 1, 0]], [1, 1])))
+    page = write_report(tmp_path).read_text()
+    assert "<b>ant</b>" not in page and html.escape(NAMES[0]) in page
+
+
+def test_many_classes_give_a_picture_and_few_a_table(run, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path / name)
+    for classes, table in ((25, True), (26, False), (1000, False)):
+        counts = np.eye(classes, dtype=np.int64)
+        counts[0, 1] = 3
+        write_evaluation(tmp_path, Evaluation([f"class {i}" for i in range(classes)], counts, calibration(), []))
+        page = write_report(tmp_path).read_text()
+        assert ("<table class=matrix>" in page) is table
+        assert ("right predictions blue" in page) is not table
+        assert "<td>class 0</td><td>class 1</td><td>3</td>" in page  # most confused
+        assert "<td>class 0</td><td>25.0%</td><td>4</td>" in page and "<td>100.0%</td>" not in page  # hardest
+        assert len(page) < 400_000
+
+
+def calibration():
+    return examine(Fixed(NAMES), examples([[1.0, 0, 0]], [0])).calibration
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "there is no model in nowhere"), (["."], r"there is no model in \.:")],
+)
+def test_folder_without_a_model_is_an_error_in_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        main(["report", *arguments])
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_set_without_labels_is_an_error():
+    with pytest.raises(ValueError, match="no labelled image"):
+        examine(Fixed(NAMES), examples([[1.0, 0, 0]], [IGNORED]))
+
+
+def test_uint8_images_are_normalised_as_the_model_was_trained(run):
+    model = create_model("resnet10t", [str(digit) for digit in range(10)], image_size=32)
+    split = load_image_dataset("digits", max_eval_samples=20)["validation"]
+    sets = [
+        ImageDataset(split, ImageTransform(model.config.pretrained_cfg, training=False, normalize=normalize))
+        for normalize in (True, False)
+    ]
+    floats, bytes_ = (examine(model, dataset, alpha=1) for dataset in sets)
+    np.testing.assert_array_equal(floats.confusion, bytes_.confusion)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_browser_shows_the_page(run, tmp_path):
+    page, picture = write_report(run), tmp_path / "page.png"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --window-size=1000,3000"
+    subprocess.run(
+        [
+            CHROMIUM,
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--screenshot={picture}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    from PIL import Image
+
+    shown = np.asarray(Image.open(picture).convert("RGB"))
+    assert shown.shape == (3000, 1000, 3)
+    blue = (np.abs(shown.astype(int) - (37, 99, 235)).sum(-1) < 200).sum()
+    assert blue > 500  # the diagonal of the confusion matrix, and the curves

@@ -1,0 +1,92 @@
+"""What is imported when, and what a missing package is called."""
+
+import subprocess
+import sys
+
+import pytest
+from launch import environment
+
+HEAVY = [
+    "transformers", "timm", "datasets", "evaluate", "accelerate", "torchvision", "sklearn", "scipy", "matplotlib",
+    "huggingface_hub",
+]  # fmt: skip
+REGISTERED = """
+import transformers.trainer_optimizer as handlers, transformers.training_args as arguments
+print(arguments.OptimizerNames("powergrad_adamw") in handlers._OPTIMIZER_HANDLERS)
+"""
+
+
+def python(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_transform_needs_torch_alone():
+    light = "pgt_hf, pgt_hf.functional, pgt_hf.loss, pgt_hf.logits, pgt_hf.attach, pgt_hf.images"
+    assert python(f"import sys, {light}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import pgt_hf",
+        "import pgt_hf\nfrom transformers import TrainingArguments",
+        "import pgt_hf\nfrom transformers import Trainer",
+        "from transformers import TrainingArguments\nimport pgt_hf",
+        "from transformers import Trainer\nimport pgt_hf",
+        "import transformers.trainer_optimizer\nimport pgt_hf",
+        "from pgt_hf.trainer import parse_optim_args",
+        "from pgt_hf.trainer.registration import register",
+        "from pgt_hf import PowerGradTrainer",
+    ],
+)
+def test_optimizers_are_registered_whatever_is_imported_first(program):
+    assert python(program + REGISTERED) == "True"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wing", ["", ".trainer", ".images", ".analysis", ".runs", ".hub"])
+def test_every_exported_name_is_there(wing):
+    assert python(f"from pgt_hf{wing} import *; import pgt_hf{wing} as w; print(len(w.__all__) > 3)") == "True"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "name", "message"),
+    [
+        ("datasets", "images.ImageDataset", "pgt_hf.images.ImageDataset needs datasets: pip install 'pgt_hf[images]'"),
+        ("optuna", "trainer.run_trials", "pgt_hf.trainer.run_trials needs optuna: pip install 'pgt_hf[search]'"),
+        ("huggingface_hub", "hub.push_release", "pip install 'pgt_hf[hub]'"),
+    ],
+)
+def test_missing_package_is_an_error_that_names_the_extra(package, name, message):
+    wing, _, name = name.partition(".")
+    told = python(f"""
+import sys
+class Missing:  # as if the package were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+if {package!r} == "huggingface_hub":
+    import transformers  # which needs it as well
+    for module in [module for module in sys.modules if module.partition(".")[0] == {package!r}]:
+        del sys.modules[module]
+sys.meta_path.insert(0, Missing())
+import pgt_hf.{wing}
+try:
+    pgt_hf.{wing}.{name}
+except ImportError as error:
+    print(error)
+""")
+    assert message in told
+
+
+def test_unknown_name_is_an_attribute_error():
+    import pgt_hf
+
+    with pytest.raises(AttributeError, match="module 'pgt_hf' has no attribute 'powergrad_magic'"):
+        pgt_hf.powergrad_magic  # noqa: B018

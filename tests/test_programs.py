@@ -1,0 +1,94 @@
+"""How programs read their arguments, end with an error, and say what they did."""
+
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
+
+
+@dataclass
+class Numbers:
+    size: int = 4
+    shares: list[float] = field(default_factory=lambda: [0.5])
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"--size must be at least 1, got {self.size}")
+
+
+def read(monkeypatch, *words, **options):
+    monkeypatch.setattr(sys, "argv", ["program.py", *words])
+    return parse(Numbers, RunArguments, description="A program.", **{"defaults": {}} | options)
+
+
+def test_flags_win_over_smoke_and_smoke_over_defaults(monkeypatch):
+    options = {"defaults": {"size": 8, "name": "a"}, "smoke": {"size": 2, "name": "b"}}
+    assert read(monkeypatch, **options)[0] == Numbers(8, [0.5], "a")
+    assert read(monkeypatch, "--smoke", **options)[0] == Numbers(2, [0.5], "b")
+    numbers, run, config = read(monkeypatch, "--smoke", "--size", "3", "--shares", "0.1", "0.2", **options)
+    assert numbers == Numbers(3, [0.1, 0.2], "b") and run.smoke
+    assert config == {"size": 3, "shares": [0.1, 0.2], "name": "b", "smoke": True}  # --resume belongs to one run
+
+
+def test_defaults_may_depend_on_what_was_asked_first(monkeypatch):
+    def defaults(early):
+        return {"size": 16 if early.name == "large" else 1}
+
+    assert read(monkeypatch, "--name", "large", defaults=defaults, early=("name",))[0].size == 16
+    assert read(monkeypatch, defaults=defaults, early=("name",))[0].size == 1
+
+
+def test_first_word_may_stand_without_its_flag(monkeypatch):
+    assert read(monkeypatch, "folder", "--size", "2", positional="name")[0] == Numbers(2, [0.5], "folder")
+    assert read(monkeypatch, "--name", "folder", positional="name")[0].name == "folder"
+
+
+def adjust(namespace):
+    if namespace.size == 7:
+        raise ValueError("--size must not be 7")
+    namespace.size *= 2
+
+
+def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_asked(monkeypatch):
+    numbers, _, config = read(monkeypatch, "--size", "3", adjust=adjust)
+    assert (numbers.size, config["size"]) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["--size", "7"], {"adjust": adjust}, "error: --size must not be 7"),
+        (["--size", "0"], {}, "error: --size must be at least 1, got 0"),
+        ([], {"defaults": {"sice": 3}}, "error: there are no arguments of these names: sice"),
+    ],
+)
+def test_bad_argument_is_one_line(monkeypatch, words, options, message):
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        read(monkeypatch, *words, **options)
+
+
+def test_errors_of_the_program_itself_keep_their_traceback():
+    with pytest.raises(SystemExit, match="error: no file"), errors_in_one_line():
+        raise OSError("no file")
+    with pytest.raises(KeyError), errors_in_one_line():
+        raise KeyError("a fault")
+
+
+def test_what_is_told_is_what_there_is(tmp_path, capsys):
+    (tmp_path / "metrics.json").touch()
+    (tmp_path / "mine.png").touch()
+    tell("net on data", {"top1": 0.5, "nll": 1.25, "ece": None}, tmp_path, {"use": "now"}, {"mine.png": "a picture"})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == [
+        "net on data",
+        "top1 50.00%",
+        "nll 1.25",
+        f"Written to {tmp_path}",
+        "metrics.json the results, and what they were made with",
+        "mine.png a picture",
+        "What next",
+        "use now",
+    ]
