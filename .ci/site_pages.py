@@ -27,17 +27,23 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
-class Examples(griffe.Extension):
-    """Griffe knows the section ``Examples:``; our docstrings have one each, under ``Example:``."""
+class Docstrings(griffe.Extension):
+    """What Griffe has to be told: our sections ``Example:``, and the names that a package imports lazily."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for module in [pkg, *pkg.modules.values()]:
+            stub = Path(str(module.filepath)).with_suffix(".pyi")
+            if stub.exists():
+                module.exports = set(imported_names(stub))
+
 
 def on_config(config: Any) -> Any:
     reference = next(group["Reference"] for group in config.nav if "Reference" in group)
-    reference[:0] = [{module: f"reference/{module}.md"} for module in public_modules()]
+    reference[:0] = [{module: f"reference/{module}.md"} for module in sorted(public_modules())]
     return config
 
 
@@ -67,17 +73,17 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def public_modules() -> Iterator[str]:
-    """The package, and the modules and subpackages right under it that declare what they export."""
-    yield from sorted(
-        ".".join(part for part in path.relative_to(ROOT / "src").with_suffix("").parts if part != "__init__")
-        for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")]
-        if declares_exports(path)
-    )
+    """The package, and the modules and subpackages right under it that say what they export."""
+    for path in sorted([PACKAGE / "__init__.py", *PACKAGE.glob("[a-z]*.py"), *PACKAGE.glob("*/__init__.py")]):
+        if "__all__" in path.read_text(encoding="utf-8"):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            yield ".".join(part for part in parts if part != "__init__")
 
 
-def declares_exports(path: Path) -> bool:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in body)
+def imported_names(stub: Path) -> Iterator[str]:
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (name.asname or name.name for name in node.names)
 
 
 def prose(markdown: str) -> str:
