@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
+LOG = get_plugin_logger("site_pages")
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "pgt_hf"
 PAGES = {  # in the checkout: on the site
@@ -24,6 +26,7 @@ PAGES = {  # in the checkout: on the site
     "studies/README.md": "study.md",
 }
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+HREF = re.compile(r'href="(?![a-z]+:|#)([^"#]+)')
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -70,6 +73,20 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
     parts = FENCE.split(markdown)
     return "".join(part if i % 2 else LINK.sub(rewrite, part) for i, part in enumerate(parts))
+
+
+def on_page_content(html: str, page: Any, files: Any, **kwargs: Any) -> str:
+    """Links of notebooks, which arrive here as HTML, unseen by MkDocs."""
+    uri = page.file.src_uri
+
+    def rewrite(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(site_uri(in_checkout(uri, match[1])))
+        if target is None:
+            LOG.warning(f"{uri} contains a link to {match[1]}, which is not on the site")
+            return match[0]
+        return f'href="{target.url_relative_to(page.file)}'
+
+    return HREF.sub(rewrite, html) if uri.endswith(".ipynb") else html
 
 
 def public_modules() -> Iterator[str]:

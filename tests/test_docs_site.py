@@ -29,17 +29,30 @@ def test_site_builds_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", ["no_such_page.md", "method.md#no-such-heading", "../no_such_file.py"])
-def test_broken_link_fails_the_build(link, tmp_path):
+@pytest.mark.parametrize(
+    ("page", "link"),
+    [
+        ("docs/trainer.md", "no_such_page.md"),
+        ("docs/trainer.md", "method.md#no-such-heading"),
+        ("docs/trainer.md", "../no_such_file.py"),
+        ("README.md", "docs/no_such_page.md"),
+        ("docs/notebooks/trainer.ipynb", "no_such_notebook.ipynb"),
+    ],
+)
+def test_broken_link_fails_the_build(page, link, tmp_path):
     for name in ("docs", ".ci", "src", "studies", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "mkdocs.yml"]:
         shutil.copy(file, tmp_path)
-    with open(tmp_path / "docs" / "trainer.md", "a", encoding="utf-8") as page:
-        page.write(f"\n[broken]({link})\n")
+    text = (tmp_path / page).read_text(encoding="utf-8")
+    broken = (
+        text.replace("(worth_it.ipynb)", f"({link})") if page.endswith(".ipynb") else f"{text}\n[broken]({link})\n"
+    )
+    assert broken != text
+    (tmp_path / page).write_text(broken, encoding="utf-8")
     result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert result.returncode != 0
-    assert link.removeprefix("../") in result.stderr
+    assert Path(link).name in result.stderr
 
 
 def test_every_page_is_in_the_navigation():
