@@ -25,7 +25,7 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck bench docs clean
+.PHONY: help venv demo test lint format typecheck bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,7 @@ typecheck: venv ## Check the types alone
 bench: venv ## Run the benchmarks
 	$(RUN) -m benchmarks $(ARGS)
 
+.PHONY: docs
 docs: venv ## Build the documentation into site/; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
