@@ -64,6 +64,10 @@ typecheck: venv ## Check the types alone
 bench: venv ## Run the benchmarks
 	$(RUN) -m benchmarks $(ARGS)
 
+.PHONY: docs
+docs: venv ## Build the documentation into site/; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 clean: ## Delete what runs and tools leave in the checkout; the environment stays
-	rm -rf runs dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

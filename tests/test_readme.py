@@ -27,8 +27,15 @@ def test_documented_code_runs(page, code, tmp_path, monkeypatch):
 def test_relative_links_lead_somewhere():
     broken = [
         f"{page.name}: {target}"
-        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         if not (page.parent / target).exists()
     ]
     assert not broken
+
+
+def test_commands_name_recipes_and_targets_that_exist():
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
+    assert not [name for name in set(re.findall(r"recipes/[\w/]+\.\w+", texts)) if not (ROOT / name).is_file()]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)", texts, re.MULTILINE)) <= targets

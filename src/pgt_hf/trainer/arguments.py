@@ -45,7 +45,7 @@ class PowerGradTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.alpha_given = self.alpha is not None
-        self.alpha = DEFAULT_ALPHA if self.alpha is None else check_alpha(self.alpha)
+        self.alpha = DEFAULT_ALPHA if self.alpha is None else float(check_alpha(self.alpha))
         check_clipping(self.clip_mode, self.clip_value)
         if not self.hub_timeout > 0:
             raise ValueError(f"hub_timeout must be a number of seconds above 0, got {self.hub_timeout}")

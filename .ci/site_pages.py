@@ -1,0 +1,117 @@
+"""MkDocs hooks: pages and files from outside docs/, and an API page for each public module.
+
+Links in Markdown are written for the checkout, where GitHub and editors follow them. Here they are resolved against
+the checkout and written again for the site.
+"""
+
+import ast
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.plugins import get_plugin_logger
+from mkdocs.structure.files import File
+
+LOG = get_plugin_logger("site_pages")
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "pgt_hf"
+PAGES = {  # in the checkout: on the site
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "studies/README.md": "study.md",
+}
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+HREF = re.compile(r'href="(?![a-z]+:|#)([^"#]+)')
+FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+
+
+class Docstrings(griffe.Extension):
+    """What Griffe has to be told: our sections ``Example:``, and the names that a package imports lazily."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for module in [pkg, *pkg.modules.values()]:
+            stub = Path(str(module.filepath)).with_suffix(".pyi")
+            if stub.exists():
+                module.exports = set(imported_names(stub))
+
+
+def on_config(config: Any) -> Any:
+    reference = next(group["Reference"] for group in config.nav if "Reference" in group)
+    reference[:0] = [{module: f"reference/{module}.md"} for module in sorted(public_modules())]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    for module in public_modules():
+        files.append(File.generated(config, f"reference/{module}.md", content=f"# {module}\n\n::: {module}\n"))
+    for page, uri in PAGES.items():
+        files.append(File.generated(config, uri, content=(ROOT / page).read_text(encoding="utf-8")))
+    for file in list(files.documentation_pages()):
+        if file.src_uri.endswith(".md"):
+            for path in LINK.findall(prose(file.content_string)):
+                target = in_checkout(file.src_uri, path)
+                uri = site_uri(target)
+                if not target.startswith("docs/") and (ROOT / target).is_file() and uri not in files.src_uris:
+                    files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    uri = page.file.src_uri
+
+    def rewrite(match: re.Match[str]) -> str:
+        return posixpath.relpath(site_uri(in_checkout(uri, match[1])), posixpath.dirname(uri) or ".")
+
+    parts = FENCE.split(markdown)
+    return "".join(part if i % 2 else LINK.sub(rewrite, part) for i, part in enumerate(parts))
+
+
+def on_page_content(html: str, page: Any, files: Any, **kwargs: Any) -> str:
+    """Links of notebooks, which arrive here as HTML, unseen by MkDocs."""
+    uri = page.file.src_uri
+
+    def rewrite(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(site_uri(in_checkout(uri, match[1])))
+        if target is None:
+            LOG.warning(f"{uri} contains a link to {match[1]}, which is not on the site")
+            return match[0]
+        return f'href="{target.url_relative_to(page.file)}'
+
+    return HREF.sub(rewrite, html) if uri.endswith(".ipynb") else html
+
+
+def public_modules() -> Iterator[str]:
+    """The package, and the modules and subpackages right under it that say what they export."""
+    for path in sorted([PACKAGE / "__init__.py", *PACKAGE.glob("[a-z]*.py"), *PACKAGE.glob("*/__init__.py")]):
+        if "__all__" in path.read_text(encoding="utf-8"):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            yield ".".join(part for part in parts if part != "__init__")
+
+
+def imported_names(stub: Path) -> Iterator[str]:
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (name.asname or name.name for name in node.names)
+
+
+def prose(markdown: str) -> str:
+    return FENCE.sub("", markdown)
+
+
+def in_checkout(uri: str, path: str) -> str:
+    """What a link on a page of the site means, as a path from the root of the checkout."""
+    page = next((page for page, at in PAGES.items() if at == uri), f"docs/{uri}")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+
+
+def site_uri(path: str) -> str:
+    return PAGES.get(path) or path.removeprefix("docs/")
