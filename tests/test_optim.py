@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -257,3 +258,104 @@ def test_binding_an_optimizer_again_replaces_its_hooks():
         bind_powergrad(optimizer, model, alpha=0.5, clip_mode="norm", clip_value=1.0)
     assert len(optimizer._optimizer_step_pre_hooks) == 2  # one that looks after the groups, and the clipping
     assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
+
+
+@pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_momentum", "powergrad_rmsprop"])
+def test_no_momentum_means_no_momentum(name):
+    optimizer = create_optimizer(nn.Linear(4, 3), name, lr=0.1, momentum=0)
+    assert all(group["momentum"] == 0 and not group.get("nesterov") for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("given", [lambda model: model.parameters(), lambda model: [{"params": [model.weight]}]])
+def test_parameters_alone_are_refused_with_the_reason(given):
+    with pytest.raises(TypeError, match="model's logits, so parameters alone are not enough.*bind_powergrad"):
+        create_optimizer(given(nn.Linear(4, 3)), "powergrad_sgd", lr=0.1)
+
+
+def test_wrappers_of_an_optimizer_can_be_bound_and_other_things_not():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = nn.Linear(4, 3)
+    wrapper = bind_powergrad(Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)), model, alpha=0.5)
+    assert wrapper.powergrad.alpha == wrapper.optimizer.param_groups[0]["powergrad_alpha"] == 0.5
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or wrap one"):
+        bind_powergrad(object(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("alpha", [np.float64(0.5), np.float32(0.5), np.int64(1), torch.tensor(0.5)])
+def test_numpy_scalars_and_tensors_of_one_number_are_numbers(alpha):
+    assert attach_powergrad(nn.Linear(4, 3), alpha).alpha == float(alpha)
+    assert (
+        create_optimizer(nn.Linear(4, 3), "powergrad_sgd", lr=0.1, momentum=0.9, alpha=alpha).powergrad.alpha == alpha
+    )
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(float("nan")), torch.tensor(-1.0), torch.tensor(True), np.bool_(True)])
+def test_a_bad_tensor_or_numpy_scalar_is_no_alpha(alpha):
+    with pytest.raises((TypeError, ValueError), match="alpha must"):
+        attach_powergrad(nn.Linear(4, 3), alpha)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lbfgs"])
+def test_a_closure_computes_what_the_step_clips_and_uses(kind):
+    model, (inputs, target) = nn.Linear(4, 3), (torch.randn(8, 4), torch.randint(3, (8,)))
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    if kind == "sgd":
+        optimizer = create_optimizer(
+            model, "powergrad_sgd", lr=0.1, alpha=ALPHA, momentum=0, clip_mode="norm", clip_value=0.01
+        )
+    else:
+        optimizer = bind_powergrad(torch.optim.LBFGS(model.parameters(), max_iter=4), model, alpha=ALPHA)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), target)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    moved = torch.cat([(p.detach() - s).flatten() for p, s in zip(model.parameters(), start, strict=True)])
+    if kind == "sgd":
+        assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    else:
+        assert optimizer.powergrad.calls == 4 and moved.norm() > 0
+
+
+def test_a_closure_without_pgt_is_refused():
+    model = nn.Linear(4, 3).eval()
+    optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA, momentum=0.9)
+
+    def closure():
+        loss = F.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="training without PGT"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("part", ["step", "everything"])
+def test_a_compiled_step_or_training_step_takes_the_eager_ones_steps(part):
+    torch.manual_seed(0)
+    eager = nn.Linear(4, 3)
+    compiled = copy.deepcopy(eager)
+    inputs, target = torch.randn(8, 4), torch.randint(3, (8,))
+    for model in (eager, compiled):
+        optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=ALPHA, momentum=0.9)
+
+        def step(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), target).backward()
+            optimizer.step()
+
+        if model is compiled and part == "everything":
+            step = torch.compile(step, backend="aot_eager")
+        elif model is compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+        for alpha in (0.25, 0.5, 0.75):
+            optimizer.param_groups[0]["powergrad_alpha"] = alpha
+            step()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

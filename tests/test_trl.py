@@ -8,7 +8,7 @@ from datasets import Dataset
 from reference import powergrad_gradient
 from transformers import Trainer
 
-import pgt_hf  # noqa: F401
+from pgt_hf import attach_powergrad
 from pgt_hf.text import train_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -77,3 +77,57 @@ def test_with_logits_its_first_step_is_the_formulas(tmp_path):
         moved = parameter.detach() - first
         torch.testing.assert_close(moved, -LR * 1.9 * direction, rtol=1e-4, atol=1e-6)
     assert sft.state.log_history[0]["loss"] == pytest.approx(true_loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_log_probabilities_are_pgts_or_refused_but_never_plain(dtype):
+    """In half precision it takes a log_softmax, which is PGT's; in float32 a logsumexp, which is refused."""
+    from trl.trainer.utils import selective_log_softmax
+
+    head = torch.nn.Linear(4, 6).to(dtype)
+    inputs, labels = torch.randn(2, 3, 4, dtype=dtype), torch.randint(6, (2, 3))
+    attach_powergrad(head, ALPHA)
+    logits = head(inputs)
+    loss = -selective_log_softmax(logits, labels).mean()
+    if dtype is torch.float32:
+        with pytest.raises(RuntimeError, match=r"logsumexp.*training without PGT.*powergrad_log_softmax"):
+            loss.backward()
+    else:
+        loss.backward()
+        expected = powergrad_gradient(logits.detach(), labels, ALPHA).flatten(0, 1).sum(0)
+        torch.testing.assert_close(head.bias.grad.double(), expected, rtol=0, atol=1e-2)
+
+
+def test_its_reward_trainer_takes_no_softmax_and_is_refused(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    args = trl.RewardConfig(
+        str(tmp_path), optim="powergrad_adamw", max_steps=1, report_to="none", use_cpu=True, bf16=False,
+        activation_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"chosen": TEXTS, "rejected": TEXTS[::-1]})
+    reward = trl.RewardTrainer(
+        transformers.LlamaForSequenceClassification(config), args=args, train_dataset=data, processing_class=tokenizer
+    )
+    with pytest.raises(RuntimeError, match="training without PGT"):
+        reward.train()
+
+
+def test_its_dpo_trainer_makes_no_logits_and_is_refused(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    args = trl.DPOConfig(
+        str(tmp_path), optim="powergrad_adamw", max_steps=1, report_to="none", use_cpu=True, bf16=False,
+        activation_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": ["def"] * 8, "chosen": TEXTS, "rejected": TEXTS[::-1]})
+    policy, reference = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    dpo = trl.DPOTrainer(policy, reference, args=args, train_dataset=data, processing_class=tokenizer)
+    with pytest.raises(RuntimeError, match="training without PGT"):
+        dpo.train()

@@ -141,8 +141,8 @@ class _StateHook:
 
 class _Hook(_StateHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.acts(module) or torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return output
+        if not self.acts(module) or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return output  # a traced model has no gate, and the guard refuses its step
         if is_functorch():
             raise RuntimeError(
                 "PGT does not act under torch.func (grad, vmap, jacrev, functional_call inside them); there, call "

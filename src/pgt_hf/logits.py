@@ -348,7 +348,7 @@ _READS = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 # What leaves torch, or keeps: answered on the plain values.
 _LEAVES_TORCH = {
     Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.share_memory_, Tensor.__dlpack__, Tensor.__dlpack_device__,
-    torch.utils.dlpack.to_dlpack, Tensor.__reduce_ex__, Tensor.pin_memory,
+    torch._C._to_dlpack, Tensor.__reduce_ex__, Tensor.pin_memory,
 }  # fmt: skip
 _KEEP_ARGUMENTS = {
     torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.retain_grad,

@@ -271,3 +271,58 @@ def test_saved_config_says_which_alpha_trained_the_model_and_whether_it_is_folde
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["powergrad_alpha"], config["powergrad_folded"]) == (0.5, False)
     assert fold_powergrad(trainer.model, 0.5).config.powergrad_folded
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_compiled_trainer_takes_the_eager_ones_steps_while_alpha_moves(tmp_path, ours):
+    class Move(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["powergrad_alpha"] = 0.25 + 0.2 * state.global_step
+
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        args = arguments(tmp_path, ours, optim="powergrad_sgd", max_steps=4, **options)
+        model = wrapper()
+        kind = PowerGradTrainer if ours else Trainer
+        trainer = kind(model, args, train_dataset=Data(), callbacks=[Move()])
+        trainer.train()
+        assert getattr(trainer.optimizer, "optimizer", trainer.optimizer).powergrad.calls == 4
+        results.append(weights(model))
+    assert_same(*results)
+
+
+def test_a_tuple_among_optim_args_is_one_value(tmp_path):
+    args = arguments(tmp_path, optim="powergrad_adamw", optim_args="alpha=0.5,betas=(0.8,0.95)", max_steps=1)
+    trainer = Trainer(wrapper(), args, train_dataset=Data())
+    trainer.train()
+    group = trainer.optimizer.param_groups[0]
+    assert tuple(group["betas"]) == (0.8, 0.95) and group["powergrad_alpha"] == 0.5
+
+
+def test_a_model_without_a_config_is_trained(tmp_path):
+    class Plain(torch.nn.Module):
+        config = None
+
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3 * 32 * 32, 4)
+
+        def forward(self, pixel_values, labels=None):
+            logits = self.head(pixel_values.flatten(1))
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    args = arguments(tmp_path, ours=True, max_steps=1, powergrad_head="head")
+    trainer = PowerGradTrainer(Plain(), args, train_dataset=Data())
+    trainer.train()
+    assert trainer._handle.calls == 1
+
+
+def test_alpha_that_was_given_is_not_taken_for_the_default(tmp_path):
+    default = pgt_hf.PowerGradTrainingArguments(str(tmp_path), report_to="none")
+    assert default.alpha == 0.25 and not default.alpha_given
+    args = arguments(tmp_path, ours=True, optim="powergrad_sgd", optim_args="alpha=0.5", alpha=0.25)
+    with pytest.raises(ValueError, match=r"alpha=0\.5.*alpha=0\.25"):
+        PowerGradTrainer(wrapper(), args, train_dataset=Data()).train()
