@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .functional import check_alpha, is_functorch
+from .functional import check_alpha, is_compiling, is_functorch
 from .gate import State, TracedGate, enter
 from .guard import guard_steps, guard_weights
 from .heads import Head, candidates, find_heads, is_pretrained, untied_layers, unwrap
@@ -141,7 +141,7 @@ class _StateHook:
 
 class _Hook(_StateHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.acts(module) or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        if not self.acts(module) or torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             return output  # a traced model has no gate, and the guard refuses its step
         if is_functorch():
             raise RuntimeError(
@@ -155,7 +155,7 @@ class _CheckHeads(_StateHook):
     """Hook of a transformers model whose heads were detected: none of its logits may be without PGT."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.acts(module) or torch.compiler.is_compiling() or not hasattr(output, "items"):
+        if not self.acts(module) or is_compiling() or not hasattr(output, "items"):
             return
         plain = [name for name, value in output.items() if name.endswith("logits") and _is_plain(value)]
         under_pgt = [name for name, value in output.items() if isinstance(value, PowerGradLogits)]

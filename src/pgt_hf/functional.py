@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import TracingContext
 
 __all__ = ["check_alpha", "powergrad_cross_entropy", "powergrad_linear_cross_entropy", "powergrad_log_softmax"]
 
@@ -173,7 +174,7 @@ def check_alpha(alpha: float | Tensor) -> float | Tensor:
             raise ValueError(f"alpha must be a number or a 0-dim tensor, got a tensor of shape {tuple(alpha.shape)}")
         if not alpha.is_floating_point():
             raise TypeError(f"alpha must be a number in [0, 1], got a tensor of dtype {alpha.dtype}")
-        if torch.compiler.is_compiling() or alpha.device.type != "cpu" or is_functorch():
+        if is_compiling() or alpha.device.type != "cpu" or is_functorch():
             return alpha
         number = alpha.item()
     elif isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
@@ -198,7 +199,7 @@ def log_softmax_backward(
     """
     input, grad = input.to(_wide(input)), grad.to(_wide(input))
     total = grad.sum(dim, keepdim=True)
-    if type(input) is Tensor and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_batched(grad)):
+    if type(input) is Tensor and not (is_compiling() or torch.is_grad_enabled() or _is_batched(grad)):
         powered = _scaled(input, alpha, may_be_masked=True)
         torch.softmax(powered, dim, out=powered)
         return torch.addcmul(grad, powered, total, value=-1, out=powered)
@@ -311,7 +312,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def is_fast(target: Tensor, weight: Tensor | None, label_smoothing: float, alpha: float | Tensor) -> bool:
     """Whether ``CrossEntropy`` takes it: in eager mode, the usual arguments."""
-    if torch.compiler.is_compiling() or is_functorch() or not isinstance(alpha, float) or alpha == 0:
+    if is_compiling() or is_functorch() or not isinstance(alpha, float) or alpha == 0:
         return False
     weighted = weight is not None and (target.is_floating_point() or label_smoothing > 0 or weight.requires_grad)
     return not (weighted or target.requires_grad)
@@ -426,6 +427,11 @@ def _graph_is_kept() -> bool:
 def _is_batched(grad: Tensor) -> bool:
     """Under ``vmap``, or ``torch.autograd.grad(..., is_grads_batched=True)``: nothing may be written in place."""
     return is_functorch() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def is_compiling() -> bool:
+    """Whether a compiler traces this; on torch 2.9 and 2.10, torch's own word is false where it propagates shapes."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 def is_functorch() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .functional import is_compiling
 from .logits import PowerGradLogits, StampedGradient, elem_of, no_pgt, unwrap
 
 __all__ = ["State", "TracedGate", "enter"]
@@ -99,7 +100,7 @@ def enter(output: Any, state: State) -> Any:
     Looks into whatever torch knows as a pytree, and into the attributes of other objects, which it changes in place.
     """
     gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
-    if torch.compiler.is_compiling():
+    if is_compiling():
         leaves = state.leaves
         gate = lambda t: TracedGate.apply(t, *leaves, state.graph_regime)  # noqa: E731
     if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced

@@ -21,6 +21,7 @@ from .functional import (
     LogSoftmax,
     check_alpha,
     check_cross_entropy,
+    is_compiling,
     is_fast,
     log_softmax_backward,
     under_autocast,
@@ -142,7 +143,7 @@ class PowerGradLogits(_Wrapper):
             return func(args[0].elem.detach(), *args[1:], **kwargs)
         if func is Tensor.data_ptr:
             raise RuntimeError("PGT: the logits of an attached head have no storage of their own; use logits.detach()")
-        if name != "__get__" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if name != "__get__" and torch.is_grad_enabled() and not is_compiling():
             if func in _FAST and (out := _FAST[func](*args, **kwargs)) is not None:
                 return out
             if not name.startswith("_"):

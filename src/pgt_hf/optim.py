@@ -253,8 +253,14 @@ def _keep_out_of_graphs(optimizer: Optimizer) -> None:
     """Lets ``torch.compile`` break its graph at the step: it has no model of ``AlphaGroup``, nor of our hooks."""
     base = type(optimizer)
     if not hasattr(base, "without_pgt"):
+        disabled = torch.compiler.disable(base.step)
+
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:  # torch 2.9 compiles a disabled method unbound
+            return disabled(self, *args, **kwargs)
+
+        step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
         members = {
-            "step": torch.compiler.disable(base.step),
+            "step": step,
             "without_pgt": base,
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
