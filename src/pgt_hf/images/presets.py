@@ -140,17 +140,12 @@ PRESETS: dict[str, Preset] = {
     "normfree18_256_agc": _norm_free(256, 69.06, 67.298, **AGC),
     "normfree18_256_gc_pgt": _norm_free(256, 68.67, 67.088, alpha=0.25, **GC),
     "normfree18_256_agc_pgt": _norm_free(256, 70.92, 68.856, alpha=0.25, **AGC),
-    # From here on nothing was published with PGT; the alphas are guesses to begin a search with.
+    # Recipes of others, to which the paper has no counterpart: add an alpha with --alpha.
     "vgg16": Preset(VGG | {"model_name": "vgg16"}),
-    "vgg16_pgt": Preset(VGG | {"model_name": "vgg16", "alpha": 0.25}),
     "vgg16_bn": Preset(VGG | {"model_name": "vgg16_bn"}),
-    "vgg16_bn_pgt": Preset(VGG | {"model_name": "vgg16_bn", "alpha": 0.25}),
     "convnext_tiny": Preset(TRANSFORMER | {"model_name": "convnext_tiny"}),
-    "convnext_tiny_pgt": Preset(TRANSFORMER | {"model_name": "convnext_tiny", "alpha": 0.25}),
     "vit_small": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224"}),
-    "vit_small_pgt": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224", "alpha": 0.25}),
     "resnet50_a3": Preset(A3),
-    "resnet50_a3_pgt": Preset(A3 | {"alpha": 0.25}),
 }
 
 
