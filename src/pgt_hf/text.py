@@ -13,13 +13,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from datasets.exceptions import DatasetNotFoundError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .splits import draw, find_column, train_and_validation
+from .extras import missing
+
+try:
+    import datasets
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets.exceptions import DatasetNotFoundError
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from .splits import draw, find_column, train_and_validation
+except ModuleNotFoundError as error:
+    raise missing(error.name, __name__, extra="text") from error
 
 __all__ = ["DOCSTRINGS", "STDLIB", "load_labelled_text", "load_plain_text", "train_tokenizer"]
 
