@@ -34,7 +34,6 @@ from pgt_hf.images import (
     create_model,
     freeze_backbone,
     load_image_dataset,
-    merge_lora,
     parameter_groups,
     replace_head,
     set_image_size,
@@ -155,7 +154,7 @@ def test_lora_is_exact_under_pgt_and_merges_into_a_model_that_says_the_same(buil
     torch.testing.assert_close(kept[1].as_subclass(torch.Tensor), wanted)
     model.eval()
     before = model(pixel_values=inputs["pixel_values"]).logits
-    merged = merge_lora(model)
+    merged = model.merge_and_unload()
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(merged.eval()(inputs["pixel_values"]).logits, before, rtol=1e-3, atol=1e-3)
 

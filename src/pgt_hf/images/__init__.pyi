@@ -26,13 +26,10 @@ from .decoding import to_rgb as to_rgb
 from .finetuning import add_lora as add_lora
 from .finetuning import class_weights as class_weights
 from .finetuning import freeze_backbone as freeze_backbone
-from .finetuning import merge_lora as merge_lora
 from .finetuning import parameter_groups as parameter_groups
 from .finetuning import replace_head as replace_head
 from .finetuning import set_image_size as set_image_size
 from .models import create_model as create_model
-from .models import fit_image_size as fit_image_size
-from .models import load as load
 from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset

@@ -19,14 +19,15 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageClassification,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
 from transformers.utils import CONFIG_NAME
 
+from . import models  # noqa: F401  makes pgt_resnet known to timm
 from .decoding import BadImageError, to_rgb
-from .models import load
 from .transforms import ImageTransform
 
 __all__ = ["load_classifier", "load_weights", "match_labels", "preprocessing"]
@@ -52,22 +53,21 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     Example:
         >>> model = load_classifier("runs/digits")
     """
-    if Path(name).is_dir():
-        if not Path(name, CONFIG_NAME).is_file():
-            raise OSError(
-                f"{os.fspath(name)!r} holds no {CONFIG_NAME}; a folder written by Trainer or a checkpoint does"
-            )
-        model = load(name)
-    elif timm.is_model(str(name)):
-        model = _load_timm(str(name), pretrained=weights is None)
+    place = os.fspath(name)
+    if Path(place).is_dir() and not Path(place, CONFIG_NAME).is_file():
+        raise OSError(f"{place!r} holds no {CONFIG_NAME}; a folder written by Trainer or a checkpoint does")
+    if not Path(place).is_dir() and timm.is_model(place):
+        model = _load_timm(place, pretrained=weights is None)
     else:
         try:
-            model = load(name)
+            model = AutoModelForImageClassification.from_pretrained(place)
         except OSError as error:
-            close = difflib.get_close_matches(str(name), timm.list_models())
+            if Path(place).is_dir():
+                raise
+            close = difflib.get_close_matches(place, timm.list_models())
             raise OSError(
-                f"{os.fspath(name)!r} is no folder, no timm model{f' (near: {close})' if close else ''} "
-                f"and no model that the Hub gave: {error}"
+                f"{place!r} is no folder, no timm model{f' (near: {close})' if close else ''} and no model that the "
+                f"Hub gave: {error}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)
@@ -92,26 +92,26 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Example:
         >>> load_weights(timm.create_model("tf_efficientnet_lite0"), "efficientnet-lite0-57934424.pth")
     """
-    state = _read_state(Path(path))
-    wanted = model.state_dict()
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    wanted, file = model.state_dict(), os.fspath(path)
+    state = {name.removeprefix("module."): tensor for name, tensor in _read_state(Path(path)).items()}
     if set(state) != set(wanted):
+        extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+        difference = f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
         if Path(path).suffix == ".safetensors":
-            raise ValueError(f"weights {os.fspath(path)!r} do not fit by name: {_difference(state, wanted)}")
+            raise ValueError(f"weights {file!r} do not fit by name: {difference}")
         if len(state) != len(wanted):
-            raise ValueError(
-                f"weights {os.fspath(path)!r} hold {len(state)} tensors, the model has {len(wanted)}; "
-                f"{_difference(state, wanted)}"
-            )
+            raise ValueError(f"weights {file!r} hold {len(state)} tensors, the model has {len(wanted)}; {difference}")
         logger.warning("the names in %s are not the model's; its tensors are taken in their order", path)
-        state = dict(zip(wanted, _checked_in_order(state, wanted, path), strict=True))
-    wrong = next((name for name in wanted if state[name].shape != wanted[name].shape), None)
-    if wrong is not None:
-        raise ValueError(
-            f"weights {os.fspath(path)!r}: {wrong!r} has shape {tuple(state[wrong].shape)}, "
-            f"the model wants {tuple(wanted[wrong].shape)}"
-        )
-    model.load_state_dict(state)
+        pairs = list(zip(wanted, state, strict=True))
+    else:
+        pairs = [(name, name) for name in wanted]
+    for ours, theirs in pairs:
+        if state[theirs].shape != wanted[ours].shape:
+            raise ValueError(
+                f"weights {file!r}: {theirs!r} has shape {tuple(state[theirs].shape)}, the model wants "
+                f"{tuple(wanted[ours].shape)} for {ours!r}"
+            )
+    model.load_state_dict({ours: state[theirs] for ours, theirs in pairs})
 
 
 def preprocessing(
@@ -237,23 +237,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights {os.fspath(path)!r} hold no state dict, but a {type(state).__name__}")
     return dict(state)
-
-
-def _checked_in_order(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | os.PathLike[str]
-) -> list[Tensor]:
-    for (theirs, tensor), (ours, expected) in zip(state.items(), wanted.items(), strict=True):
-        if tensor.shape != expected.shape:
-            raise ValueError(
-                f"weights {os.fspath(path)!r}: {theirs!r} of shape {tuple(tensor.shape)} stands where the model has "
-                f"{ours!r} of shape {tuple(expected.shape)}"
-            )
-    return list(state.values())
-
-
-def _difference(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
-    return f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
 
 
 def _same_first_words(names: Sequence[str], others: Sequence[str]) -> bool:

@@ -22,7 +22,6 @@ __all__ = [
     "add_lora",
     "class_weights",
     "freeze_backbone",
-    "merge_lora",
     "parameter_groups",
     "replace_head",
     "set_image_size",
@@ -103,7 +102,7 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
         1026
     """
     model.requires_grad_(False)
-    for layer in _heads(model):
+    for layer in last_linear(model):
         layer.requires_grad_(True)
     return _evaluate_frozen_layers(model)
 
@@ -141,7 +140,7 @@ def parameter_groups(
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
     if not head_lr_scale > 0:
         raise ValueError(f"head_lr_scale must be above 0, got {head_lr_scale}")
-    base = _base(model)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     network = getattr(base, "timm_model", base)
     options: dict[str, Any] = {
         "weight_decay": weight_decay,
@@ -157,7 +156,7 @@ def parameter_groups(
     if not groups:
         raise ValueError(f"model must have trainable parameters, got a {type(base).__name__} with none")
 
-    head = {id(parameter) for layer in _heads(model) for parameter in layer.parameters()}
+    head = {id(parameter) for layer in last_linear(model) for parameter in layer.parameters()}
     split = []
     for group in groups:
         rate = lr * group.pop("lr_scale", 1.0)  # the rate itself: a scale is for timm's schedulers alone
@@ -183,7 +182,7 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
         dropout: On an update's input.
 
     Returns:
-        A ``peft.PeftModel``; ``merge_lora`` makes a plain model of it.
+        A ``peft.PeftModel``; its ``merge_and_unload()`` gives a plain model that computes the same.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -197,7 +196,7 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     require("peft", "LoRA")
     from peft import LoraConfig, get_peft_model
 
-    heads = _heads(model)
+    heads = last_linear(model)
     names = {name: module for name, module in model.named_modules() if name}
     adapted = [
         name
@@ -214,15 +213,6 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
         modules_to_save=whole,
     )
     return _evaluate_frozen_layers(get_peft_model(model, config))
-
-
-def merge_lora(model: Any) -> PreTrainedModel:
-    """Adds the updates to the weights that they stand beside: the same function, as a plain model without PEFT.
-
-    Example:
-        >>> merge_lora(add_lora(create_model("resnet18", ["cat", "dog"]))).save_pretrained("model")
-    """
-    return model.merge_and_unload()
 
 
 def class_weights(labels: ArrayLike, classes: int) -> Tensor:
@@ -277,12 +267,3 @@ def _evaluate_frozen_layers(model: nn.Module) -> Any:
             frozen.extend(module.modules())
     model.register_forward_pre_hook(_EvaluateFrozen(frozen))
     return model
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The last linear layers; of a PEFT model, all parts of the trained copy."""
-    return list(last_linear(model))
