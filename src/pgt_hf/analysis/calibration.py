@@ -17,8 +17,6 @@ from ..functional import check_alpha
 from ..splits import IGNORED
 from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
 
-__all__ = ["Calibration", "compare_calibration", "fit_temperature"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Comparison", "Point", "compare", "interval"]
-
 
 @dataclass(frozen=True)
 class Point:

@@ -5,8 +5,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..splits import IGNORED
 
-__all__ = ["confusion_matrix", "worst_mistakes"]
-
 
 def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
     """How many images of each class, a row each, were taken for each class, a column each.

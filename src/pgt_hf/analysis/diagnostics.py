@@ -16,21 +16,6 @@ from torch import Tensor, nn
 from ..atomic import replacing
 from ..functional import check_alpha
 
-__all__ = [
-    "CURVE_ALPHAS",
-    "ZERO_NORM",
-    "History",
-    "filter_norms",
-    "gradient_cosine",
-    "gradient_norms",
-    "lemma_threshold",
-    "log_power_sum",
-    "logit_statistics",
-    "probability_histograms",
-    "recover_target",
-    "zeroed_filters",
-]
-
 CURVE_ALPHAS = (0.0, 0.05, 0.1, 0.25, 0.5)  # of the curves of p' against p
 ZERO_NORM = 1e-3  # a freshly drawn filter's norm is about 1
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

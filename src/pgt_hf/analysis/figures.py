@@ -8,8 +8,6 @@ from ..extras import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["finish", "new_figure", "require_matplotlib", "save", "shorten"]
-
 
 def require_matplotlib() -> None:
     """Raises ImportError, before hours of training, where no picture could be drawn in the end."""

@@ -18,18 +18,6 @@ from ..extras import require
 from ..functional import check_alpha
 from ..splits import IGNORED
 
-__all__ = [
-    "BINS",
-    "IGNORED",
-    "TOP_K",
-    "ClassificationMetrics",
-    "Reliability",
-    "probability_scores",
-    "reliability",
-    "score_logits",
-    "top_k_accuracy",
-]
-
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
 

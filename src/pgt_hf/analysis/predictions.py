@@ -20,8 +20,6 @@ from ..splits import IGNORED
 from .confusion import confusion_matrix, worst_mistakes
 from .metrics import Reliability, reliability
 
-__all__ = ["Evaluation", "Mistake", "examine"]
-
 _THUMBNAIL = 112
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
 
-__all__ = ["plot_adaptation", "plot_confusion", "plot_heat_map", "plot_images", "plot_mistakes", "plot_reliability"]
-
 
 def plot_reliability(
     diagrams: Mapping[str, "Reliability"], path: str | os.PathLike[str], title: str | None = None, columns: int = 3

@@ -10,16 +10,6 @@ import numpy as np
 from .diagnostics import CURVE_ALPHAS, ZERO_NORM, lemma_threshold
 from .figures import finish, new_figure, save, shorten
 
-__all__ = [
-    "FINALS",
-    "plot_against_alpha",
-    "plot_filter_norms",
-    "plot_gradients",
-    "plot_logits",
-    "plot_probabilities",
-    "plot_training_curve",
-]
-
 
 def plot_training_curve(
     history: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], title: str | None = None

@@ -15,9 +15,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..runs.dataset_terms import Terms, dataset_terms
 from ..runs.record import CURVE, METRICS, REPORT, Run, architecture, is_hub_id, shown_settings
 
-__all__ = ["model_card"]
-
-
 TASKS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",

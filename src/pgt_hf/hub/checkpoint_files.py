@@ -20,8 +20,6 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..runs.record import STATE
 
-__all__ = ["pack_checkpoint", "unpack_checkpoint"]
-
 _PICKLES = (".pt", ".pth")
 _PACKED = ".packed.safetensors"
 _PLAIN = (".safetensors", ".json", ".jsonl", ".txt", ".model")

@@ -25,8 +25,6 @@ from .checkpoint_files import pack_checkpoint
 from .release import LAST_CHECKPOINT, prepare_release, push_command
 from .upload import check_push_access, push_release
 
-__all__ = ["PublishCallback", "take_over"]
-
 logger = logging.getLogger(__name__)
 
 _STAGE = "_hub-"  # folders of what is being uploaded, in the output folder
@@ -82,9 +80,7 @@ class PublishCallback(TrainerCallback):
         self._strategy, self._always, self._fold, self._timeout = HubStrategy(strategy), always, fold, timeout
         self._upload: _Background | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Makes sure, before the first step, that the repository can be written to."""
         if not state.is_world_process_zero:
             return
@@ -115,9 +111,7 @@ class PublishCallback(TrainerCallback):
         self._record(args, state)
         self._start(f"the model of {checkpoint.name}", f"Training in progress, {when}", args, self._where, checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._finish(args)
 

@@ -26,8 +26,6 @@ from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
 from .upload import check_push_access, push_release, refuse_leaks
 
-__all__ = ["LAST_CHECKPOINT", "prepare_release", "pull_checkpoint", "push_command", "push_run"]
-
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"

@@ -7,8 +7,6 @@ from typing import Any
 
 from ..atomic import replacing
 
-__all__ = ["ALIGNMENT", "read_header", "rewrite_safetensors"]
-
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 
 

@@ -11,8 +11,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .safetensors_layout import read_header
 
-__all__ = ["check_push_access", "push_release", "refuse_leaks"]
-
 _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
 
 

@@ -1,3 +1,4 @@
+from ..splits import class_names as class_names
 from .adaptation import DomainAdversary as DomainAdversary
 from .adaptation import confident_labels as confident_labels
 from .adaptation import entropy as entropy
@@ -40,7 +41,6 @@ from .seeding import seeded as seeded
 from .sources import DEFAULT_DATASET as DEFAULT_DATASET
 from .sources import DIGITS as DIGITS
 from .sources import check_access as check_access
-from .sources import class_names as class_names
 from .sources import load_image_dataset as load_image_dataset
 from .sources import num_images as num_images
 from .transforms import ImageTransform as ImageTransform

@@ -10,15 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "DomainAdversary",
-    "confident_labels",
-    "entropy",
-    "reversal_strength",
-    "reverse_gradient",
-    "train_norms_alone",
-]
-
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 

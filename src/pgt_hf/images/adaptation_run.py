@@ -16,8 +16,6 @@ from .adaptation import DomainAdversary, confident_labels, entropy, reversal_str
 from .dataset import ImageDataset
 from .transforms import collate
 
-__all__ = ["METHODS", "AdaptationRun"]
-
 METHODS = ("source-only", "bn", "tent", "pseudo-labels", "dann")
 
 

@@ -10,8 +10,6 @@ from .dataset import ImageDataset
 from .sources import load_image_dataset
 from .transforms import ImageTransform
 
-__all__ = ["ImageDataArguments"]
-
 
 @dataclass
 class ImageDataArguments:

@@ -30,8 +30,6 @@ from . import models  # noqa: F401  makes pgt_resnet known to timm
 from .decoding import BadImageError, to_rgb
 from .transforms import ImageTransform
 
-__all__ = ["load_classifier", "load_weights", "match_labels", "preprocessing"]
-
 logger = logging.getLogger(__name__)
 
 

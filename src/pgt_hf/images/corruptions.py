@@ -14,8 +14,6 @@ from PIL import Image, ImageFilter
 from .decoding import decode, to_rgb
 from .transforms import ImageTransform
 
-__all__ = ["CORRUPTIONS", "LEVELS", "Corrupted", "corrupt"]
-
 LEVELS = 5
 _Corruption = Callable[[Image.Image, int], Image.Image]
 

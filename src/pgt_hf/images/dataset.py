@@ -26,8 +26,6 @@ from .decoding import BadImageError
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
 
-__all__ = ["ImageDataset", "ImageStream", "read_image"]
-
 logger = logging.getLogger(__name__)
 
 _ON_BAD_IMAGE = ("error", "skip")

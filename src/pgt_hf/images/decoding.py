@@ -6,8 +6,6 @@ from io import BytesIO
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-__all__ = ["BadImageError", "Box", "Size", "check_pixels", "decode", "read_upright", "shrink", "to_rgb"]
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
 

@@ -18,15 +18,6 @@ from ..extras import require
 from ..heads import last_linear
 from .models import fit_image_size
 
-__all__ = [
-    "add_lora",
-    "class_weights",
-    "freeze_backbone",
-    "parameter_groups",
-    "replace_head",
-    "set_image_size",
-]
-
 # Transformers' models have numbered blocks under these names; what comes after them (a last norm) goes with the head.
 _BLOCK = r"\.(?:layers?|blocks?|stages?)\.(\d+)"
 _LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), (f".*?{_BLOCK}", None)]}

@@ -16,8 +16,6 @@ from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-__all__ = ["create_model", "fit_image_size", "pgt_resnet"]
-
 
 def create_model(
     name: str,

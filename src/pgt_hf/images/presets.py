@@ -9,8 +9,6 @@ and 1.0).
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "Preset", "preset_table"]
-
 # What every published run shares. ``base_lr`` is the peak rate at a batch of 1024.
 PAPER: dict[str, Any] = {
     "optim": "powergrad_sgd",

@@ -8,8 +8,6 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-__all__ = ["preserve_rng", "seed_sample", "seeded"]
-
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:

@@ -18,17 +18,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..splits import EVALUATION_SPLITS, check_size, class_names, draw, find_column, train_and_validation
-
-__all__ = [
-    "DEFAULT_DATASET",
-    "DIGITS",
-    "GATED",
-    "check_access",
-    "class_names",
-    "load_image_dataset",
-    "num_images",
-]
+from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,6 @@ from torchvision import transforms
 
 from .decoding import Box, Size, check_pixels, decode, to_rgb
 
-__all__ = [
-    "ImageTransform",
-    "collate",
-    "normalize",
-]
-
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
 _ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")

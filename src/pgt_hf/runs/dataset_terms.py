@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = ["DATASETS", "Terms", "dataset_terms"]
-
 
 @dataclass(frozen=True)
 class Terms:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["command_line", "describe_code", "describe_data", "describe_environment", "package_versions"]
-
 _PACKAGES = (
     "pgt_hf", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub",
 )  # fmt: skip

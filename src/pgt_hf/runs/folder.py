@@ -18,8 +18,6 @@ from .record import CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
-__all__ = ["RunFolder", "add_to_record", "write_evaluation"]
-
 logger = logging.getLogger(__name__)
 
 _TIMING = ("runtime", "per_second", "preparation_time", "epoch")
@@ -51,9 +49,7 @@ class RunFolder(TrainerCallback):
         self.title = title
         self._started = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -87,9 +83,7 @@ class RunFolder(TrainerCallback):
             with open(self.path / HISTORY, "a", encoding="utf-8") as history:
                 history.write(json.dumps(state.log_history[-1]) + "\n")
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             from ..analysis.run_plots import plot_training_curve
 

@@ -18,8 +18,6 @@ from ..analysis.run_plots import (
 )
 from .record import CURVE, DIAGNOSTICS, read_history
 
-__all__ = ["draw_runs"]
-
 _PICTURES = {
     "logits": (plot_logits, "logit_norm"),
     "filters": (plot_filter_norms, "filter/"),

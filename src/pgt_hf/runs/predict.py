@@ -10,8 +10,6 @@ from ..images.classifiers import load_classifier, preprocessing
 from ..images.decoding import BadImageError
 from .record import model_folder, read_run
 
-__all__ = ["predict_images"]
-
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 

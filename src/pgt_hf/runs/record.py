@@ -12,31 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
-__all__ = [
-    "CONFIG",
-    "CONTENTS",
-    "CURVE",
-    "DIAGNOSTICS",
-    "EMA",
-    "EVALUATION",
-    "HISTORY",
-    "METRICS",
-    "RECORD",
-    "REPORT",
-    "RESULTS",
-    "STATE",
-    "WEIGHTS",
-    "Run",
-    "architecture",
-    "is_hub_id",
-    "model_folder",
-    "read_evaluation",
-    "read_history",
-    "read_record",
-    "read_run",
-    "shown_settings",
-]
-
 # Written by ``RunFolder``, by ``examine`` and by ``DiagnosticsCallback``.
 RECORD, HISTORY, RESULTS, CURVE = "run.json", "history.jsonl", "metrics.json", "training_curve.png"
 EVALUATION, REPORT, DIAGNOSTICS = "evaluation.json", "report.html", "diagnostics.npz"

@@ -23,12 +23,11 @@ from ..analysis.run_plots import plot_training_curve
 from ..atomic import replacing
 from ..images.classifiers import load_classifier, match_labels, preprocessing
 from ..images.dataset import ImageDataset
-from ..images.sources import class_names, load_image_dataset
+from ..images.sources import load_image_dataset
+from ..splits import class_names
 from .dataset_terms import dataset_terms
 from .folder import write_evaluation
 from .record import METRICS, REPORT, Run, architecture, model_folder, read_evaluation, read_run, shown_settings
-
-__all__ = ["report_run", "write_report"]
 
 _MATRIX = 25  # up to so many classes, the confusion matrix is a table of numbers
 _PIXELS = 720  # side of the picture that it is otherwise

@@ -9,8 +9,6 @@ from ..clipping import check_clipping
 from ..functional import check_alpha
 from ..optim import DEFAULT_ALPHA
 
-__all__ = ["PowerGradTrainingArguments"]
-
 
 @dataclass
 class PowerGradTrainingArguments(TrainingArguments):

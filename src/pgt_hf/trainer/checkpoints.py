@@ -18,8 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..runs.environment import command_line
 
-__all__ = ["AtomicCheckpoints", "StopOnSigterm", "find_checkpoint", "latest_checkpoint"]
-
 logger = logging.getLogger(__name__)
 
 _SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
@@ -122,30 +120,22 @@ class StopOnSigterm(TrainerCallback):
         self._before: Any = None
         self._group: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._before = signal.signal(signal.SIGTERM, self._ask)
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._anyone_asked():
             self.stopped = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:  # the epoch was cut short: there is nothing to evaluate, and the checkpoint stands
             control.should_evaluate = control.should_save = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def leave(self, trainer: Trainer) -> None:

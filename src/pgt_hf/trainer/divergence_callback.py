@@ -14,8 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..analysis.diagnostics import recover_target
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
-__all__ = ["DivergenceCallback"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -69,24 +67,18 @@ class DivergenceCallback(TrainerCallback):
         self.skipped = 0
         self._head = head
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.verdict, self.message, self.skipped = None, None, 0
         self._in_a_row, self._suspicions = 0, 0
         self._first_loss: float | None = None
         self._gradient_norms: list[float] = []
         self._probe = LogitProbe(kwargs["model"], self._head)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.interval == 0:
             self._probe.listen()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
         self.skipped += skipped
@@ -120,9 +112,7 @@ class DivergenceCallback(TrainerCallback):
             self._stop("divergence", what, state, control, kwargs)
         self._gradient_norms.append(norm)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe.remove()
 
     @torch.no_grad()

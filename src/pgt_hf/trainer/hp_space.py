@@ -7,8 +7,6 @@ baseline's learning rate as long as theirs.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["PAPER_ALPHAS", "powergrad_hp_space"]
-
 PAPER_ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # the published ones lie at 0.05, 0.25, 0.3 and 0.92
 
 

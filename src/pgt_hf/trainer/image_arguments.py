@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from .arguments import PowerGradTrainingArguments
 
-__all__ = ["SCHEDULES", "ImageTrainingArguments"]
-
 SCHEDULES = ("cosine", "step")
 
 

@@ -31,8 +31,6 @@ from .checkpoints import AtomicCheckpoints, latest_checkpoint
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
-__all__ = ["ImageTrainer"]
-
 
 class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.

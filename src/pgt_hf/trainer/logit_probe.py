@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
 
-__all__ = ["LogitProbe", "alpha_of", "check_interval"]
-
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
 

@@ -15,8 +15,6 @@ from .arguments import PowerGradTrainingArguments
 from .hp_space import powergrad_hp_space
 from .process_group import end_group_at_exit
 
-__all__ = ["PowerGradTrainer"]
-
 
 class PowerGradTrainer(Trainer):
     """Trainer whose every softmax cross-entropy is differentiated as PGT asks.

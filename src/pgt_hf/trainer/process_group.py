@@ -13,8 +13,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-__all__ = ["end_group_at_exit"]
-
 
 def end_group_at_exit(trainer: Any) -> None:
     """Lets go of everything distributed when the program ends, unless it ends with an exception.

@@ -17,8 +17,6 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..attach import release_powergrad
 from ..optim import PREFIX, allowed_options, create_optimizer, keep_asked_alpha
 
-__all__ = ["TRAINER_OPTIMIZERS", "parse_optim_args", "register"]
-
 # Listed rather than asked from timm, whose import would make `import pgt_hf` slow.
 _NAMES = """
     sgd momentum sgdw adam adamw nadam nadamw radam adabelief adafactor adagrad adan adopt lamb lars lion madgrad muon

@@ -20,16 +20,6 @@ from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
 
-__all__ = [
-    "ReportToStudy",
-    "become_worker",
-    "completed_points",
-    "open_storage",
-    "open_study",
-    "paired_points",
-    "run_trials",
-]
-
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SILENT_SECONDS = 1800  # a worker on another machine that has reported nothing for so long is given up
 
