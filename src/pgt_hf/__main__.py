@@ -148,11 +148,7 @@ def _release(fold: bool, ema: bool, license: str | None, base_model: str | None,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; an error is a message without a traceback.
-
-    Example:
-        >>> main(["push", "runs/digits", "--repo-id", "alice/digits"])
-    """
+    """Runs the command line; errors are messages without a traceback."""
     try:
         app(args=arguments, prog_name="pgt-hf")
     except SystemExit as end:

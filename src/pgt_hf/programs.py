@@ -139,17 +139,14 @@ def tell(
     then: Mapping[str, str],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints what a program found, what it wrote where, and what can be done with it.
+    """Prints what a program found, what it wrote where, and what to do next.
 
     Args:
         heading: What was done on which data.
-        results: Numbers by name; what is None is left out.
-        folder: A run's folder.
+        results: Numbers by name; None is left out.
+        folder: The run's folder.
         then: Commands by what they do.
         files: What is in the folder beside the usual files of a run.
-
-    Example:
-        >>> tell("resnet18 on digits", {"top1": 0.97}, "runs/digits", {"plot": "pgt-hf plot runs/digits"})
     """
     print(f"\n{heading}")
     for key, value in results.items():

@@ -23,11 +23,10 @@ Shape = Callable[[float], float]
 def steps(*milestones: float) -> Shape:
     """A shape that goes from the first alpha to the last in equal jumps, one at each milestone.
 
-    Args:
-        *milestones: When to jump, as shares of the training after its warm-up, rising, each between 0 and 1.
+    Milestones are shares of the training after its warm-up: rising numbers between 0 and 1.
 
     Raises:
-        ValueError: There is none, they do not rise, or one lies outside.
+        ValueError: There is none, or they do not rise between 0 and 1.
 
     Example:
         >>> shape = steps(0.5, 0.75)

@@ -121,15 +121,9 @@ def recover_target(logits: Tensor, grad: Tensor, alpha: float, label_smoothing: 
 
 
 def gradient_cosine(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
-    """The cosine, image by image, between PGT's gradient at the logits and that of plain cross-entropy.
+    """The cosine, image by image (N), between PGT's gradient at the logits and that of plain cross-entropy.
 
-    Args:
-        logits: Shape (N, C).
-        target: Distributions, (N, C).
-        alpha: PGT's exponent.
-
-    Returns:
-        Shape (N); 1 at ``alpha=1``.
+    ``logits`` and ``target``, distributions, have shape (N, C). At ``alpha=1`` it is 1.
 
     Example:
         >>> gradient_cosine(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]), alpha=0.25)
@@ -153,12 +147,10 @@ def log_power_sum(logits: Tensor, alpha: float) -> Tensor:
 def lemma_threshold(power_sum: Any, alpha: float) -> Any:
     """Lemma 1's threshold ``t = (sum_j p_j^alpha)^(1 / (alpha - 1))``: PGT raises p below t and lowers it above.
 
-    Args:
-        power_sum: ``exp(log_power_sum(...))``, a number, an array or a tensor.
-        alpha: Below 1: at 1 every p stays what it is.
+    ``power_sum``, ``exp(log_power_sum(...))``, is a number, an array or a tensor.
 
     Raises:
-        ValueError: ``alpha`` is 1.
+        ValueError: ``alpha`` is 1, at which every p stays what it is.
 
     Example:
         >>> lemma_threshold(4.0, alpha=0)
@@ -172,10 +164,7 @@ def lemma_threshold(power_sum: Any, alpha: float) -> Any:
 def probability_histograms(logits: Tensor, target: Tensor, alpha: float) -> dict[str, Tensor]:
     """Counts of predicted probabilities: p in the first row, p' = softmax(alpha z) in the second.
 
-    Args:
-        logits: Shape (N, C).
-        target: Distributions, (N, C).
-        alpha: PGT's exponent.
+    ``logits`` and ``target``, distributions, have shape (N, C).
 
     Returns:
         ``target_histogram`` (2, 20) of the targets' probabilities, over [0, 1]; ``class_histogram`` (2, 40) of all

@@ -1,9 +1,12 @@
 """What every picture of this package begins and ends with; matplotlib is imported only when one is drawn."""
 
 import os
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
+
+Target = str | os.PathLike[str] | BytesIO  # where a picture is written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +37,7 @@ def finish(grid: Any, used: int, label: str) -> None:
             axes.tick_params(labelbottom=True)
 
 
-def save(figure: "Figure", path: str | os.PathLike[str], title: str | None) -> None:
+def save(figure: "Figure", path: Target, title: str | None) -> None:
     """Writes the picture, with ``title`` above it if there is one."""
     if title:
         figure.suptitle(title)

@@ -25,10 +25,8 @@ BINS = 15  # Guo et al. 2017
 def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
     """The shares of images whose class is among the k best predictions.
 
-    Args:
-        ranked: Class numbers from best to worst, (N, K).
-        labels: The true classes, (N).
-        k: Which k to report. One above K, as where there are fewer classes, is reported as top-K under that name.
+    ``ranked`` has class numbers from best to worst, (N, K). A k above K, as where there are fewer classes, is reported
+    as top-K under that name.
 
     Raises:
         ValueError: There is nothing to count, or a k is below 1.
@@ -210,14 +208,9 @@ class ClassificationMetrics:
             self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
-        """Keeps of each image: its best classes, from best to worst, and its scores, raw and folded.
+        """Keeps of each image its best classes, (N, min(top_k, C)), and its scores, (N, 3), raw and folded.
 
-        Args:
-            logits: Shape (N, C), or a tuple that begins with it.
-            labels: Shape (N).
-
-        Returns:
-            Shapes (N, min(top_k, C)), (N, 3) and, where there is something to fold, (N, 3); see ``score_logits``.
+        ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
         """
         scores = logits[0] if isinstance(logits, tuple) else logits
         best = torch.topk(scores, min(self.top_k, scores.size(-1)), dim=-1).indices

@@ -38,11 +38,8 @@ class Mistake:
 class Evaluation:
     """What the report shows of a model's predictions.
 
-    Args:
-        names: The classes.
-        confusion: Counts, (C, C): a row for each true class, a column for each predicted one.
-        calibration: Reliability of ``softmax(z)`` and, where there is an alpha to fold, ``softmax(alpha z)``.
-        mistakes: The wrong predictions that the model was surest of.
+    ``confusion`` is that of ``confusion_matrix``; ``calibration`` has the reliability of ``softmax(z)`` and, unless
+    alpha is 1, of ``softmax(alpha z)``; ``mistakes`` are the most confident wrong predictions.
     """
 
     names: list[str]

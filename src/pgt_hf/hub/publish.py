@@ -125,19 +125,12 @@ class PublishCallback(TrainerCallback):
         private: bool | None = None,
         **card: Any,
     ) -> CommitInfo | None:
-        """Saves and publishes the trainer's model as it is now; to be called on all processes.
+        """Saves and publishes the trainer's model as it is now; call it on all processes.
 
-        Args:
-            trainer: Any Trainer that has this callback.
-            commit_message: The commit's title.
-            blocking: Wait for the upload.
-            token: In place of the callback's own.
-            revision: The same.
-            private: The same.
-            **card: As ``write_card`` takes them.
+        ``token``, ``revision`` and ``private`` override the callback's own; ``card`` goes to ``write_card``.
 
         Returns:
-            The commit; None where it was not pushed, or not by this process, or not yet.
+            The commit; None if the push failed, is still under way, or is another process's.
         """
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
@@ -158,14 +151,14 @@ class PublishCallback(TrainerCallback):
         finetuned_from: str | None = None,
         dataset: str | None = None,
     ) -> None:
-        """Writes README.md, and what it was made from, into the output folder, which must hold the model already.
+        """Writes README.md into the output folder, which must hold the model already, and records its sources.
 
         Args:
             trainer: Any Trainer that has this callback.
             license: The licence of the weights, as the Hub names it.
             tags: More tags.
             finetuned_from: The Hub id of the model that training started from.
-            dataset: The Hub id or name of the data set, where no recipe has recorded it.
+            dataset: The Hub id or name of the data set, if no recipe has recorded it.
         """
         if not trainer.is_world_process_zero():
             return
@@ -264,11 +257,7 @@ class PublishCallback(TrainerCallback):
 
 
 def take_over(trainer: Any) -> PublishCallback:
-    """Lets a ``PublishCallback`` do what Trainer's own methods for the Hub do; it is made of the ``hub_*`` arguments.
-
-    Example:
-        >>> take_over(trainer).push(trainer)
-    """
+    """Replaces Trainer's own methods for the Hub by those of its ``PublishCallback``, made if there is none."""
     callbacks = trainer.callback_handler.callbacks
     publish = next((callback for callback in callbacks if isinstance(callback, PublishCallback)), None)
     if publish is None:

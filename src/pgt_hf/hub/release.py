@@ -135,20 +135,10 @@ def push_run(
     message: str = "Upload model",
     **release: Any,
 ) -> CommitInfo:
-    """Publishes the model of a run folder; what ``pgt-hf push`` calls.
+    """Publishes the model of a run; ``pgt-hf push`` calls it.
 
-    Args:
-        folder: The run's folder.
-        repo_id: "name" or "owner/name"; by default what the run was told (``hub_model_id``), else the folder's name.
-        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        private: Whether a new repository is private.
-        revision: A branch, made where it does not exist; by default "main".
-        message: The commit's title.
-        **release: As ``prepare_release`` takes them: ``fold``, ``ema``, ``license``, ``tags``, ``base_model``,
-            ``pictures``.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError: As the functions that it calls.
+    ``repo_id`` is by default the recorded ``hub_model_id``, else the folder's name; ``release`` goes to
+    ``prepare_release``, the other options to ``push_release``.
 
     Example:
         >>> push_run("runs/digits", "alice/digits", private=True, license="apache-2.0")
@@ -175,11 +165,8 @@ def pull_checkpoint(
         repo_id: The repository.
         run: The run's folder on this machine; the checkpoint goes there as ``checkpoint-N``.
         checkpoint: The checkpoint's folder in the repository.
-        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        token: For a private repository; by default that of ``hf auth login`` or ``HF_TOKEN``.
         revision: A branch, tag or commit; by default "main".
-
-    Returns:
-        The folder for ``trainer.train(resume_from_checkpoint=...)``.
 
     Raises:
         FileNotFoundError: The repository holds no such checkpoint.
@@ -194,12 +181,7 @@ def pull_checkpoint(
 
 
 def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
-    """The shell command that pushes a run later.
-
-    Example:
-        >>> push_command("runs/digits", "alice/digits", private=True)
-        'pgt-hf push runs/digits --repo-id alice/digits --private'
-    """
+    """The shell command that pushes a run later."""
     words = ["pgt-hf", "push", str(folder), "--repo-id", repo_id]
     for name, value in options.items():
         if value:

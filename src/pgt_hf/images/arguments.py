@@ -13,10 +13,7 @@ from .transforms import ImageTransform
 
 @dataclass
 class ImageDataArguments:
-    """Where the images come from, how many of them are used, and how they are augmented.
-
-    Raises:
-        ValueError: From ``load``: see ``load_image_dataset``.
+    """Flags for a program's images: where they come from, how many are used, how they are augmented.
 
     Example:
         >>> data = ImageDataArguments("digits", hflip=0.0)

@@ -200,17 +200,9 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def fast_forward(self, epoch: int, batches: int) -> None:
-        """In that epoch, the first batches are black placeholders: read by no one and decoded by no one.
+        """Makes the first ``batches`` of this rank in ``epoch`` black placeholders, which nothing reads or decodes.
 
-        For ``accelerate.skip_first_batches``, which reads them and drops them. All later samples are those of an
-        uninterrupted epoch.
-
-        Args:
-            epoch: The epoch to resume in.
-            batches: How many batches of it this rank has done.
-
-        Raises:
-            ValueError: There are not that many batches in an epoch.
+        For ``accelerate.skip_first_batches``, which drops them. All later samples are those of an uninterrupted epoch.
         """
         if not 0 <= batches <= self.batches:
             raise ValueError(f"batches must be from 0 to {self.batches}, got {batches}")

@@ -26,12 +26,8 @@ _LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), 
 def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:
     """Gives a classifier a new, untrained last layer for other classes, and their names; all else stays.
 
-    Args:
-        model: A transformers image classifier, or timm's in its wrapper; changed in place.
-        label_names: The new classes in the order of their numbers.
-
-    Returns:
-        ``model``.
+    ``model``, a transformers image classifier or timm's in its wrapper, is changed in place and returned;
+    ``label_names`` are in the order of the classes' numbers.
 
     Raises:
         ValueError: Fewer than two classes, or the model does not end in one linear layer.
@@ -164,16 +160,13 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     """Freezes the network and puts a trainable low-rank update beside its linear and convolutional layers (PEFT).
 
     The head is trained whole. Grouped convolutions (depthwise ones) stay as they are. Frozen layers run as in
-    evaluation.
+    evaluation. ``merge_and_unload()`` of the result, a ``peft.PeftModel``, gives a plain model that computes the same.
 
     Args:
         model: A transformers image classifier, or timm's in its wrapper.
         rank: Of the updates.
         scale: What an update is multiplied by, ``lora_alpha / rank`` in PEFT's words; no relation to PGT's alpha.
         dropout: On an update's input.
-
-    Returns:
-        A ``peft.PeftModel``; its ``merge_and_unload()`` gives a plain model that computes the same.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -209,9 +202,8 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
 def class_weights(labels: ArrayLike, classes: int) -> Tensor:
     """Weights that let every class count the same, ``N / (C n_c)``, whose mean over the images is 1.
 
-    Args:
-        labels: The class numbers of the training images, (N).
-        classes: How many classes there are; one without an image gets 0, and C counts the others.
+    ``labels`` are the class numbers of the training images, (N). A class without an image gets 0, and C counts the
+    others.
 
     Raises:
         ValueError: There are no labels, or one of them is no class.

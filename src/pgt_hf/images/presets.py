@@ -87,13 +87,7 @@ TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One run: its settings, as the recipe's arguments take them, and what was published of it, in percent.
-
-    Args:
-        settings: Names and values of the recipe's arguments.
-        train_top1: Published accuracy on the training set.
-        top1: Published accuracy on the validation set.
-    """
+    """A run: the settings, as arguments of the recipe, and the published top-1 accuracies in percent."""
 
     settings: dict[str, Any]
     train_top1: float | None = None

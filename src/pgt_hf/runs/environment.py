@@ -51,12 +51,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a data set, the revision on the Hub where it came from there, and each split's size and fingerprint.
-
-    Args:
-        name: As it was asked for.
-        splits: From split names to ``datasets.Dataset`` or ``IterableDataset``.
-    """
+    """The name of a data set, its revision if it came from the Hub, and each split's size and fingerprint."""
     described: dict[str, Any] = {"name": name}
     for split, dataset in splits.items():
         rows = getattr(dataset, "num_rows", None)
@@ -69,11 +64,7 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_environment(processes: int) -> dict[str, Any]:
-    """Interpreter, packages and device.
-
-    Args:
-        processes: How many train together.
-    """
+    """Interpreter, packages, device, and how many processes train together."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "python": platform.python_version(),

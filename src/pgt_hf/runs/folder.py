@@ -90,15 +90,12 @@ class RunFolder(TrainerCallback):
             plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
-        """Writes ``metrics.json``; to be called on the first process, when everything has been evaluated.
+        """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
 
         Args:
-            trainer: For what the results were made with: alpha, seed, steps, batch, processes.
+            trainer: Gives alpha, seed, steps, batch and processes.
             metrics: As ``trainer.evaluate`` gives them; timings are left out.
-            **more: JSON values to be written beside them.
-
-        Returns:
-            What was written.
+            **more: JSON values to add.
         """
         args, state = trainer.args, trainer.state
         losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
@@ -120,11 +117,7 @@ class RunFolder(TrainerCallback):
 
 
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Adds to a run's ``run.json``, which is made where there is none.
-
-    Args:
-        folder: The run's folder.
-        content: JSON values by name; they replace what is there under the same name.
+    """Adds JSON values to a run's ``run.json``, which is created if there is none; they replace older ones by name.
 
     Example:
         >>> add_to_record("runs/digits", {"hub_model_id": "alice/digits"})

@@ -27,14 +27,9 @@ _PICTURES = {
 
 
 def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Draws all that the runs' files hold, into a folder ``plots`` in each.
+    """Draws everything in the runs' files, into a folder ``plots`` in each, and returns the pictures' paths.
 
-    Args:
-        folders: What recipes and Trainer wrote. What several runs ended with is drawn against alpha, in the first
-            one's folder.
-
-    Returns:
-        The pictures' paths.
+    The final values of several runs are drawn against alpha, in the first one's folder.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -6,7 +6,6 @@ The page holds its pictures and its style, and no script.
 import base64
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -40,16 +39,13 @@ def report_run(
     mistakes: int = 24,
     max_images: int | None = None,
 ) -> Path:
-    """Looks at the predictions of a run's model, and writes its report.
+    """Looks at the predictions of a run's model, writes its report, and returns the report's path.
 
     Args:
         folder: The run.
         dataset_name: As ``load_image_dataset`` takes it; by default what the run was trained on.
-        mistakes: How many of the worst are shown.
+        mistakes: How many of the worst to show.
         max_images: Look at the first so many evaluation images only.
-
-    Returns:
-        The report.
 
     Raises:
         FileNotFoundError: There is no model in ``folder``, or no such data set.
@@ -79,17 +75,14 @@ def write_report(
     run: Run | None = None,
     pictures: bool = True,
 ) -> Path:
-    """Writes ``report.html`` from what lies in a run's folder; what was not recorded is left out.
+    """Writes ``report.html`` from a run's folder, without what was not recorded, and returns its path.
 
     Args:
         folder: The run, with ``evaluation.json`` if ``examine`` was used.
         target: The file to write; by default ``report.html`` in ``folder``.
-        run: What ``read_run`` read, if that is at hand.
-        pictures: Show the images of the worst mistakes. Data sets whose images may not be passed on must go without
-            where the page is published.
-
-    Returns:
-        The file.
+        run: What ``read_run`` read, if it is at hand.
+        pictures: Show the images of the worst mistakes. Leave them out of a page to publish if the data set's licence
+            does not let you pass them on.
 
     Raises:
         FileNotFoundError: There is no model in ``folder``.
@@ -139,23 +132,20 @@ def _headline(run: Run, evaluation: Evaluation | None) -> str:
 
 
 def _curve(run: Run) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "curve.png")
-        try:
-            plot_training_curve(run.history, path)
-        except ValueError:  # nothing in the history can be drawn
-            return None
-        return _picture(path.read_bytes(), "Loss, accuracy and learning rate over the epochs")
+    file = io.BytesIO()
+    try:
+        plot_training_curve(run.history, file)
+    except ValueError:  # nothing in the history can be drawn
+        return None
+    return _picture(file, "Loss, accuracy and learning rate over the epochs")
 
 
 def _calibration(evaluation: Evaluation) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "reliability.png")
-        plot_reliability(evaluation.calibration, path, columns=2)
-        picture = _picture(path.read_bytes(), "Accuracy against confidence")
+    file = io.BytesIO()
+    plot_reliability(evaluation.calibration, file, columns=2)
     return (
         "<p>Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
-        f"over-confident.</p>{picture}"
+        f"over-confident.</p>{_picture(file, 'Accuracy against confidence')}"
     )
 
 
@@ -213,10 +203,9 @@ def _matrix_picture(counts: NDArray[np.int64]) -> str:
     pixels = (255 + (colour - 255) * strength).round().astype(np.uint8)
     scale = max(1, _PIXELS // len(pixels))
     image = Image.fromarray(pixels).resize((len(pixels) * scale,) * 2, Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    picture = _picture(buffer.getvalue(), "Confusion matrix: right predictions blue, wrong ones red")
-    return f"<div class=framed>{picture}</div>"
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"<div class=framed>{_picture(file, 'Confusion matrix: right predictions blue, wrong ones red')}</div>"
 
 
 def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
@@ -249,8 +238,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table><tr>{top}</tr>{body}</table>"
 
 
-def _picture(png: bytes, alt: str) -> str:
-    return f'<img class=plot src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
+def _picture(png: io.BytesIO, alt: str) -> str:
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img class=plot src="data:image/png;base64,{data}" alt="{escape(alt)}">'
 
 
 def _short(name: str, length: int = 14) -> str:

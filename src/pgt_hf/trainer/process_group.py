@@ -15,11 +15,7 @@ from accelerate import PartialState
 
 
 def end_group_at_exit(trainer: Any) -> None:
-    """Lets go of everything distributed when the program ends, unless it ends with an exception.
-
-    Example:
-        >>> end_group_at_exit(trainer)
-    """
+    """Ends the process group when the program ends, unless it ends with an exception."""
     atexit.register(_end_group, weakref.ref(trainer))
 
 

@@ -59,14 +59,14 @@ def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
 
 
 def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Mapping[str, Any]) -> optuna.Study:
-    """The study of that name, made where there is none yet.
+    """Opens or creates a study in ``storage``, as ``open_storage`` gives it.
 
     Args:
         storage: From ``open_storage``.
         name: The study's.
         sampler: Optuna's.
-        pruner: The same.
-        identity: JSON values; with others it would be another search.
+        pruner: Optuna's.
+        identity: JSON values that make this search what it is.
 
     Raises:
         ValueError: The storage holds a study of that name with another identity.
