@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WIDTH = 128  # of the domain classifier
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class DomainAdversary(nn.Module):
-    """A timm network, and beside its head one that tells the domains apart and that its features learn to deceive.
+    """A timm network, and beside its head one that tells the domains apart, which its features learn to deceive.
 
     "Domain-Adversarial Training of Neural Networks" (Ganin et al., arXiv 1505.07818).
-
-    Args:
-        network: A timm network.
-        hidden: Width of the domain classifier.
 
     Example:
         >>> adversary = DomainAdversary(timm.create_model("resnet10t", num_classes=10))
@@ -29,11 +26,11 @@ class DomainAdversary(nn.Module):
         (torch.Size([4, 10]), torch.Size([4]))
     """
 
-    def __init__(self, network: Any, hidden: int = 128) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         features = network.get_classifier().in_features
-        self.domain = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.domain = nn.Sequential(nn.Linear(features, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
 
     def forward(self, images: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """The logits of the classes, (N, C), and of the domain, (N): positive for the target."""
@@ -75,8 +72,8 @@ def entropy(logits: Tensor, scale: float = 1.0) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
 
 
-def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0, ignored: int = -100) -> Tensor:
-    """The best class where ``softmax(scale * logits)`` gives it at least ``threshold``, else ``ignored``.
+def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0) -> Tensor:
+    """The best class where ``softmax(scale * logits)`` gives it at least ``threshold``, else -100.
 
     Raises:
         ValueError: ``threshold`` lies outside [0, 1].
@@ -88,7 +85,7 @@ def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0, ignor
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     confidence, labels = torch.softmax(scale * logits.detach(), dim=-1).max(dim=-1)
-    return torch.where(confidence >= threshold, labels, ignored)
+    return torch.where(confidence >= threshold, labels, -100)
 
 
 def train_norms_alone(network: nn.Module) -> list[nn.Parameter]:
