@@ -65,11 +65,7 @@ def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled:
 
 
 def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
-    """So many examples, drawn by ``seed``; all where there are no more, or ``size`` is None.
-
-    Raises:
-        ValueError: ``size`` is below 1.
-    """
+    """So many examples, drawn by ``seed``; all where there are no more, or ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
     check_size(size)
@@ -84,9 +80,6 @@ def check_size(size: int) -> None:
 
 def class_names(dataset: Any) -> list[str]:
     """The names of the classes in the order of their numbers.
-
-    Args:
-        dataset: A ``Dataset`` or ``IterableDataset`` whose column ``label`` is a ClassLabel.
 
     Example:
         >>> class_names(load_image_dataset("digits")["train"])[:2]

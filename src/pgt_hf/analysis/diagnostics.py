@@ -189,9 +189,6 @@ class History:
     When ``capacity`` snapshots are held every second one is dropped, and from then on every second one that comes:
     the run stays covered from its first step to its last.
 
-    Args:
-        capacity: The most snapshots to hold, at least 2.
-
     Raises:
         ValueError: ``capacity`` is below 2.
 
@@ -238,11 +235,7 @@ class History:
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-        """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-        """
+        """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps."""
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
 

@@ -94,9 +94,6 @@ def examine(
         max_images: Look at the first so many images only.
         batch_size: Images at a time.
 
-    Raises:
-        ValueError: The data set holds no labelled image.
-
     Example:
         >>> write_evaluation("runs/digits", examine(model, validation, alpha=0.25))
     """

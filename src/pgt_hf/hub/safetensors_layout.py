@@ -20,14 +20,6 @@ def rewrite_safetensors(
     of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of 64
     bytes stand last; few of those, mostly biases and counters, can be aligned.
 
-    Args:
-        source: A safetensors file.
-        target: Written; may be ``source``.
-        remove_prefix: Taken off the names that have it.
-
-    Raises:
-        ValueError: ``source`` is not a safetensors file.
-
     Example:
         >>> rewrite_safetensors("runs/digits/model.safetensors", "model.safetensors", remove_prefix="timm_model.")
     """
@@ -58,9 +50,6 @@ def rewrite_safetensors(
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The names, types, shapes and places of a safetensors file's tensors, and its ``__metadata__``.
-
-    Raises:
-        ValueError: It is not a safetensors file.
 
     Example:
         >>> read_header("model.safetensors")["fc.weight"]["shape"]

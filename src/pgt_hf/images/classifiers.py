@@ -117,10 +117,8 @@ def preprocessing(
 ) -> Callable[[Any], Tensor]:
     """The model's own way from one image, or the bytes of its file, to a tensor of shape (3, H, W).
 
-    Args:
-        model: From ``load_classifier``.
-        name: Where it was loaded from; a model that is not timm's has its image processor there.
-        image_size: Another side length than the model's, for a timm model.
+    ``name`` is where the model was loaded from; a model that is not timm's has its image processor there. A timm model
+    takes another ``image_size`` than its own.
 
     Raises:
         OSError: The model's image processor is not there.
@@ -146,9 +144,7 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> li
     their standard order match whatever small differences in spelling there are, and may be given as WordNet ids. A
     model that names no classes (LABEL_0, ...) is matched by number, which is logged as a warning.
 
-    Args:
-        dataset_names: The data set's classes, in the order of their numbers.
-        model_names: The model's.
+    Both lists are in the order of the classes' numbers.
 
     Raises:
         ValueError: Some class of the data set is not found among the model's, or a name stands for two.

@@ -21,13 +21,7 @@ _Corruption = Callable[[Image.Image, int], Image.Image]
 def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
     """One image, corrupted; noise is drawn from numpy's global state, which ``ImageDataset`` seeds for each image.
 
-    Args:
-        image: Any mode.
-        kind: One of ``CORRUPTIONS``.
-        level: From 1, the mildest, to 5.
-
-    Returns:
-        An RGB image of the same size.
+    ``kind`` is one of ``CORRUPTIONS``, ``level`` from 1, the mildest, to 5. The result is RGB, of the same size.
 
     Raises:
         ValueError: There is no such kind or level.
@@ -42,14 +36,6 @@ def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
 
 class Corrupted:
     """An ``ImageTransform`` of images that are corrupted first, at the size that the network sees them at.
-
-    Args:
-        transform: What follows.
-        kind: See ``corrupt``.
-        level: See ``corrupt``.
-
-    Raises:
-        ValueError: There is no such kind or level.
 
     Example:
         >>> noisy = Corrupted(ImageTransform({"input_size": (3, 32, 32)}, training=False), "gaussian_noise", 3)

@@ -15,11 +15,8 @@ def powergrad_hp_space(
 ) -> Callable[[Any], dict[str, float]]:
     """A search space for ``Trainer.hyperparameter_search`` with Optuna: alpha and the learning rate together.
 
-    ``PowerGradTrainer.hyperparameter_search`` uses it by default, around the learning rate of its arguments.
-
-    Args:
-        learning_rate: Lowest and highest, searched on a logarithmic scale.
-        alpha: Lowest and highest; with (1, 1) the space of the baseline.
+    Both are (lowest, highest); the learning rate is searched on a logarithmic scale. With an alpha of (1, 1) it is the
+    baseline's space. ``PowerGradTrainer.hyperparameter_search`` uses it by default, around its own learning rate.
 
     Raises:
         ValueError: A range is empty or lies outside what is allowed.

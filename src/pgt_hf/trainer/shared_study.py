@@ -36,12 +36,7 @@ def become_worker() -> int:
 
 
 def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
-    """The storage of a search.
-
-    Args:
-        name: Any RDB URL, or ``journal:FILE``; by default an SQLite file in ``output_dir``.
-        output_dir: Made where it does not exist.
-    """
+    """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     if name and name.startswith("journal:"):
         from optuna.storages import JournalStorage
@@ -59,14 +54,7 @@ def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
 
 
 def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Mapping[str, Any]) -> optuna.Study:
-    """Opens or creates a study in ``storage``, as ``open_storage`` gives it.
-
-    Args:
-        storage: From ``open_storage``.
-        name: The study's.
-        sampler: Optuna's.
-        pruner: Optuna's.
-        identity: JSON values that make this search what it is.
+    """Opens or creates a study; ``identity`` holds the JSON values that make this search what it is.
 
     Raises:
         ValueError: The storage holds a study of that name with another identity.
@@ -166,11 +154,9 @@ def completed_points(study: optuna.Study, budget: int) -> list[Point]:
 
 
 def paired_points(study: optuna.Study, settings: Mapping[str, Point]) -> dict[str, Point]:
-    """The scores of each side, over the seeds that all sides were trained with, in the same order.
+    """Each side's scores over the seeds that all sides were trained with, in the same order.
 
-    Args:
-        study: Its trials have the parameters ``side`` and ``seed``.
-        settings: The alpha and learning rate of each side.
+    The study's trials have the parameters ``side`` and ``seed``; ``settings`` has each side's alpha and learning rate.
     """
     done: dict[str, dict[int, float]] = {side: {} for side in settings}
     for trial in study.get_trials(deepcopy=False):
