@@ -1,7 +1,7 @@
-"""Alpha over the course of training: constant, linear, cosine or in steps, after a warm-up from 1 where one is wanted.
+"""Alpha over the course of training: constant, linear, cosine or in steps, after an optional warm-up from 1.
 
 alpha stands in the optimizer's ``param_groups`` beside lr, so a schedule of alpha is to alpha what torch's
-``lr_scheduler`` is to lr. ``callbacks.AlphaScheduleCallback`` does the same inside Trainer.
+``lr_scheduler`` is to lr. ``AlphaScheduleCallback`` does the same inside Trainer.
 """
 
 import bisect
@@ -121,7 +121,7 @@ class AlphaScheduler:
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the optimizer, and the shape where it is a function: pass that one again."""
+        """Everything but the optimizer, and the shape if it is a function: pass that again."""
         left_out = {"optimizer"} if isinstance(self.shape, str) else {"optimizer", "shape"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 

@@ -1,4 +1,4 @@
-"""What data sets of images and of text have in common: columns, labels, and a split for evaluation."""
+"""Columns, labels and splits, for data sets of images and of text."""
 
 import logging
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled:
 
 
 def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
-    """So many examples, drawn by ``seed``; all where there are no more, or ``size`` is None."""
+    """At most ``size`` examples, drawn by ``seed``; all if ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
     check_size(size)

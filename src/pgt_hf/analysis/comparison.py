@@ -1,4 +1,4 @@
-"""Two settings compared over seeds: confidence intervals, and a verdict in one sentence."""
+"""Comparing two settings over seeds: confidence intervals and a one-sentence verdict."""
 
 import math
 import statistics

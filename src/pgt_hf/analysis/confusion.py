@@ -1,4 +1,4 @@
-"""Which class was taken for which, and the mistakes that a classifier was surest of."""
+"""The confusion matrix and the most confident mistakes of a classifier."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

@@ -72,7 +72,7 @@ def zeroed_filters(norms: Iterable[Tensor], threshold: float = ZERO_NORM) -> Ten
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of the gradient of each convolution's and linear layer's weight, where there is a gradient.
+    """The L2 norm of the gradient of each convolution's and linear layer's weight, if it has one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -217,7 +217,7 @@ class History:
             self.snapshots, self.stride = self.snapshots[::2], 2 * self.stride
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file anew; a reader meets the old one or the new one, never a half."""
+        """Replaces the file atomically."""
         if not self.snapshots:
             return
         names = [key for key in self.snapshots[0] if all(key in snapshot for snapshot in self.snapshots)]
@@ -226,7 +226,7 @@ class History:
             np.savez_compressed(file, stride=self.stride, offered=self._offered, **columns)
 
     def resume(self, path: str | os.PathLike[str], step: int) -> None:
-        """Goes on from a file, without what it holds from ``step`` on."""
+        """Continues from a file, without its snapshots from ``step`` on."""
         columns = self.read(path)
         self.stride, self._offered = int(columns.pop("stride")), int(columns.pop("offered"))
         kept = int((columns["step"] < step).sum())

@@ -1,4 +1,4 @@
-"""What every picture of this package begins and ends with; matplotlib is imported only when one is drawn."""
+"""Creating and saving figures; matplotlib is imported only when one is drawn."""
 
 import os
 from io import BytesIO
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def require_matplotlib() -> None:
-    """Raises ImportError, before hours of training, where no picture could be drawn in the end."""
+    """Raises ImportError before hours of training, rather than when the first picture is drawn."""
     require("matplotlib", "drawing a picture")
 
 

@@ -84,7 +84,7 @@ def examine(
     max_images: int | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Runs a classifier over an evaluation set once, in one process, and keeps what the report shows.
+    """Runs a classifier over an evaluation set once, in one process, and keeps what the report needs.
 
     Args:
         model: A transformers image classifier, on the device to use.
@@ -136,7 +136,7 @@ def examine(
 
 
 def _thumbnail(dataset: Any, index: int) -> str | None:
-    """The image as it is in the data set, small; None where there is none."""
+    """A small copy of the image in the data set, if there is one."""
     split = getattr(dataset, "split", None)
     if split is None or "image" not in split.column_names:
         return None

@@ -195,7 +195,7 @@ _BINS = 8
 
 
 def _cells(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The values themselves where they are few, as those of a grid are; else bins of equal width."""
+    """The values themselves if they are few, as in a grid; else bins of equal width."""
     distinct = sorted({round(value, 9) for value in values})
     if len(distinct) <= _MOST_CELLS:
         return [(value, value) for value in distinct]

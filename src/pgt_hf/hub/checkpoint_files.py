@@ -1,4 +1,4 @@
-"""Checkpoints that travel without a pickle: optimizer, scheduler and random state as safetensors, and back.
+"""Checkpoints without pickles: optimizer, scheduler and random state as safetensors, and back.
 
 A checkpoint that Trainer writes holds pickles (``optimizer.pt``, ``rng_state.pth``, ``training_args.bin``), which run
 code where they are opened carelessly. Packed, its tensors and arrays are safetensors and the rest is JSON in the
@@ -72,7 +72,7 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     target = run / f"checkpoint-{state['global_step']}"
     if target.exists():
         raise FileExistsError(f"{target} is there already")
-    partial = run / f"_{target.name}"  # what is half written is never taken for a checkpoint
+    partial = run / f"_{target.name}"  # a half-written folder is never taken for a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
         copy = partial / source.relative_to(folder)

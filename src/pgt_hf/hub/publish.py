@@ -1,7 +1,7 @@
-"""``PublishCallback``: a Trainer's model on the Hub, such that no failure of the Hub stops a training or loses a file.
+"""``PublishCallback``: pushes a Trainer's model to the Hub; no failure of the Hub stops training or loses a file.
 
-What is uploaded is copied first and sent by a thread of its own, so training and the rotation of checkpoints go on
-beside it. What could not be pushed is said, with the command that pushes it later.
+Files are copied first and uploaded by a thread, while training and the rotation of checkpoints go on. A failed push is
+logged with the command that pushes it later.
 """
 
 import logging
@@ -32,22 +32,22 @@ _FIRST_ANSWER = 60.0  # seconds that the Hub may take before training starts wit
 
 
 class PublishCallback(TrainerCallback):
-    """Publishes what ``prepare_release`` writes: at each checkpoint, and when ``push`` is called after the training.
+    """Publishes what ``prepare_release`` writes, at each checkpoint and when ``push`` is called after training.
 
     A token that is refused, or that may not write to the repository, is an error before the first step; a Hub that
     cannot be reached then is a warning. In training, a push that fails is a warning. The end of training and ``push``
     log what was not pushed, and how to push it later. Only the first process talks to the Hub.
 
-    ``PowerGradTrainer`` adds it by itself where ``push_to_hub=True``, with the ``hub_*`` arguments.
+    ``PowerGradTrainer`` adds it if ``push_to_hub=True``, with the ``hub_*`` arguments.
 
     Args:
         repo_id: "name" or "owner/name"; by default the output folder's name.
         token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
         private: Whether a new repository is private; by default what the owner's settings say.
-        revision: A branch, made where it does not exist; by default "main".
+        revision: A branch, created if it does not exist; by default "main".
         strategy: "end" pushes nothing before ``push`` is called, "every_save" the model of each checkpoint,
             "checkpoint" also what training resumes from, "all_checkpoints" that of every checkpoint.
-        always: Push at a checkpoint although an earlier upload is still under way.
+        always: Push at a checkpoint even if an earlier upload is still under way.
         fold: Publish weights with alpha multiplied into the head.
         timeout: Seconds that the end of training waits for an upload.
 
@@ -81,7 +81,7 @@ class PublishCallback(TrainerCallback):
         self._upload: _Background | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Makes sure, before the first step, that the repository can be written to."""
+        """Checks, before the first step, that the token may write to the repository."""
         if not state.is_world_process_zero:
             return
         model = kwargs.get("model")
@@ -174,7 +174,7 @@ class PublishCallback(TrainerCallback):
     def _record(
         self, args: Any, state: TrainerState, card: dict[str, Any] | None = None, dataset: str | None = None
     ) -> None:
-        """What a later push needs to know; it stays in the output folder, on this machine."""
+        """Records what a later push needs, in the output folder."""
         known = read_record(args.output_dir)
         content: dict[str, Any] = {"hub_model_id": self.repo_id}
         if card:
@@ -194,7 +194,7 @@ class PublishCallback(TrainerCallback):
     def _start(
         self, what: str, message: str, args: Any, where: dict[str, Any], checkpoint: Path | None = None
     ) -> None:
-        """Copies now, uploads in the background, after an earlier upload that is still under way."""
+        """Copies now; uploads in the background, after any earlier upload."""
         folder, repo_id = Path(args.output_dir), str(self.repo_id)
         stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
         try:
@@ -244,7 +244,7 @@ class PublishCallback(TrainerCallback):
         if self.unpushed is not None:
             options = {"private": self._where["private"], "revision": self._where["revision"], "fold": self._fold}
             logger.error(
-                "NOT PUSHED: %s. Nothing is lost: it lies in %s. To push it later:\n    %s",
+                "NOT PUSHED: %s. Nothing is lost: the files are in %s. To push them later:\n    %s",
                 self.unpushed,
                 args.output_dir,
                 push_command(args.output_dir, str(self.repo_id), **options),

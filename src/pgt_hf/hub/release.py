@@ -51,11 +51,11 @@ def prepare_release(
     base_model: str | None = None,
     pictures: bool | None = None,
 ) -> Path:
-    """Writes what a repository will hold into a folder, without a network: to look at it, or for ``push_release``.
+    """Writes a repository's files to a folder, offline: to review them, or for ``push_release``.
 
     Args:
         folder: A run: config.json and model.safetensors as ``save_model`` writes them, and what was recorded beside.
-        target: Written to; made where it does not exist.
+        target: The folder to write to; created if it does not exist.
         repo_id: Where the model will be, for the code in the card.
         checkpoint: Take the model from this checkpoint of the run, and describe the run as it was then.
         fold: Multiply the head by alpha, so that the model's softmax gives the probabilities that PGT trained. Else

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: access, one commit for a folder, nothing secret."""
+"""Uploads to the Hub: checks access, commits a folder at once, refuses secrets."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Unsupervised domain adaptation: labelled images of a source domain, images without labels of a target domain.
 
-The pieces that the methods are made of; ``recipes/domain_adaptation.py`` puts them together. Whatever reads
+The building blocks; ``AdaptationRun`` and ``recipes/domain_adaptation.py`` put them together. Whatever reads
 probabilities (an entropy, a threshold) takes ``scale``: PGT trains ``softmax(alpha z)``, so alpha is the right one.
 """
 
@@ -15,7 +15,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class DomainAdversary(nn.Module):
-    """A timm network, and beside its head one that tells the domains apart, which its features learn to deceive.
+    """A timm network with a second head that tells the domains apart, and features that learn to deceive it.
 
     "Domain-Adversarial Training of Neural Networks" (Ganin et al., arXiv 1505.07818).
 
@@ -40,7 +40,7 @@ class DomainAdversary(nn.Module):
 
 
 def reverse_gradient(features: Tensor, strength: float) -> Tensor:
-    """The value as it is; its gradient times ``-strength``.
+    """The identity, whose gradient is multiplied by ``-strength``.
 
     Example:
         >>> x = torch.ones(1, requires_grad=True)

@@ -25,14 +25,18 @@ class ImageDataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip' and count what cannot be read."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
+    on_bad_image: str = field(
+        default="error", metadata={"help": "What to do with an unreadable image: 'error', or 'skip' and count it."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the training images in pixels."})
     min_crop: float = field(default=0.08, metadata={"help": "Smallest random crop, as a share of the image's area."})
     hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     color_jitter: float = field(default=0.4, metadata={"help": "Strength of the colour jitter in training."})
-    auto_augment: str | None = field(default=None, metadata={"help": "timm's RandAugment, as rand-m9-mstd0.5-inc1."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's RandAugment, such as rand-m9-mstd0.5-inc1."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "image_size"):
@@ -54,7 +58,7 @@ class ImageDataArguments:
         )
 
     def augmentation(self, preprocessing: Mapping[str, Any], *, normalize: bool = False) -> ImageTransform:
-        """The training images' way to tensors: uint8, which the trainer normalises on the device, if not told else."""
+        """The training transform; by default its images are uint8, which the trainer normalises on the device."""
         size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
         return ImageTransform(
             dict(preprocessing) | size,

@@ -1,4 +1,4 @@
-"""torch data sets of images whose every sample is a function of (seed, epoch, place), not of a worker's state.
+"""torch data sets of images; each sample depends on (seed, epoch, place) alone, not on a worker's state.
 
 ``ImageDataset`` is map-style, ``ImageStream`` reads a source that cannot be indexed. Both give ``pixel_values`` and
 ``labels``, both decode in the worker that reads, and both come out the same when a run is killed and resumed.
@@ -115,7 +115,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
     its place in its reader), and of how many readers there are; resuming with the same number gives the same bits. A
     reader that runs out before its share of ``num_samples`` is done starts over in its own part.
 
-    It deals the data to ranks itself: do not let ``Accelerator.prepare`` deal again, use
+    It already splits the data between ranks: in place of ``Accelerator.prepare``, which would split it again, use
     ``prepare_data_loader(loader, num_processes=1, process_index=0, ...)``.
 
     Args:
@@ -295,7 +295,7 @@ def read_image(image: Any) -> bytes | Pictures.Image:
 
 
 class _Reader:
-    """One example from its row, or what stands for it where the image is bad."""
+    """One example from its row, or a placeholder if the image is bad."""
 
     def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
         if on_bad_image not in _ON_BAD_IMAGE:
@@ -305,7 +305,7 @@ class _Reader:
     def __call__(
         self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
     ) -> dict[str, Any]:
-        """Seeds the random numbers and does not give them back. ``count`` says whether a bad image is a new one."""
+        """Seeds the random numbers and leaves them so. ``count`` says whether a bad image is a new one."""
         seed_sample(self.seed, epoch, index)
         try:
             pixels: Tensor = self.transform(read_image(image))

@@ -1,7 +1,7 @@
-"""From a pretrained classifier to one of your own classes: a new head, and what of the network is trained, how fast.
+"""Fine-tuning a pretrained classifier for other classes: a new head, frozen layers, learning rates, LoRA.
 
-Works on timm networks (in transformers' wrapper) and on transformers' own. Layers and their order are timm's to know,
-LoRA is PEFT's; this module joins them.
+Works on timm networks (in transformers' wrapper) and on transformers' own. timm knows the layers and their order,
+PEFT does LoRA; this module joins them.
 """
 
 from collections.abc import Mapping, Sequence

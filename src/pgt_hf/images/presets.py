@@ -1,4 +1,4 @@
-"""The published ImageNet runs, one row each, as settings of ``recipes/imagenet.py``; and others' recipes beside them.
+"""The published ImageNet runs as settings of ``recipes/imagenet.py``, one row each, and recipes of other papers.
 
 From Das et al., arXiv 2111.12495v3, tables 1 to 3: 100 epochs, global batch 1024 unless said, SGD with Nesterov
 momentum 0.9, weight decay 5e-4, 5 epochs of warm-up from a thousandth of the peak rate, 0.4 at batch 1024. The paper
@@ -142,7 +142,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_table() -> str:
-    """The presets as a table in Markdown, with the published top-1 in percent where there is one.
+    """The presets as a table in Markdown, with the published top-1 in percent, if any.
 
     Example:
         >>> print(preset_table().splitlines()[2].split("|")[1].strip())

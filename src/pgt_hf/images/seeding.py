@@ -31,7 +31,7 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
 
 @contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """What is drawn inside is a function of (seed, epoch, index) alone; outside nothing changes.
+    """Random numbers drawn inside depend on (seed, epoch, index) alone; outside, nothing changes.
 
     Example:
         >>> with seeded(0, 0, 1):

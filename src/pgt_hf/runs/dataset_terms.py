@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Terms:
-    """What is known of a data set: its name, what its licence allows, whether its images may be shown in public."""
+    """A data set's name and licence, and whether its images may be shown in public."""
 
     name: str
     licence: str

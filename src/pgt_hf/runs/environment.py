@@ -1,4 +1,4 @@
-"""What a run was made with: command, code, data, packages, device."""
+"""Where a run comes from: command, code, data, packages, device."""
 
 import platform
 import re
@@ -18,7 +18,7 @@ _PACKAGES = (
 
 
 def command_line() -> str:
-    """How this program was started, for a message that says how to start it again; a token is left out.
+    """The command that started this program, without tokens, for messages that say how to resume.
 
     Example:
         >>> print(f"resume with: accelerate launch {command_line()} --resume auto")
@@ -75,7 +75,7 @@ def describe_environment(processes: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of this package and of those that decide what it computes, where they are installed.
+    """The versions of this package and of those that its results depend on, as far as they are installed.
 
     Example:
         >>> package_versions()["torch"]

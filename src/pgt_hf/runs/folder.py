@@ -1,4 +1,4 @@
-"""Writes what a run leaves behind: which code, which data, which seed, which result."""
+"""Writes a run's folder: which code, which data, which seed, which result."""
 
 import json
 import logging

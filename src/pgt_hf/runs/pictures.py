@@ -1,4 +1,4 @@
-"""All that the files of training runs hold, drawn."""
+"""Pictures of everything recorded in training runs."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run's model says of images that are files."""
+"""Classifies image files with a run's model."""
 
 import os
 from collections.abc import Iterable

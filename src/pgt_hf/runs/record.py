@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder; the one place that names a run's files."""
+"""Reads a run's folder; the only module that names its files."""
 
 import json
 import math
@@ -23,10 +23,10 @@ EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which 
 CONTENTS = {
     RESULTS: "the results, and what they were made with",
     RECORD: "arguments, code, data, seed, environment",
-    HISTORY: "everything that was logged, a line each",
+    HISTORY: "everything that was logged, one entry per line",
     CURVE: "loss, accuracy and learning rate",
-    REPORT: "curves, calibration, confusion, worst mistakes, in one page",
-    DIAGNOSTICS: "logits, filters, gradients; pgt-hf plot draws them",
+    REPORT: "curves, calibration, confusion, worst mistakes on one page",
+    DIAGNOSTICS: "logits, filters, gradients; draw them with pgt-hf plot",
     WEIGHTS: "the model, with config.json: transformers' auto classes and pipelines read it",
     EMA: "the averaged model, in the same form",
     "checkpoint-*": "to resume from",
@@ -100,7 +100,7 @@ class Run:
 def read_run(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool | None = None
 ) -> Run:
-    """Reads what a run left behind: the model's config, settings, metrics and history.
+    """Reads a run: the model's config, settings, metrics and history.
 
     Args:
         folder: The run's folder.
@@ -109,7 +109,7 @@ def read_run(
             there.
 
     Raises:
-        FileNotFoundError: There is no config.json, hence no model.
+        FileNotFoundError: There is no config.json, so there is no model.
 
     Example:
         >>> read_run("runs/digits").alpha
@@ -135,7 +135,7 @@ def read_run(
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``run.json`` says: arguments, code, data, seed, environment; nothing where there is none."""
+    """``run.json``: arguments, code, data, seed, environment; empty if there is none."""
     return _json(Path(folder, RECORD)) or {}
 
 
@@ -153,7 +153,7 @@ def read_history(
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
-    """What ``write_evaluation`` wrote into a folder, or None where there is nothing.
+    """What ``write_evaluation`` wrote to a folder, or None.
 
     Example:
         >>> read_evaluation("runs/digits").names[:2]
@@ -166,7 +166,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
 
 
 def model_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where the model to use is: the moving average of the weights where there is one, else the folder itself."""
+    """The folder of the model to use: that of the averaged weights if there are any, else the run's own."""
     averaged = Path(folder, EMA)
     return averaged if (averaged / CONFIG).is_file() else Path(folder)
 
@@ -203,7 +203,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of settings as one level, the outer one's values before those of the sections in it."""
+    """Nested settings as one level; outer values win."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _KEPT or not isinstance(value, Mapping):

@@ -12,7 +12,7 @@ class AlphaScheduleCallback(TrainerCallback):
     """Moves alpha over the whole training, from the optimizer's own to ``end_alpha``.
 
     Works in ``PowerGradTrainer`` and in a plain Trainer with ``optim="powergrad_..."``. The alpha of a step depends on
-    its number alone and on the first alpha, which is saved with the optimizer: a resumed run has the very same alphas.
+    its number alone and on the first alpha, which is saved with the optimizer: a resumed run has the same alphas.
 
     Args:
         shape: As in ``AlphaScheduler``.

@@ -1,4 +1,4 @@
-"""Atomic checkpoints for any Trainer, and a run that ends in order when its machine is taken away."""
+"""Atomic checkpoints for any Trainer, and a clean stop on SIGTERM."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ STAGING = ".unfinished-checkpoint"  # not "checkpoint-<step>": nothing that look
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint of a run, or None where there is none yet.
+    """The newest complete checkpoint of a run, or None.
 
     Example:
         >>> latest_checkpoint("runs/imagenet")
@@ -52,11 +52,11 @@ def find_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> s
 
 
 class AtomicCheckpoints(Trainer):
-    """Mixin for any Trainer, whose ``checkpoint-<step>`` folders then appear only when every file in them is on disk.
+    """Mixin for any Trainer: a ``checkpoint-<step>`` folder appears only when every file in it is on disk.
 
     A checkpoint is written beside the others under another name, flushed to disk, and renamed when it is complete. A
     process that is killed while it saves leaves ``.unfinished-checkpoint``, which the next save replaces. Older
-    checkpoints are deleted (``save_total_limit``) only after the new one stands.
+    checkpoints are deleted (``save_total_limit``) only after the new one is complete.
     """
 
     _staging = False
@@ -95,7 +95,7 @@ class AtomicCheckpoints(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best(self, run: Path, name: str) -> None:
-        """The best checkpoint, where it is this one, is known by the name that it is about to get."""
+        """If this checkpoint is the best, it is recorded under its final name."""
         if self.state.best_model_checkpoint == str(run / STAGING / name):
             self.state.best_model_checkpoint = str(run / name)
             if self.args.should_save:
@@ -105,7 +105,7 @@ class AtomicCheckpoints(Trainer):
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM (a pre-empted machine, ``scancel``): finish the step, save a checkpoint, stop.
 
-    All processes agree on the step, whichever of them was told. ``stopped`` says afterwards that it happened.
+    All processes stop at the same step, whichever got the signal. ``stopped`` says afterwards that it happened.
 
     Example:
         >>> stop = StopOnSigterm()
@@ -139,7 +139,7 @@ class StopOnSigterm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def leave(self, trainer: Trainer) -> None:
-        """Ends the program where the run was stopped: says how to resume it, and exits with 143, as SIGTERM does."""
+        """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
         if not self.stopped:
             return
         if trainer.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""``DiagnosticsCallback``: records in a Trainer run what the paper plots, whatever the loss and the Trainer."""
+"""``DiagnosticsCallback``: records the quantities of the paper's plots, with any loss and any Trainer."""
 
 import logging
 import math

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class DivergenceCallback(TrainerCallback):
-    """Stops a run that has diverged, within ``interval`` steps, and says what to try.
+    """Stops a run within ``interval`` steps of diverging, and says what to try.
 
-    It looks at the logits every ``interval`` steps, and at what is logged. A run has diverged when logits, loss or
+    It checks the logits every ``interval`` steps, and every log entry. A run has diverged when logits, loss or
     gradient norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or
     ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is
     1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the
@@ -33,8 +33,8 @@ class DivergenceCallback(TrainerCallback):
     logged as an error, and ``trainer.state.log_history`` gets an entry with both.
 
     Args:
-        interval: Optimizer steps from one look at the logits to the next.
-        factor: The run has diverged when the loss exceeds so many times the larger of log(C) and the first one seen.
+        interval: Optimizer steps between two checks of the logits.
+        factor: The run has diverged when the loss exceeds this many times the larger of log(C) and the first loss.
         max_skipped: Steps that the gradient scaler may skip in a row.
         head: As for ``attach_powergrad``.
 

@@ -1,8 +1,8 @@
 """``ImageTrainer``: ``PowerGradTrainer`` for image classifiers, with timm's regularisation; a resumed run is exact.
 
 Images come as uint8 and are normalised, mixed and erased on the device; an average of the weights is kept beside the
-model; each step's randomness is a function of (seed, step, process), so a run that was killed resumes as if it had not
-been.
+model; each step's randomness is a function of (seed, step, process), so a killed run resumes as if it had never
+stopped.
 """
 
 import os
@@ -255,7 +255,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 
 class _Steps(TrainerCallback):
-    """What happens around the steps: epochs reach the data set, steps get their randomness, the average its update."""
+    """Around the steps: the data set learns the epoch, steps are seeded, the average is updated."""
 
     def __init__(self, trainer: ImageTrainer) -> None:
         self.trainer = trainer

@@ -1,7 +1,7 @@
 """Optuna studies that several workers share, each a process of its own, on one machine or many.
 
-A worker that dies leaves its setting to the others, and a search that is started again goes on: the storage knows what
-is done.
+If a worker dies, the others take over its setting, and a search that is started again continues: the storage knows
+what is done.
 """
 
 import os
@@ -25,7 +25,7 @@ _SILENT_SECONDS = 1800  # a worker on another machine that has reported nothing 
 
 
 def become_worker() -> int:
-    """Makes each process of a launcher a worker of its own, on its own GPU, and returns its number."""
+    """Turns each process of a launcher into an independent worker with its own GPU, and returns its number."""
     rank, local = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK")
     if local is not None:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -78,7 +78,7 @@ def run_trials(
     name: str,
     grid: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Trains until ``budget`` trials are done, by this worker and the others, and waits for the others' last ones.
+    """Trains until this worker and the others have done ``budget`` trials, and waits for the last ones.
 
     With a ``grid``, each trial is one of its settings that is neither done nor being trained.
     """
@@ -103,7 +103,7 @@ def run_trials(
 
 
 def _give_up(study: optuna.Study, trial: Any) -> bool:
-    """Whether the worker of a running trial is dead; the trial has failed then, and its setting is free again."""
+    """Whether a running trial's worker is dead; the trial then fails, and its setting is free again."""
     host, _, pid = trial.user_attrs.get("worker", "").rpartition(":")
     heard = trial.user_attrs.get("heard", trial.datetime_start.timestamp())
     here = host == socket.gethostname()
@@ -124,7 +124,7 @@ def _alive(pid: int) -> bool:
 
 
 class ReportToStudy(TrainerCallback):
-    """Tells the storage how a trial is doing, seed after seed, and ends it where it is behind the others."""
+    """Reports a trial's score, seed after seed, and prunes it if it is behind the others."""
 
     def __init__(self, trial: Any, prune: bool) -> None:
         self.trial = trial
@@ -141,7 +141,7 @@ class ReportToStudy(TrainerCallback):
 
 
 def completed_points(study: optuna.Study, budget: int) -> list[Point]:
-    """The settings that were trained to the end, of the first ``budget`` different ones: no side gets more."""
+    """The completed settings among the first ``budget`` different ones, so that each side gets as many."""
     finished: dict[tuple[float, float], Any] = {}
     for trial in study.get_trials(deepcopy=False):
         if trial.state in _FINISHED:
