@@ -57,13 +57,13 @@ class ImageDataArguments:
             streaming=streaming,
         )
 
-    def augmentation(self, preprocessing: Mapping[str, Any], *, normalize: bool = False) -> ImageTransform:
-        """The training transform; by default its images are uint8, which the trainer normalises on the device."""
+    def augmentation(self, preprocessing: Mapping[str, Any]) -> ImageTransform:
+        """The training transform; its images are uint8, which the trainer normalises on the device."""
         size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
         return ImageTransform(
             dict(preprocessing) | size,
             training=True,
-            normalize=normalize,
+            normalize=False,
             scale=(self.min_crop, 1.0),
             hflip=self.hflip,
             color_jitter=self.color_jitter,
@@ -71,12 +71,13 @@ class ImageDataArguments:
         )
 
     def datasets(
-        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0, *, normalize: bool = False
+        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0
     ) -> tuple[ImageDataset, ImageDataset]:
-        """Training and evaluation images, for a network with this preprocessing (``config.pretrained_cfg``)."""
-        augment = self.augmentation(preprocessing, normalize=normalize)
-        train = ImageDataset(splits["train"], augment, seed=seed, on_bad_image=self.on_bad_image)
-        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=normalize))
+        """Training and evaluation images for a network with this preprocessing (``config.pretrained_cfg``)."""
+        train = ImageDataset(
+            splits["train"], self.augmentation(preprocessing), seed=seed, on_bad_image=self.on_bad_image
+        )
+        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
     def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:
         """The evaluation images."""

@@ -34,7 +34,6 @@ CONTENTS = {
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-
 # key in metrics.json, or after "eval_" in the history: (type in the model-index, name, shown in percent)
 METRICS: dict[str, tuple[str, str, bool]] = {
     "top1": ("accuracy", "Top-1 accuracy", True),
@@ -49,19 +48,16 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "brier_folded": ("brier_score", "Brier score, softmax(alpha z)", False),
 }
 
-
 _HYPERPARAMETERS = (
     "alpha", "preset", "optim", "optim_args", "learning_rate", "base_lr", "weight_decay", "lr_scheduler_type",
     "warmup_steps", "warmup_epochs", "num_train_epochs", "epochs", "max_steps", "steps", "batch", "global_batch",
     "batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_grad_norm",
-    "clip_mode", "clip_value", "label_smoothing", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
-    "auto_augment", "drop_path", "drop_path_rate", "ema_decay", "model_ema_decay", "image_size", "min_crop", "hflip",
+    "clip_mode", "clip_value", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
+    "auto_augment", "drop_path", "ema_decay", "image_size", "min_crop", "hflip",
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
 
-
 _OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
-
 
 _KEPT = ("packages", "card")  # sections of the settings that are read as such
 

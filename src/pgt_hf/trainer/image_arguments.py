@@ -28,8 +28,6 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
     decay_rate: float = field(default=0.1, metadata={"help": "What the step schedule multiplies the rate by."})
     mixup: float = field(default=0.0, metadata={"help": "Mixup's Beta parameter; 0 is off."})
     cutmix: float = field(default=0.0, metadata={"help": "CutMix's Beta parameter; 0 is off."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Share of the batches that are mixed or cut."})
-    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Share of these that are cut, where both are on."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights, if any."})
     ema_warmup: bool = field(default=False, metadata={"help": "Start the average with a short memory."})
@@ -38,7 +36,7 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
     def __post_init__(self) -> None:
         if self.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule must be None or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("mixup_prob", "mixup_switch_prob", "random_erasing", "decay_rate"):
+        for name in ("random_erasing", "decay_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"):

@@ -101,7 +101,9 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
         self._class_weights = None if class_weights is None else class_weights.float().to(args.device)
-        self._mixup = _mixup(args, classes) if mixing else None
+        self._mixup: Mixup | None = None
+        if mixing:  # one class more, see _mix; the loss smooths the labels
+            self._mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=classes + 1)
         self._erasing: RandomErasing | None = None
         if args.random_erasing > 0:
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
@@ -317,17 +319,6 @@ class _PerUpdate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
         self.scheduler.step_update(self.updates)
-
-
-def _mixup(args: ImageTrainingArguments, classes: int) -> Mixup:
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        label_smoothing=0.0,  # the loss does it
-        num_classes=classes + 1,
-    )
 
 
 def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
