@@ -110,7 +110,7 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet1o"], "'resnet1o' is no folder, no timm model (near: ['resnet18'"),
+        (["resnet1o"], "'resnet1o' is not a folder, a timm model (near: ['resnet18'"),
         (["resnet10t"], "timm's weights of 'resnet10t' are not available; give a local file"),
         ([".", *DIGITS], "'.' holds no config.json"),
         (["resnet10t", "--bins", "0"], "--bins must be at least 1, got 0"),

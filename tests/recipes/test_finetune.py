@@ -354,7 +354,7 @@ def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
         (["--smoke", "--mode", "lora", "--lora-rank", "0"], "rank must be at least 1, got 0"),
         (["--smoke", "--per-device-train-batch-size", "321"], "--per-device-train-batch-size must be at most 320"),
         (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
-        (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is no folder, no timm model"),
+        (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is not a folder, a timm model"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_before_training(here, arguments, message, tmp_path):

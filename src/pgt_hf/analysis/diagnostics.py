@@ -1,7 +1,7 @@
 """What PGT does to logits, gradients and filters: the quantities of the paper's figures, in plain torch.
 
-Everything about the logits is computed from the logits and their gradient, so it needs nothing of the loss or of the
-loop; ``DiagnosticsCallback`` collects it in a Trainer run, ``pgt-hf plot RUN`` draws it.
+Everything about the logits is computed from them and their gradient, so any loss and any training loop will do.
+``DiagnosticsCallback`` collects it in a Trainer run, ``pgt-hf plot RUN`` draws it.
 """
 
 import os

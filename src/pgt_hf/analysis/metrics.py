@@ -164,11 +164,11 @@ class ClassificationMetrics:
     Args:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
-            and ``fold_powergrad`` gives. The attribute may be moved.
+            and ``fold_powergrad`` gives. The attribute may be changed.
         top_k: The second accuracy to report, next to top-1.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
-            path of a metric of your own.
+            path of your own metric.
         **options: For those, such as ``average="macro"``.
 
     Raises:

@@ -15,10 +15,10 @@ def rewrite_safetensors(
 ) -> None:
     """Copies a safetensors file, with a prefix taken off the tensors' names and the tensors aligned in the file.
 
-    transformers computes with the very pages of the file, and some convolutions and matrix products round differently
-    for a weight that does not begin on a boundary of 64 bytes. In an aligned file the loaded model's logits are those
-    of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of 64
-    bytes stand last; few of those, mostly biases and counters, can be aligned.
+    transformers computes directly on the file's memory pages, and some convolutions and matrix products round
+    differently if a weight does not begin on a boundary of 64 bytes. A model loaded from an aligned file computes the
+    logits of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of
+    64 bytes come last; few of those, mostly biases and counters, can be aligned.
 
     Example:
         >>> rewrite_safetensors("runs/digits/model.safetensors", "model.safetensors", remove_prefix="timm_model.")

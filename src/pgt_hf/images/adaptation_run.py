@@ -58,9 +58,7 @@ class AdaptationRun:
             self.take_statistics(network, target["train"])
         if method == "tent":
             train_norms_alone(network)
-            network = self.fit(
-                network, self.tent, self.settings.adapt_epochs, self.settings.adapt_lr, [target["train"]]
-            )
+            network = self.fit(network, self.tent, *later, [target["train"]])
             self.take_statistics(network, target["train"])
         if method == "pseudo-labels":
             network = self.fit(network, self.pseudo_labels, *later, both)

@@ -1,7 +1,4 @@
-"""A trained network from a folder, the Hub or timm, with its own preprocessing and class names, ready to evaluate.
-
-A folder, a Hub id or a timm name becomes a transformers model; the classes of a data set are found among the model's.
-"""
+"""Loads a trained classifier from a folder, the Hub or timm, with its preprocessing, and matches its class names."""
 
 import difflib
 import logging
@@ -64,8 +61,8 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
                 raise
             close = difflib.get_close_matches(place, timm.list_models())
             raise OSError(
-                f"{place!r} is no folder, no timm model{f' (near: {close})' if close else ''} and no model that the "
-                f"Hub gave: {error}"
+                f"{place!r} is not a folder, a timm model{f' (near: {close})' if close else ''} or a model on the "
+                f"Hub: {error}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)
@@ -73,10 +70,10 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Puts the weights of a local file into ``model``: by name or, where the names are others', in order.
+    """Loads a local file of weights into ``model``: by name, or in order if the names differ.
 
-    A file from another library often holds the very same network under other names. It is taken entry by entry, in
-    order, if there are as many entries and every shape agrees. Nothing in the file is executed.
+    A file from another library often holds the same network under other names; its tensors are then taken in order,
+    if their number and shapes agree. Nothing in the file is executed.
 
     Args:
         model: The network.

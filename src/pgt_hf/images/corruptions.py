@@ -1,4 +1,4 @@
-"""Photos as bad cameras, lenses and lines give them, at five levels: a shift of domain that any data set can have.
+"""Image corruptions at five levels: a domain shift for any data set.
 
 Kinds and levels are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261), on Pillow and numpy; lengths
 are theirs at 224 pixels and follow the image's size. The package ``imagecorruptions`` has more, but not for numpy 2.
@@ -35,7 +35,7 @@ def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
 
 
 class Corrupted:
-    """An ``ImageTransform`` of images that are corrupted first, at the size that the network sees them at.
+    """An ``ImageTransform`` that corrupts images first, at the size that the network sees them.
 
     Example:
         >>> noisy = Corrupted(ImageTransform({"input_size": (3, 32, 32)}, training=False), "gaussian_noise", 3)

@@ -1,4 +1,4 @@
-"""Bytes to an upright PIL image, JPEG no larger than it will be used; or a ``BadImageError`` that says why not."""
+"""Decodes bytes to an upright PIL image, JPEG at a reduced size; a ``BadImageError`` says why it cannot."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -75,7 +75,7 @@ def read_upright(image: bytes | Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image with three 8-bit channels: grey, 16-bit grey, palette, CMYK and transparent ones occur in real sets.
+    """The image with three 8-bit channels; real sets contain grey, 16-bit, palette, CMYK and transparent ones.
 
     Example:
         >>> to_rgb(Image.new("CMYK", (8, 8))).mode

@@ -64,7 +64,7 @@ _KEPT = ("packages", "card")  # sections of the settings that are read as such
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says: the model's config, flat settings, metrics and the log history."""
+    """A run: the model's config, flat settings, metrics and log history."""
 
     config: dict[str, Any]
     settings: dict[str, Any]

@@ -121,7 +121,7 @@ def _headline(run: Run, evaluation: Evaluation | None) -> str:
         (f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}", METRICS[key][1]) for key, value in run.metrics.items()
     ]
     if evaluation is not None:
-        tiles.append((f"{evaluation.confusion.sum():,}", "images looked at here"))
+        tiles.append((f"{evaluation.confusion.sum():,}", "images evaluated here"))
     inner = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles
     )
@@ -211,12 +211,14 @@ def _matrix_picture(counts: NDArray[np.int64]) -> str:
 def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
     names = evaluation.names
     if not evaluation.mistakes:
-        return "<p>There is none.</p>"
-    intro = "<p>Wrong predictions that the model was surest of; the number is the image's place in the data set.</p>"
+        return "<p>No image was classified wrong.</p>"
+    intro = (
+        "<p>The wrong predictions with the highest confidence; the number is the image's index in the data set.</p>"
+    )
     if not pictures:
         rows = [(m.index, names[m.label], names[m.predicted], f"{m.confidence:.1%}") for m in evaluation.mistakes]
-        note = "<p>The images themselves may not be passed on, so they are not shown.</p>"
-        return intro + note + _table(("image", "class", "taken for", "sure by"), rows)
+        note = "<p>The images are not shown, since the data set's licence may not allow it.</p>"
+        return intro + note + _table(("image", "class", "taken for", "confidence"), rows)
     cards = []
     for mistake in evaluation.mistakes:
         picture = f'<img src="{mistake.picture}" alt="image {mistake.index}">' if mistake.picture else ""

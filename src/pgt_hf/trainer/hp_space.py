@@ -1,7 +1,7 @@
-"""The space that a search over alpha and the learning rate runs in.
+"""The search space of alpha and the learning rate.
 
-They are coupled, since PGT sends about 1/alpha times more gradient into the backbone: search them together, and the
-baseline's learning rate as long as theirs.
+They are coupled, since PGT sends about 1/alpha times more gradient into the backbone: search them together, and give
+the baseline's learning rate as many trials.
 """
 
 from collections.abc import Callable
