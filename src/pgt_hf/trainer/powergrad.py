@@ -106,7 +106,7 @@ class PowerGradTrainer(Trainer):
     def _record_alpha(self) -> None:
         """Records the alpha that the model was last trained with: its probabilities cannot be read without."""
         config = getattr(self.model, "config", None)
-        if config is None or self._handle is None:
+        if config is None or self._handle is None or not self._handle.attached:  # after training: it may be folded
             return
         config.powergrad_alpha, config.powergrad_folded = self._handle.alpha, False
         for callback in self.callback_handler.callbacks:
