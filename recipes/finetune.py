@@ -218,7 +218,6 @@ def choose_trained(model: Any, model_args: ModelArguments) -> Any:
 
 def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) -> dict[str, Any]:
     name = str(getattr(args.optim, "value", args.optim))
-    items = [item.split("=", 1) for item in (args.optim_args or "").replace(" ", "").split(",") if item]
     groups = partial(
         parameter_groups,
         lr=args.learning_rate,
@@ -226,7 +225,7 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
         layer_decay=model_args.layer_decay if model_args.mode == "layer-decay" else None,
         head_lr_scale=model_args.head_lr_scale,
     )
-    options = args.powergrad_options() | parse_optim_args(name, dict(items))
+    options = args.powergrad_options() | parse_optim_args(name, args.optim_args)
     return options | {"opt": name, "lr": args.learning_rate, "param_group_fn": groups}
 
 

@@ -332,3 +332,58 @@ def test_a_bad_argument_is_named(message, changes):
     for alpha, _ in itertools.product((0.3, 1.0), (None,)):
         with pytest.raises((TypeError, ValueError), match=message):
             powergrad_cross_entropy(**arguments, alpha=alpha)
+
+
+FUNCTIONS = {  # of logits, class indices, the distribution that they stand for, and its smoothing
+    "cross_entropy": lambda z, y, q, s: powergrad_cross_entropy(z, y, label_smoothing=s, alpha=0.3),
+    "soft targets": lambda z, y, q, s: powergrad_cross_entropy(z, q, alpha=0.3),
+    "log_softmax": lambda z, y, q, s: -(q * powergrad_log_softmax(z, alpha=0.3)).sum(-1).mean(),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_transform_of_torch_func_gives_the_formulas_derivatives(name, smoothing):
+    logits, target = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
+    powered = torch.softmax(0.3 * logits, -1)
+    q = target_distribution(target, 5, smoothing)
+    gradient = (powered - q) / 6
+    # The derivative of that gradient: alpha (diag(p') - p' p'^T) / N in each row.
+    curvature = torch.zeros(6, 5, 6, 5, dtype=torch.float64)
+    for i, p in enumerate(powered):
+        curvature[i, :, i] = 0.3 * (torch.diag(p) - torch.outer(p, p)) / 6
+
+    def loss(z):
+        return FUNCTIONS[name](z, target, q, smoothing)
+
+    close = {"rtol": 0, "atol": 1e-14}
+    torch.testing.assert_close(torch.func.grad(loss)(logits), gradient, **close)
+    torch.testing.assert_close(torch.func.jacrev(loss)(logits), gradient, **close)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(logits), curvature, **close)
+    torch.testing.assert_close(torch.func.hessian(loss)(logits), curvature, **close)
+    each = torch.func.vmap(torch.func.grad(lambda z, y, q: FUNCTIONS[name](z[None], y[None], q[None], smoothing)))
+    torch.testing.assert_close(each(logits, target, q) / 6, gradient, **close)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batched_gradients_are_those_of_each_one(weighted, smoothing):
+    logits, target = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (6,))
+    weight = torch.rand(5, dtype=torch.float64) if weighted else None
+    options = {"reduction": "none", "label_smoothing": smoothing, "alpha": 0.3}
+    losses = powergrad_cross_entropy(logits, target, weight, **options)
+    vectors = torch.randn(3, 6, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(losses, logits, vectors, is_grads_batched=True, retain_graph=True)
+    for vector, ours in zip(vectors, batched, strict=True):
+        (expected,) = torch.autograd.grad(losses, logits, vector, retain_graph=True)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": torch.rand(7)}])
+def test_a_retained_graph_gives_the_same_bits_again(dtype, options):
+    logits, target = torch.randn(4, 7, dtype=dtype, requires_grad=True), torch.randint(7, (4,))
+    options = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    loss = powergrad_cross_entropy(logits, target, alpha=0.3, **options)
+    first, second, last = (torch.autograd.grad(loss, logits, retain_graph=retain)[0] for retain in (True, True, False))
+    assert torch.equal(first, second) and torch.equal(first, last)

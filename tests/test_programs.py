@@ -92,3 +92,24 @@ def test_what_is_told_is_what_there_is(tmp_path, capsys):
         "What next",
         "use now",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "momentum=0.9"),
+        (["--optim", "powergrad_sgd"], "momentum=0.9"),
+        (["--optim", "powergrad_adamw"], None),
+        (["--optim", "powergrad_adamw", "--optim-args", "eps=1e-6"], "eps=1e-6"),
+        (["--optim-args", "momentum=0"], "momentum=0"),
+    ],
+)
+def test_default_options_of_one_optimizer_are_not_given_to_another(monkeypatch, words, expected):
+    @dataclass
+    class Arguments:
+        optim: str = "adamw_torch"
+        optim_args: str | None = None
+
+    monkeypatch.setattr(sys, "argv", ["program.py", *words])
+    defaults = {"optim": "powergrad_sgd", "optim_args": "momentum=0.9"}
+    assert parse(Arguments, description="A program.", defaults=defaults)[0].optim_args == expected

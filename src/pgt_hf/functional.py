@@ -193,26 +193,33 @@ def log_softmax_backward(
     """PGT itself: the gradient of log-softmax, ``g - softmax(alpha z) sum(g)``, in float32 at least.
 
     ``input`` may be the logits or their log-probabilities: a softmax does not see a shift. ``is_log_probs`` says that
-    they are that and ``0 < alpha <= 1``: then ``sum p^alpha`` is at least 1 and needs no maximum taken off.
+    they are that and ``0 < alpha <= 1``: then ``sum p^alpha`` is at least 1 and needs no maximum taken off, which
+    saves a compiler a pass.
     """
-    input = input.to(_wide(input))
-    powered = _powered_softmax(input, alpha, dim, is_log_probs)
-    grad = grad.to(powered.dtype)
+    input, grad = input.to(_wide(input)), grad.to(_wide(input))
     total = grad.sum(dim, keepdim=True)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_batched(grad):
-        return grad - powered * total
-    return torch.addcmul(grad, powered, total, value=-1, out=powered)
-
-
-def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, is_log_probs: bool = False) -> Tensor:
-    """p' = softmax(alpha z)."""
-    scaled = input * (alpha.to(input.dtype) if isinstance(alpha, Tensor) else alpha)
+    if type(input) is Tensor and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_batched(grad)):
+        powered = _scaled(input, alpha, may_be_masked=True)
+        torch.softmax(powered, dim, out=powered)
+        return torch.addcmul(grad, powered, total, value=-1, out=powered)
     if is_log_probs:
-        powers = scaled.exp()
-        return powers / powers.sum(dim, keepdim=True)
-    if isinstance(alpha, Tensor) or alpha == 0:  # 0 * -inf is nan, but a masked class keeps p' = 0
-        scaled = torch.where(input == -torch.inf, input, scaled)
-    return torch.softmax(scaled, dim)
+        powers = _scaled(input, alpha, may_be_masked=False).exp()
+        return grad - powers / powers.sum(dim, keepdim=True) * total
+    return grad - _powered_softmax(input, alpha, dim) * total
+
+
+def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
+    """p' = softmax(alpha z)."""
+    return torch.softmax(_scaled(input, alpha, may_be_masked=True), dim)
+
+
+def _scaled(input: Tensor, alpha: float | Tensor, may_be_masked: bool) -> Tensor:
+    """alpha z. At alpha = 0, masked logits (-inf) would become nan; they stay masked."""
+    if not isinstance(alpha, Tensor):
+        scaled, may_be_masked = input * alpha, alpha == 0
+    else:
+        scaled = input * alpha.to(input.dtype)
+    return torch.where(input == -torch.inf, input, scaled) if may_be_masked else scaled
 
 
 class LogSoftmax(torch.autograd.Function):

@@ -92,6 +92,9 @@ def parse(
         namespace = parser.parse_args(words)
         if getattr(namespace, "resume_from_checkpoint", None):
             raise ValueError("--resume-from-checkpoint is --resume here, which takes a checkpoint or 'auto'")
+        other_optimizer = "optim" in parser._defaults and namespace.optim != parser._defaults["optim"]
+        if other_optimizer and not any(word.startswith(("--optim-args", "--optim_args")) for word in words):
+            namespace.optim_args = None  # the default ones belong to the default optimizer
         config = {key: value.value if isinstance(value, Enum) else value for key, value in vars(namespace).items()}
         config = {key: value for key, value in config.items() if key not in ("config", "resume")}
         if adjust is not None:

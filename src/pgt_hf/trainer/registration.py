@@ -33,18 +33,21 @@ def register() -> None:
             handlers[name] = functools.partial(_plain, handler)
     for name in TRAINER_OPTIMIZERS:
         handlers[_add_member(name)] = functools.partial(_powergrad, name)
-    _replace_optim_args_parser()
+    trainer_optimizer._parse_optim_args = _split
+    if (trainer := sys.modules.get("transformers.trainer")) is not None:
+        trainer._parse_optim_args = _split  # type: ignore[attr-defined]
 
 
-def parse_optim_args(opt: str, options: dict[str, str]) -> dict[str, Any]:
-    """Turns the strings of ``optim_args`` into values of the types that the optimizer's options have.
+def parse_optim_args(opt: str, optim_args: str | dict[str, str] | None) -> dict[str, Any]:
+    """Turns ``optim_args`` into values of the types that the optimizer's options have.
 
     Raises:
-        ValueError: A key is unknown for this optimizer, or a value has the wrong type; the message names both.
+        ValueError: It is not ``key=value,...``, a key is unknown for this optimizer, or a value has the wrong type;
+            the message names them.
     """
     allowed = allowed_options(opt)
     values: dict[str, Any] = {}
-    for key, text in options.items():
+    for key, text in (optim_args if isinstance(optim_args, dict) else _split(optim_args)).items():
         if key not in allowed:
             raise ValueError(f"optim_args: {opt!r} has no option {key!r}; it takes {', '.join(sorted(allowed))}")
         values[key] = value = _parse_value(text)
@@ -112,27 +115,14 @@ def _add_member(value: str) -> OptimizerNames:
     return member
 
 
-def _replace_optim_args_parser() -> None:
-    original = trainer_optimizer._parse_optim_args
-    if getattr(original, "checks_items", False):
-        return
-
-    @functools.wraps(original)
-    def parse(optim_args: str | None) -> dict[str, str]:
-        values: dict[str, str] = {}
-        # A comma inside brackets belongs to a value: betas=(0.9,0.95).
-        for item in re.split(r",(?![^(\[]*[)\]])", (optim_args or "").replace(" ", "")) if optim_args else []:
-            key, *rest = item.split("=")
-            if len(rest) != 1 or not key or not rest[0]:
-                raise ValueError(
-                    f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}"
-                )
-            if key in values:
-                raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
-            values[key] = rest[0]
-        return values
-
-    parse.checks_items = True  # type: ignore[attr-defined]
-    trainer_optimizer._parse_optim_args = parse
-    if (trainer := sys.modules.get("transformers.trainer")) is not None:
-        trainer._parse_optim_args = parse  # type: ignore[attr-defined]
+def _split(optim_args: str | None) -> dict[str, str]:
+    values: dict[str, str] = {}
+    # A comma inside brackets belongs to a value: betas=(0.9,0.95).
+    for item in re.split(r",(?![^(\[]*[)\]])", optim_args.replace(" ", "")) if optim_args else []:
+        key, *rest = item.split("=")
+        if len(rest) != 1 or not key or not rest[0]:
+            raise ValueError(f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}")
+        if key in values:
+            raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
+        values[key] = rest[0]
+    return values
