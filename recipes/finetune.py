@@ -46,7 +46,6 @@ from pgt_hf.images import (
     create_model,
     freeze_backbone,
     load_classifier,
-    merge_lora,
     parameter_groups,
     preprocessing,
     replace_head,
@@ -147,7 +146,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
-        trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
+        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones

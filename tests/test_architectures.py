@@ -81,7 +81,7 @@ def test_every_setting_of_a_preset_is_an_argument_of_the_recipe():
         assert set(preset.settings) <= known, name
 
 
-@pytest.mark.parametrize("name", ["vgg16_pgt", "vgg16_bn", "convnext_tiny_pgt", "vit_small"])
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "convnext_tiny", "vit_small"])
 def test_presets_that_nobody_published_say_so(name):
     row = next(line for line in preset_table().splitlines() if line.startswith(f"| {name} |"))
     assert PRESETS[name].top1 is None and row.endswith("| - | - |")

@@ -61,6 +61,7 @@ def test_every_exported_name_is_there(wing):
         ("datasets", "images.ImageDataset", "pgt_hf.images.ImageDataset needs datasets: pip install 'pgt_hf[images]'"),
         ("optuna", "trainer.run_trials", "pgt_hf.trainer.run_trials needs optuna: pip install 'pgt_hf[search]'"),
         ("huggingface_hub", "hub.push_release", "pip install 'pgt_hf[hub]'"),
+        ("datasets", "text.load_plain_text", "pgt_hf.text needs datasets: pip install 'pgt_hf[text]'"),
     ],
 )
 def test_missing_package_is_an_error_that_names_the_extra(package, name, message):
@@ -76,13 +77,34 @@ if {package!r} == "huggingface_hub":
     for module in [module for module in sys.modules if module.partition(".")[0] == {package!r}]:
         del sys.modules[module]
 sys.meta_path.insert(0, Missing())
-import pgt_hf.{wing}
 try:
+    import pgt_hf.{wing}
     pgt_hf.{wing}.{name}
 except ImportError as error:
     print(error)
 """)
     assert message in told
+
+
+@pytest.mark.slow
+def test_without_any_optional_package_every_name_is_there_or_names_its_extra():
+    told = python("""
+import sys
+from importlib import import_module
+OPTIONAL = "datasets evaluate matplotlib optuna peft pyarrow scipy sklearn sqlalchemy".split()
+find = sys.meta_path[-1].find_spec
+def find_spec(name, *where):
+    return None if name.partition(".")[0] in OPTIONAL else find(name, *where)
+sys.meta_path[-1].find_spec = staticmethod(find_spec)
+for wing in ("pgt_hf", "pgt_hf.trainer", "pgt_hf.images", "pgt_hf.analysis", "pgt_hf.runs", "pgt_hf.hub"):
+    for name in import_module(wing).__all__:
+        try:
+            getattr(import_module(wing), name)
+        except ImportError as error:
+            if f"{wing}.{name} needs" not in str(error) or "pip install 'pgt_hf[" not in str(error):
+                print(wing, name, repr(error))
+""")
+    assert told == ""
 
 
 def test_unknown_name_is_an_attribute_error():

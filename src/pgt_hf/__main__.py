@@ -1,4 +1,4 @@
-"""``pgt-hf``: what is done with a run once it is trained, and what is installed here."""
+"""Publish, report, plot and use trained runs; list presets and installed versions."""
 
 import sys
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pre
 
 Run = Annotated[Path, typer.Argument(help="The run's folder.")]
 RepoId = Annotated[
-    str | None, typer.Option(help="owner/name; by default what the run was told, or its folder's name.")
+    str | None, typer.Option(help="owner/name; default: the one recorded in the run, or the folder's name.")
 ]
-Fold = Annotated[bool, typer.Option("--fold", help="Multiply the head by alpha.")]
-Ema = Annotated[bool, typer.Option(help="Take the moving average of the weights, where there is one.")]
-License = Annotated[str | None, typer.Option(help="The licence of the weights, such as apache-2.0.")]
+Fold = Annotated[bool, typer.Option("--fold", help="Multiply alpha into the head, for calibrated probabilities.")]
+Ema = Annotated[bool, typer.Option(help="Use the averaged weights (EMA), if there are any.")]
+License = Annotated[str | None, typer.Option(help="Licence of the weights, such as apache-2.0.")]
 BaseModel = Annotated[str | None, typer.Option(help="Hub id of the model that training started from.")]
 Pictures = Annotated[
-    bool, typer.Option("--pictures", help="Show the data set's images in the report, whatever its licence.")
+    bool, typer.Option("--pictures", help="Show images in the report even if their licence is unknown or forbids it.")
 ]
 
 
@@ -34,8 +34,8 @@ def push(
     base_model: BaseModel = None,
     pictures: Pictures = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it does not exist.")] = None,
-    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, created if needed.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload model",
 ) -> None:
     """Push a run's model, card, curve and report to the Hub."""
     from .hub import push_run
@@ -48,7 +48,7 @@ def push(
 @app.command()
 def export(
     run: Run,
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write to.")],
     repo_id: RepoId = None,
     fold: Fold = False,
     ema: Ema = True,
@@ -56,7 +56,7 @@ def export(
     base_model: BaseModel = None,
     pictures: Pictures = False,
 ) -> None:
-    """Write what would be pushed into a folder, to look at it."""
+    """Write what push would upload to a folder, for review."""
     from .hub import prepare_release
 
     release = _release(fold, ema, license, base_model, pictures)
@@ -67,10 +67,10 @@ def export(
 def pull(
     repo_id: Annotated[str, typer.Argument(help="owner/name")],
     run: Run,
-    checkpoint: Annotated[str, typer.Option(help="Its folder in the repository.")] = "last-checkpoint",
+    checkpoint: Annotated[str, typer.Option(help="The checkpoint's folder in the repository.")] = "last-checkpoint",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Fetch a checkpoint that was pushed, to resume from it."""
+    """Download a pushed checkpoint, to resume from it."""
     from .hub import pull_checkpoint
 
     print(pull_checkpoint(repo_id, run, checkpoint=checkpoint, revision=revision))
@@ -80,12 +80,12 @@ def pull(
 def report(
     run: Run,
     dataset_name: Annotated[
-        str | None, typer.Option(help="As the recipe takes it; by default what the run was trained on.")
+        str | None, typer.Option(help="Data set to evaluate on; default: the one the run was trained on.")
     ] = None,
-    max_images: Annotated[int | None, typer.Option(help="Look at so many evaluation images only.")] = None,
-    mistakes: Annotated[int, typer.Option(help="How many of the worst to show.")] = 24,
+    max_images: Annotated[int | None, typer.Option(help="Use at most this many evaluation images.")] = None,
+    mistakes: Annotated[int, typer.Option(help="How many of the worst mistakes to show.")] = 24,
 ) -> None:
-    """Look at a run's predictions and write report.html."""
+    """Evaluate a run's predictions and write report.html."""
     from .runs import report_run
 
     print(report_run(run, dataset_name, mistakes=mistakes, max_images=max_images))
@@ -93,7 +93,7 @@ def report(
 
 @app.command()
 def plot(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The runs' folders.")]) -> None:
-    """Draw all that the files of one or several runs hold."""
+    """Plot everything recorded in one or more runs."""
     from .runs import draw_runs
 
     for path in draw_runs(runs):
@@ -103,9 +103,9 @@ def plot(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The 
 @app.command()
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(help="Classes of each image.")] = 3,
-    picture: Annotated[Path | None, typer.Option(help="Draw the images with their classes into this file.")] = None,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files or folders.")],
+    top: Annotated[int, typer.Option(help="How many classes to print per image.")] = 3,
+    picture: Annotated[Path | None, typer.Option(help="Save the images with their classes as this picture.")] = None,
 ) -> None:
     """Classify images with a run's model."""
     from .analysis import plot_images
@@ -124,7 +124,7 @@ def predict(
 
 @app.command()
 def presets() -> None:
-    """Print the presets of recipes/imagenet.py, with the published figures."""
+    """List the presets of recipes/imagenet.py with their published accuracies."""
     from .images import preset_table
 
     print(preset_table())
@@ -143,16 +143,12 @@ def info() -> None:
 
 
 def _release(fold: bool, ema: bool, license: str | None, base_model: str | None, pictures: bool) -> dict[str, Any]:
-    """Options of ``prepare_release``; without ``pictures`` the data set's licence decides."""
+    """Options of ``prepare_release``; without ``pictures``, the data set's licence decides."""
     return {"fold": fold, "ema": ema, "license": license, "base_model": base_model, "pictures": pictures or None}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; an error is a message without a traceback.
-
-    Example:
-        >>> main(["push", "runs/digits", "--repo-id", "alice/digits"])
-    """
+    """Runs the command line; errors are messages without a traceback."""
     try:
         app(args=arguments, prog_name="pgt-hf")
     except SystemExit as end:

@@ -18,7 +18,7 @@ _NAMES, _HANDLERS = "transformers.training_args", "transformers.trainer_optimize
 
 
 def register_with_trainer() -> None:
-    """Registers now where transformers has what it takes, else as soon as it has; harmless when called twice."""
+    """Registers now if transformers' handlers are imported, else as soon as they are; harmless when called twice."""
     if _HANDLERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -28,7 +28,7 @@ def register_with_trainer() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the two modules as others find them, and has something done when they have been executed."""
+    """Finds the two modules as usual, and registers once they have been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in (_NAMES, _HANDLERS):

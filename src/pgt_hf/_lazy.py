@@ -23,13 +23,14 @@ def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
     """
     module = sys.modules[package]
     stub = ast.parse(Path(str(module.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
-    homes = {name.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    homes = {name.name: "." * node.level + str(node.module) for node in imports for name in node.names}
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            value = getattr(import_module(f".{homes[name]}", package), name)
+            value = getattr(import_module(homes[name], package), name)
         except ModuleNotFoundError as error:
             raise missing(error.name, f"{package}.{name}") from error
         setattr(module, name, value)

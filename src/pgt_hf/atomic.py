@@ -1,4 +1,4 @@
-"""Files that are replaced in one move: a reader, or a program that was killed, leaves the old one or the new one."""
+"""Atomic writes: a file is replaced as a whole, even if the program is killed."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden file beside ``path`` to write to, which takes its place when the block ends without an exception.
+    """A temporary file beside ``path``, which replaces it when the block ends without an exception.
 
     Example:
         >>> with replacing("metrics.json") as draft:

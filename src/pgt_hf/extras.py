@@ -1,4 +1,4 @@
-"""Packages that only a part of this one needs, and the extra that brings each."""
+"""Optional packages, and the extra that installs each."""
 
 from importlib.util import find_spec
 
@@ -22,14 +22,7 @@ _EXTRAS = {
 
 
 def require(package: str, purpose: str) -> None:
-    """Says, before any work is done, that a package is missing.
-
-    Args:
-        package: As it is imported.
-        purpose: What it is needed for, as the message begins.
-
-    Raises:
-        ImportError: It is not installed; the message names the extra.
+    """Raises the error of ``missing``, before any work is done, if a package is not installed.
 
     Example:
         >>> require("peft", "LoRA")
@@ -38,13 +31,13 @@ def require(package: str, purpose: str) -> None:
         raise missing(package, purpose)
 
 
-def missing(package: str | None, purpose: str) -> ImportError:
-    """The error that ``require`` raises.
+def missing(package: str | None, purpose: str, extra: str | None = None) -> ImportError:
+    """The error for a package that is not installed; it names the extra that brings it.
 
     Example:
         >>> str(missing("peft", "LoRA"))
         "LoRA needs peft: pip install 'pgt_hf[lora]'"
     """
     root = (package or "").partition(".")[0]
-    extra = f"pgt_hf[{_EXTRAS[root]}]" if root in _EXTRAS else root
-    return ImportError(f"{purpose} needs {root}: pip install {extra!r}")
+    extra = _EXTRAS.get(root) and (extra or _EXTRAS[root])
+    return ImportError(f"{purpose} needs {root}: pip install {f'pgt_hf[{extra}]' if extra else root!r}")

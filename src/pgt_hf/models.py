@@ -1,5 +1,5 @@
 """``import pgt_hf.models``, as pushed model cards say: makes this package's networks known to timm."""
 
-from .images.models import create_model, fit_image_size, load, pgt_resnet
+from .images.models import create_model, pgt_resnet
 
-__all__ = ["create_model", "fit_image_size", "load", "pgt_resnet"]
+__all__ = ["create_model", "pgt_resnet"]

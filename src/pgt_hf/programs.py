@@ -1,4 +1,4 @@
-"""What the recipes and ``pgt-hf`` have in common: how they read arguments, fail, and say what they did."""
+"""What the recipes share: reading arguments, failing with one line, and telling what they did."""
 
 import json
 import logging
@@ -41,10 +41,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class RunArguments:
-    """What every program that trains takes, beside its own arguments."""
+    """Arguments of every program that trains."""
 
-    resume: str | None = field(default=None, metadata={"help": "A checkpoint, or 'auto': the newest one, if any."})
-    smoke: bool = field(default=False, metadata={"help": "A few steps on embedded data, to see that it works."})
+    resume: str | None = field(
+        default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
+    )
+    smoke: bool = field(default=False, metadata={"help": "Run a few steps on embedded data, as a quick check."})
 
 
 def parse(
@@ -102,7 +104,7 @@ def parse(
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with a message, and no traceback, where the user can mend what is wrong.
+    """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
 
     Example:
         >>> with errors_in_one_line():
@@ -116,13 +118,13 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def quiet_other_processes(process_index: int) -> None:
-    """Lets the first process alone warn of what all of them see."""
+    """Leaves warnings that all processes would repeat to the first one."""
     if process_index > 0:
         logging.getLogger("pgt_hf").setLevel(logging.ERROR)
 
 
 def workers_per_process() -> int:
-    """Data workers for each process of this machine: its share of the cores, at most 8."""
+    """Data workers per process: its share of this machine's cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -142,17 +144,14 @@ def tell(
     then: Mapping[str, str],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints what a program found, what it wrote where, and what can be done with it.
+    """Prints what a program found, what it wrote where, and what to do next.
 
     Args:
         heading: What was done on which data.
-        results: Numbers by name; what is None is left out.
-        folder: A run's folder.
+        results: Numbers by name; None is left out.
+        folder: The run's folder.
         then: Commands by what they do.
         files: What is in the folder beside the usual files of a run.
-
-    Example:
-        >>> tell("resnet18 on digits", {"top1": 0.97}, "runs/digits", {"plot": "pgt-hf plot runs/digits"})
     """
     print(f"\n{heading}")
     for key, value in results.items():
@@ -169,4 +168,4 @@ def tell(
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The examples keep their lines, and defaults are shown."""
+    """Shows defaults, and keeps the line breaks of the examples."""

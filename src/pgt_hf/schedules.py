@@ -1,7 +1,7 @@
-"""Alpha over the course of training: constant, linear, cosine or in steps, after a warm-up from 1 where one is wanted.
+"""Alpha over the course of training: constant, linear, cosine or in steps, after an optional warm-up from 1.
 
 alpha stands in the optimizer's ``param_groups`` beside lr, so a schedule of alpha is to alpha what torch's
-``lr_scheduler`` is to lr. ``callbacks.AlphaScheduleCallback`` does the same inside Trainer.
+``lr_scheduler`` is to lr. ``AlphaScheduleCallback`` does the same inside Trainer.
 """
 
 import bisect
@@ -23,11 +23,10 @@ Shape = Callable[[float], float]
 def steps(*milestones: float) -> Shape:
     """A shape that goes from the first alpha to the last in equal jumps, one at each milestone.
 
-    Args:
-        *milestones: When to jump, as shares of the training after its warm-up, rising, each between 0 and 1.
+    Milestones are shares of the training after its warm-up: rising numbers between 0 and 1.
 
     Raises:
-        ValueError: There is none, they do not rise, or one lies outside.
+        ValueError: There is none, or they do not rise between 0 and 1.
 
     Example:
         >>> shape = steps(0.5, 0.75)
@@ -122,7 +121,7 @@ class AlphaScheduler:
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the optimizer, and the shape where it is a function: pass that one again."""
+        """Everything but the optimizer, and the shape if it is a function: pass that again."""
         left_out = {"optimizer"} if isinstance(self.shape, str) else {"optimizer", "shape"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 

@@ -1,4 +1,4 @@
-"""What data sets of images and of text have in common: columns, labels, and a split for evaluation."""
+"""Columns, labels and splits, for data sets of images and of text."""
 
 import logging
 from collections.abc import Sequence
@@ -20,17 +20,10 @@ _SEEN = "after training on it, the accuracy reported is that of examples seen in
 def find_column(
     columns: Sequence[str], what: str, wanted: str | None, usual: Sequence[str], typed: Sequence[str] = ()
 ) -> str:
-    """The column that is asked for, else the first one of a usual name, else the only one of the right type.
-
-    Args:
-        columns: The data set's.
-        what: "image", "text" or "label", for the message.
-        wanted: The user's choice.
-        usual: Names to look for.
-        typed: The columns whose type says what they are.
+    """The column that the user named, else the first with a usual name, else the only one of the right type.
 
     Raises:
-        ValueError: It is not there, or not to be told.
+        ValueError: It is not there, or cannot be told; the message calls it ``what``.
 
     Example:
         >>> find_column(["id", "review"], "text", None, ("text", "review"))
@@ -45,16 +38,11 @@ def find_column(
 
 
 def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled: bool = True) -> DatasetDict:
-    """Chooses, or makes, a split to train on and one to evaluate on; what has to be made is logged as a warning.
+    """Chooses, or makes, a split to train on and one to evaluate on; making one is logged as a warning.
 
-    The evaluation split is the first (labelled) one of validation, valid, val and test. Where there is none, a tenth
-    is held out of ``train``, of each class the same share; where there is no ``train``, the one split serves as both.
-
-    Args:
-        splits: With a column ``label``, which becomes a ClassLabel with the same names in both, if ``labelled``.
-        name: The data set's, for messages.
-        seed: For what is held out.
-        labelled: Whether there are labels at all.
+    The evaluation split is the first (labelled) one of validation, valid, val and test. If there is none, a tenth is
+    held out of ``train``, the same share of each class; if there is no ``train``, the one split serves as both. The
+    column ``label``, unless ``labelled`` is False, becomes a ClassLabel with the same names in both.
 
     Raises:
         ValueError: No split has labels, the splits name different classes, or there is too little to hold out.
@@ -77,11 +65,7 @@ def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled:
 
 
 def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
-    """So many examples, drawn by ``seed``; all where there are no more, or ``size`` is None.
-
-    Raises:
-        ValueError: ``size`` is below 1.
-    """
+    """At most ``size`` examples, drawn by ``seed``; all if ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
     check_size(size)
@@ -96,9 +80,6 @@ def check_size(size: int) -> None:
 
 def class_names(dataset: Any) -> list[str]:
     """The names of the classes in the order of their numbers.
-
-    Args:
-        dataset: A ``Dataset`` or ``IterableDataset`` whose column ``label`` is a ClassLabel.
 
     Example:
         >>> class_names(load_image_dataset("digits")["train"])[:2]

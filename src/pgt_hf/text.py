@@ -13,13 +13,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from datasets.exceptions import DatasetNotFoundError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .splits import draw, find_column, train_and_validation
+from .extras import missing
+
+try:
+    import datasets
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets.exceptions import DatasetNotFoundError
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from .splits import draw, find_column, train_and_validation
+except ModuleNotFoundError as error:
+    raise missing(error.name, __name__, extra="text") from error
 
 __all__ = ["DOCSTRINGS", "STDLIB", "load_labelled_text", "load_plain_text", "train_tokenizer"]
 
@@ -81,18 +87,13 @@ def load_plain_text(
 ) -> DatasetDict:
     """Loads documents to model: ``train`` and ``validation``, with the column ``text``.
 
-    Args:
-        name: "stdlib" (a document is a module), a text, JSON, CSV or Parquet file, a folder of such, or a Hub id.
-        config: The configuration, where a Hub data set has several.
-        text_column: The column with the text, if it cannot be detected.
-        seed: For the documents that are held out where there is no validation or test split.
+    ``name`` is "stdlib" (a document is a module), or as for ``load_labelled_text``, like the other arguments.
 
     Raises:
         FileNotFoundError, ValueError: There is no such data, or no column of text.
 
     Example:
-        >>> documents = load_plain_text("stdlib")
-        >>> documents["train"].column_names
+        >>> load_plain_text("stdlib")["train"].column_names
         ['text']
     """
     splits = _stdlib(seed) if name == STDLIB else _load(name, config)
@@ -102,11 +103,7 @@ def load_plain_text(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``texts``, as GPT-2's; with the special tokens that a classifier needs, too.
-
-    Args:
-        texts: What to learn the merges from.
-        vocab_size: At most so many tokens; fewer where the texts give no more.
+    """Trains a byte-level BPE tokenizer like GPT-2's, of at most ``vocab_size`` tokens, with those of a classifier.
 
     Raises:
         ValueError: ``vocab_size`` is too small for the 256 bytes and 3 special tokens.

@@ -39,7 +39,7 @@ import torch
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.hub import *
 from pgt_hf.hub.publish import take_over
-from pgt_hf.images import create_model, load
+from pgt_hf.images import create_model, load_classifier
 
 torch.manual_seed(0)
 NAMES = ["ant", "bee", "cat", "dog"]

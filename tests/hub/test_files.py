@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pgt_hf.hub import ALIGNMENT, pack_checkpoint, prepare_release, read_header, rewrite_safetensors, unpack_checkpoint
-from pgt_hf.images import create_model, load
+from pgt_hf.images import create_model, load_classifier
 
 TENSORS = {
     "net.a": torch.randn(3),
@@ -54,7 +54,10 @@ def test_released_model_computes_the_same_bits_as_the_one_in_memory(name, tmp_pa
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images).logits
-        for again in (load(tmp_path / "release"), timm.create_model(f"local-dir:{tmp_path}/release", pretrained=True)):
+        for again in (
+            load_classifier(tmp_path / "release"),
+            timm.create_model(f"local-dir:{tmp_path}/release", pretrained=True),
+        ):
             output = again.eval()(images)
             assert torch.equal(getattr(output, "logits", output), expected)
 

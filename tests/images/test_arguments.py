@@ -16,8 +16,6 @@ def test_flags_decide_size_number_and_augmentation():
     first, seen = train[0]["pixel_values"], validation[0]["pixel_values"]
     assert (first.shape, first.dtype) == ((3, 24, 24), torch.uint8)  # training's own size, normalised on the device
     assert (seen.shape, seen.dtype) == ((3, 32, 32), torch.uint8)
-    floats, _ = data.datasets(splits, {"input_size": (3, 32, 32)}, normalize=True)
-    assert floats[0]["pixel_values"].dtype == torch.float32
     again = ImageDataArguments("digits", max_train_samples=40).load(seed=3)["train"]
     assert again["label"][:] == splits["train"]["label"][:]
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from pgt_hf import attach_powergrad
-from pgt_hf.images import ImageTransform, create_model, load, load_image_dataset
+from pgt_hf.images import ImageTransform, create_model, load_classifier, load_image_dataset
 
 NAMES = ["zero", "one", "two", "three", "four", "five"]
 VARIANTS = [{}, {"norm_free": True}, {"small_images": True}, {"norm_free": True, "small_images": True}]
@@ -20,7 +20,7 @@ def test_saved_model_loads_with_the_same_logits_and_labels(name, variant, tmp_pa
     model = create_model(name, NAMES, image_size=32, **variant).eval()
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    for again in (load(tmp_path).eval(), AutoModelForImageClassification.from_pretrained(tmp_path).eval()):
+    for again in (load_classifier(tmp_path), AutoModelForImageClassification.from_pretrained(tmp_path).eval()):
         assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
         # transformers computes on the file's own pages, and kernels round as a weight is aligned or not
         torch.testing.assert_close(model(images).logits, again(images).logits, rtol=1e-5, atol=1e-6)

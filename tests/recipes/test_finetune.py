@@ -34,7 +34,6 @@ from pgt_hf.images import (
     create_model,
     freeze_backbone,
     load_image_dataset,
-    merge_lora,
     parameter_groups,
     replace_head,
     set_image_size,
@@ -155,7 +154,7 @@ def test_lora_is_exact_under_pgt_and_merges_into_a_model_that_says_the_same(buil
     torch.testing.assert_close(kept[1].as_subclass(torch.Tensor), wanted)
     model.eval()
     before = model(pixel_values=inputs["pixel_values"]).logits
-    merged = merge_lora(model)
+    merged = model.merge_and_unload()
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(merged.eval()(inputs["pixel_values"]).logits, before, rtol=1e-3, atol=1e-3)
 
@@ -355,7 +354,7 @@ def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
         (["--smoke", "--mode", "lora", "--lora-rank", "0"], "rank must be at least 1, got 0"),
         (["--smoke", "--per-device-train-batch-size", "321"], "--per-device-train-batch-size must be at most 320"),
         (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
-        (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is no folder, no timm model"),
+        (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is not a folder, a timm model"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_before_training(here, arguments, message, tmp_path):

@@ -16,7 +16,7 @@ from datasets import Dataset, Image
 from launch import ONE, PYTHON, ROOT, TWO, environment, run
 from safetensors.torch import load_file
 
-from pgt_hf.images import PRESETS, ImageDataset, ImageTransform, collate, load, load_image_dataset
+from pgt_hf.images import PRESETS, ImageDataset, ImageTransform, collate, load_classifier, load_image_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_run_directory_answers_which_code_data_seed_and_result(trained):
 
 def test_two_processes_count_every_image_once_and_evaluate_the_very_model_that_is_saved(trained):
     folder = trained[0] / "runs" / "digits"
-    model = load(folder).eval()
+    model = load_classifier(folder)
     images = load_image_dataset("digits", max_eval_samples=EVAL_IMAGES, seed=42)["validation"]
     images = ImageDataset(images, ImageTransform(model.config.pretrained_cfg, training=False))
     batch = collate([images[index] for index in range(EVAL_IMAGES)])

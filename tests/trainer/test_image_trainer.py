@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
-from pgt_hf.images import create_model, load
+from pgt_hf.images import create_model, load_classifier
 from pgt_hf.trainer import latest_checkpoint
 from pgt_hf.trainer.checkpoints import STAGING
 
@@ -163,7 +163,7 @@ def test_average_is_timms_and_is_evaluated_and_saved(tmp_path):
     average = seen[0]  # timm's average starts as a copy of the first step's weights
     for weight in seen[1:]:
         average = torch.lerp(average, weight, 0.5)
-    saved = load(tmp_path / "ema").eval()
+    saved = load_classifier(tmp_path / "ema").eval()
     torch.testing.assert_close(saved.timm_model.fc.weight, average)
     metrics = trainer.evaluate()
     inputs = trainer._prepare_inputs(batch(Validation(20), range(20)))

@@ -1,3 +1,4 @@
+from ..splits import IGNORED as IGNORED
 from .calibration import Calibration as Calibration
 from .calibration import compare_calibration as compare_calibration
 from .calibration import fit_temperature as fit_temperature
@@ -22,7 +23,6 @@ from .figures import new_figure as new_figure
 from .figures import require_matplotlib as require_matplotlib
 from .figures import save as save
 from .metrics import BINS as BINS
-from .metrics import IGNORED as IGNORED
 from .metrics import ClassificationMetrics as ClassificationMetrics
 from .metrics import Reliability as Reliability
 from .metrics import probability_scores as probability_scores

@@ -1,7 +1,7 @@
-"""Temperatures: raw, folded and fitted probabilities of one set of logits, side by side.
+"""Comparing the raw, folded and temperature-scaled probabilities of the same logits.
 
 PGT trains ``softmax(alpha z)``, a temperature of 1/alpha. Guo et al. 2017 fit the temperature to held-out images
-instead, whatever the training was; next to it one sees how far folding alone gets.
+instead, whatever the training was; the comparison shows how far folding alone gets.
 """
 
 import logging
@@ -16,8 +16,6 @@ from torch import Tensor
 from ..functional import check_alpha
 from ..splits import IGNORED
 from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
-
-__all__ = ["Calibration", "compare_calibration", "fit_temperature"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +86,8 @@ def compare_calibration(
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
 
-    The NLL is convex in 1/T, so there is one minimum. Where every image is right no T is too small, and what comes out
-    says nothing of other images: that is logged as a warning.
+    The NLL is convex in 1/T, so there is one minimum. If every image is right, the smallest T fits best
+    and says nothing about other images, which is logged as a warning.
 
     Args:
         logits: Shape (N, C), of images that are not scored afterwards.

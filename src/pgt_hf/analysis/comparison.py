@@ -1,11 +1,9 @@
-"""Two settings compared over seeds: confidence intervals, and a verdict in one sentence."""
+"""Comparing two settings over seeds: confidence intervals and a one-sentence verdict."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-__all__ = ["Comparison", "Point", "compare", "interval"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Point:
         return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half the width of Student's t interval; the half width of a single value is infinite.
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of Student's 95% interval; the half width of a single value is infinite.
 
     Example:
         >>> mean, half = interval([0.9, 0.92, 0.94])
@@ -40,7 +38,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.inf
-    return mean, float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)

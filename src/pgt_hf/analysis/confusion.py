@@ -1,20 +1,13 @@
-"""Which class was taken for which, and the mistakes that a classifier was surest of."""
+"""The confusion matrix and the most confident mistakes of a classifier."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..splits import IGNORED
 
-__all__ = ["confusion_matrix", "worst_mistakes"]
-
 
 def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
-    """How many images of each class, a row each, were taken for each class, a column each.
-
-    Args:
-        labels: The true classes, (N); those of ``IGNORED`` are left out.
-        predicted: What they were taken for, (N).
-        classes: How many classes there are.
+    """How many images of each class (rows) were taken for each class (columns); ``IGNORED`` labels are left out.
 
     Example:
         >>> confusion_matrix([0, 0, 1], [0, 1, 1], classes=2).tolist()
@@ -28,13 +21,9 @@ def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> N
 
 
 def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: int) -> list[int]:
-    """The places of the images that were classified wrong with the highest probability, the worst first.
+    """The indices of at most ``most`` wrongly classified images, the most confident mistake first.
 
-    Args:
-        labels: The true classes, (N); those of ``IGNORED`` are left out.
-        predicted: What they were taken for, (N).
-        confidence: The probability of that, (N).
-        most: How many are returned at most.
+    Arrays have shape (N); ``confidence`` is the probability of ``predicted``. ``IGNORED`` labels are left out.
 
     Example:
         >>> worst_mistakes([0, 1, 1], [1, 1, 0], [0.6, 0.9, 0.8], most=2)

@@ -1,7 +1,7 @@
 """What PGT does to logits, gradients and filters: the quantities of the paper's figures, in plain torch.
 
-Everything about the logits is computed from the logits and their gradient, so it needs nothing of the loss or of the
-loop; ``DiagnosticsCallback`` collects it in a Trainer run, ``pgt-hf plot RUN`` draws it.
+Everything about the logits is computed from them and their gradient, so any loss and any training loop will do.
+``DiagnosticsCallback`` collects it in a Trainer run, ``pgt-hf plot RUN`` draws it.
 """
 
 import os
@@ -15,21 +15,6 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..functional import check_alpha
-
-__all__ = [
-    "CURVE_ALPHAS",
-    "ZERO_NORM",
-    "History",
-    "filter_norms",
-    "gradient_cosine",
-    "gradient_norms",
-    "lemma_threshold",
-    "log_power_sum",
-    "logit_statistics",
-    "probability_histograms",
-    "recover_target",
-    "zeroed_filters",
-]
 
 CURVE_ALPHAS = (0.0, 0.05, 0.1, 0.25, 0.5)  # of the curves of p' against p
 ZERO_NORM = 1e-3  # a freshly drawn filter's norm is about 1
@@ -87,7 +72,7 @@ def zeroed_filters(norms: Iterable[Tensor], threshold: float = ZERO_NORM) -> Ten
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of the gradient of each convolution's and linear layer's weight, where there is a gradient.
+    """The L2 norm of the gradient of each convolution's and linear layer's weight, if it has one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -136,15 +121,9 @@ def recover_target(logits: Tensor, grad: Tensor, alpha: float, label_smoothing: 
 
 
 def gradient_cosine(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
-    """The cosine, image by image, between PGT's gradient at the logits and that of plain cross-entropy.
+    """The cosine, image by image (N), between PGT's gradient at the logits and that of plain cross-entropy.
 
-    Args:
-        logits: Shape (N, C).
-        target: Distributions, (N, C).
-        alpha: PGT's exponent.
-
-    Returns:
-        Shape (N); 1 at ``alpha=1``.
+    ``logits`` and ``target``, distributions, have shape (N, C). At ``alpha=1`` it is 1.
 
     Example:
         >>> gradient_cosine(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]), alpha=0.25)
@@ -168,12 +147,10 @@ def log_power_sum(logits: Tensor, alpha: float) -> Tensor:
 def lemma_threshold(power_sum: Any, alpha: float) -> Any:
     """Lemma 1's threshold ``t = (sum_j p_j^alpha)^(1 / (alpha - 1))``: PGT raises p below t and lowers it above.
 
-    Args:
-        power_sum: ``exp(log_power_sum(...))``, a number, an array or a tensor.
-        alpha: Below 1: at 1 every p stays what it is.
+    ``power_sum``, ``exp(log_power_sum(...))``, is a number, an array or a tensor.
 
     Raises:
-        ValueError: ``alpha`` is 1.
+        ValueError: ``alpha`` is 1, at which every p stays what it is.
 
     Example:
         >>> lemma_threshold(4.0, alpha=0)
@@ -187,10 +164,7 @@ def lemma_threshold(power_sum: Any, alpha: float) -> Any:
 def probability_histograms(logits: Tensor, target: Tensor, alpha: float) -> dict[str, Tensor]:
     """Counts of predicted probabilities: p in the first row, p' = softmax(alpha z) in the second.
 
-    Args:
-        logits: Shape (N, C).
-        target: Distributions, (N, C).
-        alpha: PGT's exponent.
+    ``logits`` and ``target``, distributions, have shape (N, C).
 
     Returns:
         ``target_histogram`` (2, 20) of the targets' probabilities, over [0, 1]; ``class_histogram`` (2, 40) of all
@@ -214,9 +188,6 @@ class History:
 
     When ``capacity`` snapshots are held every second one is dropped, and from then on every second one that comes:
     the run stays covered from its first step to its last.
-
-    Args:
-        capacity: The most snapshots to hold, at least 2.
 
     Raises:
         ValueError: ``capacity`` is below 2.
@@ -246,7 +217,7 @@ class History:
             self.snapshots, self.stride = self.snapshots[::2], 2 * self.stride
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file anew; a reader meets the old one or the new one, never a half."""
+        """Replaces the file atomically."""
         if not self.snapshots:
             return
         names = [key for key in self.snapshots[0] if all(key in snapshot for snapshot in self.snapshots)]
@@ -255,7 +226,7 @@ class History:
             np.savez_compressed(file, stride=self.stride, offered=self._offered, **columns)
 
     def resume(self, path: str | os.PathLike[str], step: int) -> None:
-        """Goes on from a file, without what it holds from ``step`` on."""
+        """Continues from a file, without its snapshots from ``step`` on."""
         columns = self.read(path)
         self.stride, self._offered = int(columns.pop("stride")), int(columns.pop("offered"))
         kept = int((columns["step"] < step).sum())
@@ -264,11 +235,7 @@ class History:
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-        """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-        """
+        """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps."""
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
 

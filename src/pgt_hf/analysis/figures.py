@@ -1,18 +1,19 @@
-"""What every picture of this package begins and ends with; matplotlib is imported only when one is drawn."""
+"""Creating and saving figures; matplotlib is imported only when one is drawn."""
 
 import os
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 
+Target = str | os.PathLike[str] | BytesIO  # where a picture is written
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["finish", "new_figure", "require_matplotlib", "save", "shorten"]
-
 
 def require_matplotlib() -> None:
-    """Raises ImportError, before hours of training, where no picture could be drawn in the end."""
+    """Raises ImportError before hours of training, rather than when the first picture is drawn."""
     require("matplotlib", "drawing a picture")
 
 
@@ -36,7 +37,7 @@ def finish(grid: Any, used: int, label: str) -> None:
             axes.tick_params(labelbottom=True)
 
 
-def save(figure: "Figure", path: str | os.PathLike[str], title: str | None) -> None:
+def save(figure: "Figure", path: Target, title: str | None) -> None:
     """Writes the picture, with ``title`` above it if there is one."""
     if title:
         figure.suptitle(title)

@@ -18,18 +18,6 @@ from ..extras import require
 from ..functional import check_alpha
 from ..splits import IGNORED
 
-__all__ = [
-    "BINS",
-    "IGNORED",
-    "TOP_K",
-    "ClassificationMetrics",
-    "Reliability",
-    "probability_scores",
-    "reliability",
-    "score_logits",
-    "top_k_accuracy",
-]
-
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
 
@@ -37,10 +25,8 @@ BINS = 15  # Guo et al. 2017
 def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
     """The shares of images whose class is among the k best predictions.
 
-    Args:
-        ranked: Class numbers from best to worst, (N, K).
-        labels: The true classes, (N).
-        k: Which k to report. One above K, as where there are fewer classes, is reported as top-K under that name.
+    ``ranked`` has class numbers from best to worst, (N, K). A k above K, as where there are fewer classes, is reported
+    as top-K under that name.
 
     Raises:
         ValueError: There is nothing to count, or a k is below 1.
@@ -178,11 +164,11 @@ class ClassificationMetrics:
     Args:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
-            and ``fold_powergrad`` gives. The attribute may be moved.
+            and ``fold_powergrad`` gives. The attribute may be changed.
         top_k: The second accuracy to report, next to top-1.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
-            path of a metric of your own.
+            path of your own metric.
         **options: For those, such as ``average="macro"``.
 
     Raises:
@@ -222,14 +208,9 @@ class ClassificationMetrics:
             self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
-        """Keeps of each image: its best classes, from best to worst, and its scores, raw and folded.
+        """Keeps of each image its best classes, (N, min(top_k, C)), and its scores, (N, 3), raw and folded.
 
-        Args:
-            logits: Shape (N, C), or a tuple that begins with it.
-            labels: Shape (N).
-
-        Returns:
-            Shapes (N, min(top_k, C)), (N, 3) and, where there is something to fold, (N, 3); see ``score_logits``.
+        ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
         """
         scores = logits[0] if isinstance(logits, tuple) else logits
         best = torch.topk(scores, min(self.top_k, scores.size(-1)), dim=-1).indices

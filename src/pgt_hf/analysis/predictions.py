@@ -20,8 +20,6 @@ from ..splits import IGNORED
 from .confusion import confusion_matrix, worst_mistakes
 from .metrics import Reliability, reliability
 
-__all__ = ["Evaluation", "Mistake", "examine"]
-
 _THUMBNAIL = 112
 
 
@@ -40,11 +38,8 @@ class Mistake:
 class Evaluation:
     """What the report shows of a model's predictions.
 
-    Args:
-        names: The classes.
-        confusion: Counts, (C, C): a row for each true class, a column for each predicted one.
-        calibration: Reliability of ``softmax(z)`` and, where there is an alpha to fold, ``softmax(alpha z)``.
-        mistakes: The wrong predictions that the model was surest of.
+    ``confusion`` is that of ``confusion_matrix``; ``calibration`` has the reliability of ``softmax(z)`` and, unless
+    alpha is 1, of ``softmax(alpha z)``; ``mistakes`` are the most confident wrong predictions.
     """
 
     names: list[str]
@@ -89,7 +84,7 @@ def examine(
     max_images: int | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Runs a classifier over an evaluation set once, in one process, and keeps what the report shows.
+    """Runs a classifier over an evaluation set once, in one process, and keeps what the report needs.
 
     Args:
         model: A transformers image classifier, on the device to use.
@@ -98,9 +93,6 @@ def examine(
         mistakes: How many of the worst are kept.
         max_images: Look at the first so many images only.
         batch_size: Images at a time.
-
-    Raises:
-        ValueError: The data set holds no labelled image.
 
     Example:
         >>> write_evaluation("runs/digits", examine(model, validation, alpha=0.25))
@@ -144,7 +136,7 @@ def examine(
 
 
 def _thumbnail(dataset: Any, index: int) -> str | None:
-    """The image as it is in the data set, small; None where there is none."""
+    """A small copy of the image in the data set, if there is one."""
     split = getattr(dataset, "split", None)
     if split is None or "image" not in split.column_names:
         return None

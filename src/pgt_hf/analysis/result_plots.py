@@ -1,7 +1,6 @@
-"""Pictures of what trained classifiers got right and wrong; matplotlib is imported only when one is drawn."""
+"""Pictures of what trained classifiers got right and wrong; arguments and errors as in ``run_plots``."""
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,29 +9,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .confusion import worst_mistakes
-from .figures import finish, new_figure, save, shorten
+from .figures import Target, finish, new_figure, save, shorten
 
 if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
 
-__all__ = ["plot_adaptation", "plot_confusion", "plot_heat_map", "plot_images", "plot_mistakes", "plot_reliability"]
-
 
 def plot_reliability(
-    diagrams: Mapping[str, "Reliability"], path: str | os.PathLike[str], title: str | None = None, columns: int = 3
+    diagrams: Mapping[str, "Reliability"], path: Target, title: str | None = None, columns: int = 3
 ) -> None:
     """Draws reliability diagrams side by side: accuracy against confidence, with the share of images in each bin.
-
-    Args:
-        diagrams: By the line above each, row by row.
-        path: Where the picture is written.
-        title: A line above all.
-        columns: Diagrams in a row.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There is no diagram.
 
     Example:
         >>> plot_reliability({"raw": reliability([0.9, 0.8, 0.3], [1, 0, 0])}, "reliability.png")
@@ -60,20 +47,10 @@ def plot_reliability(
     save(figure, path, title)
 
 
-def plot_confusion(
-    counts: ArrayLike, names: Sequence[str], path: str | os.PathLike[str], title: str | None = None
-) -> None:
-    """Draws which class was taken for which: each row is a true class, in shares of its images.
+def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title: str | None = None) -> None:
+    """Draws ``confusion_matrix``: each row is a true class, in shares of its images.
 
-    Args:
-        counts: Shape (C, C): how many images of class row were taken for class column.
-        names: The classes; shown up to 40 of them, and up to 20 with the counts as well.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: ``counts`` is no square of as many rows as there are names.
+    The names are shown for up to 40 classes, the counts for up to 20.
 
     Example:
         >>> plot_confusion([[8, 2], [0, 10]], ["cat", "dog"], "confusion_matrix.png")
@@ -100,20 +77,8 @@ def plot_confusion(
     save(figure, path, title)
 
 
-def plot_images(
-    images: Sequence[Any], captions: Sequence[str], path: str | os.PathLike[str], title: str | None = None
-) -> None:
-    """Draws a sheet of images, each with a caption.
-
-    Args:
-        images: PIL images or arrays.
-        captions: A line or two for each.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There are not as many captions as images, or none at all.
+def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, title: str | None = None) -> None:
+    """Draws a sheet of images, PIL's or arrays, each with a caption of a line or two.
 
     Example:
         >>> plot_images([Image.new("RGB", (32, 32))], ["cat, 98%"], "predictions.png")
@@ -137,24 +102,11 @@ def plot_mistakes(
     confidence: ArrayLike,
     images: Any,
     names: Sequence[str],
-    path: str | os.PathLike[str],
+    path: Target,
     title: str | None = None,
     most: int = 36,
 ) -> None:
-    """Draws the images that were classified wrong with the highest probability; nothing where all are right.
-
-    Args:
-        labels: The true classes, (N).
-        predicted: What they were taken for, (N).
-        confidence: The probability of that, (N).
-        images: A split whose column ``image`` has the pictures.
-        names: The classes.
-        path: Where the picture is written.
-        title: A line above it.
-        most: How many are drawn at most.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    """Draws the ``worst_mistakes`` of a split, from its column ``image``; nothing if every image is right.
 
     Example:
         >>> plot_mistakes([0, 1], [0, 0], [0.9, 0.8], load_image_dataset("digits")["train"], names, "mistakes.png")
@@ -165,17 +117,10 @@ def plot_mistakes(
         plot_images([images[i]["image"] for i in worst], captions, path, title)
 
 
-def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:
     """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
 
-    Args:
-        rows: Of each run: alpha, seed, target, method, accuracy on the source, accuracy on the target.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There are no rows.
+    A row has alpha, seed, target, method, accuracy on the source, accuracy on the target.
 
     Example:
         >>> plot_adaptation([[1.0, 0, "contrast:3", "bn", 0.9, 0.8], [0.5, 0, "contrast:3", "bn", 0.9, 0.7]], "bn.png")
@@ -202,20 +147,10 @@ def plot_adaptation(rows: Sequence[Sequence[Any]], path: str | os.PathLike[str],
     save(figure, path, title)
 
 
-def plot_heat_map(points: Sequence["Point"], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_heat_map(points: Sequence["Point"], path: Target, title: str | None = None) -> None:
     """Draws the mean score of each point over learning rate and alpha; stars mark the best baseline and the best PGT.
 
-    Cells are the settings of a grid; where the settings are many, as after a random search, they are bins, and each
-    shows the mean of the points in it.
-
-    Args:
-        points: What was trained.
-        path: Where the picture goes; the ending says the format.
-        title: Above it.
-
-    Raises:
-        ValueError: There are no points.
-        ImportError: matplotlib is missing.
+    A cell is a setting of a grid; if there are many settings, as after a random search, it is the mean of a bin.
     """
     if not points:
         raise ValueError("points must hold at least one setting that was trained")
@@ -260,7 +195,7 @@ _BINS = 8
 
 
 def _cells(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The values themselves where they are few, as those of a grid are; else bins of equal width."""
+    """The values themselves if they are few, as in a grid; else bins of equal width."""
     distinct = sorted({round(value, 9) for value in values})
     if len(distinct) <= _MOST_CELLS:
         return [(value, value) for value in distinct]

@@ -1,40 +1,24 @@
-"""Pictures of a training run; matplotlib is imported only when one is drawn."""
+"""Pictures of a training run, as files.
+
+Each function writes ``path``, in the format that its ending names, with ``title`` above the picture. It raises
+ImportError without matplotlib, which is imported only then, and ValueError if there is nothing to draw.
+"""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .diagnostics import CURVE_ALPHAS, ZERO_NORM, lemma_threshold
-from .figures import finish, new_figure, save, shorten
-
-__all__ = [
-    "FINALS",
-    "plot_against_alpha",
-    "plot_filter_norms",
-    "plot_gradients",
-    "plot_logits",
-    "plot_probabilities",
-    "plot_training_curve",
-]
+from .figures import Target, finish, new_figure, save, shorten
 
 
-def plot_training_curve(
-    history: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], title: str | None = None
-) -> None:
-    """Draws loss, top-1 accuracy and learning rate over the epochs, one below the other, as a PNG.
+def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, title: str | None = None) -> None:
+    """Draws loss, top-1 accuracy and learning rate over the epochs, one below the other.
 
-    Args:
-        history: ``trainer.state.log_history``: mappings with "epoch" and any of "loss", "eval_loss", "eval_top1",
-            "eval_top5", "learning_rate". What is missing is left out.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There is nothing in ``history`` to draw.
+    ``history`` is ``trainer.state.log_history``: mappings with "epoch" and any of "loss", "eval_loss", "eval_top1",
+    "eval_top5", "learning_rate".
 
     Example:
         >>> plot_training_curve(trainer.state.log_history, "training_curve.png")
@@ -60,17 +44,8 @@ def plot_training_curve(
     save(figure, path, title)
 
 
-def plot_logits(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws logit statistics, pooled-feature norm and gradient direction over the steps of a run.
-
-    Args:
-        data: ``History.read`` of the run's ``diagnostics.npz``.
-        path: Where the picture is written.
-        title: A line above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: ``data`` holds none of it.
 
     Example:
         >>> plot_logits(History.read("runs/digits/diagnostics.npz"), "logits.png")
@@ -90,11 +65,10 @@ def plot_logits(data: Mapping[str, Any], path: str | os.PathLike[str], title: st
     save(figure, path, title)
 
 
-def plot_filter_norms(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws each filter's L2 norm over the steps, one panel per layer, with the number that has zeroed out.
 
-    Of a layer with more than 64 filters 64 are drawn, evenly from the smallest to the largest at the end; the count is
-    of all. Arguments and errors are those of ``plot_logits``.
+    Of a layer with more than 64 filters, 64 are drawn, evenly from the smallest to the largest at the end.
     """
     layers = _layers(data, "filter/")
     if not layers:
@@ -116,11 +90,8 @@ def plot_filter_norms(data: Mapping[str, Any], path: str | os.PathLike[str], tit
     save(figure, path, title)
 
 
-def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light).
-
-    Arguments and errors are those of ``plot_logits``.
-    """
+def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
+    """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light)."""
     layers = _layers(data, "gradient/")
     if not layers:
         raise ValueError("data has no gradient norms to draw")
@@ -142,11 +113,10 @@ def plot_gradients(data: Mapping[str, Any], path: str | os.PathLike[str], title:
     save(figure, path, title)
 
 
-def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws p' against p for several alpha with Lemma 1's thresholds, and how probabilities are distributed.
 
     The curves are those of an image whose ``sum_j p_j^alpha`` is the (geometric) mean of the last snapshot's batch.
-    Arguments and errors are those of ``plot_logits``.
     """
     if "curve_power_sums" not in data:
         raise ValueError("data has no probabilities to draw: no logits were seen in the run")
@@ -189,16 +159,10 @@ def plot_probabilities(data: Mapping[str, Any], path: str | os.PathLike[str], ti
     save(figure, path, title)
 
 
-def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draws what runs ended with against the alpha that each was trained with.
+def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) -> None:
+    """Draws the final values of at least two runs against the alpha that each was trained with.
 
-    Args:
-        runs: By name: "alpha", and any of "loss", "eval_loss", "eval_top1", "logit_norm", "gradient_cosine".
-        path: Where the picture is written.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: Fewer than two runs, or nothing to draw.
+    A run has "alpha" and any of "loss", "eval_loss", "eval_top1", "logit_norm", "gradient_cosine".
 
     Example:
         >>> plot_against_alpha({"a": {"alpha": 1, "loss": 0.8}, "b": {"alpha": 0.1, "loss": 2.0}}, "alpha.png")

@@ -1,7 +1,6 @@
-"""The model card of a run, made from what its folder says was really run.
+"""The model card of a run, generated from its recorded settings and results.
 
-Nothing is copied into a card by default: the fields that it may show are listed here, so that a path, a host or a
-token that stands in a run's settings does not reach it.
+Only listed fields are shown, so that no path, host or token in a run's settings reaches the card.
 """
 
 import re
@@ -14,9 +13,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..runs.dataset_terms import Terms, dataset_terms
 from ..runs.record import CURVE, METRICS, REPORT, Run, architecture, is_hub_id, shown_settings
-
-__all__ = ["model_card"]
-
 
 TASKS = {
     "ForImageClassification": "image-classification",
@@ -118,7 +114,7 @@ def _results(run: Run) -> str:
 
 
 def _usage(config: Mapping[str, Any], repo_id: str, task: str) -> str:
-    """Code that runs as it stands."""
+    """Code that runs as it is."""
     if task != "image-classification":
         return _read("usage.md").substitute(repo_id=repo_id, model_class=_model_class(config)).strip()
     # This package makes its ResNet variant known to timm.

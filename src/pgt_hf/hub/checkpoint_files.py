@@ -1,4 +1,4 @@
-"""Checkpoints that travel without a pickle: optimizer, scheduler and random state as safetensors, and back.
+"""Checkpoints without pickles: optimizer, scheduler and random state as safetensors, and back.
 
 A checkpoint that Trainer writes holds pickles (``optimizer.pt``, ``rng_state.pth``, ``training_args.bin``), which run
 code where they are opened carelessly. Packed, its tensors and arrays are safetensors and the rest is JSON in the
@@ -20,23 +20,15 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..runs.record import STATE
 
-__all__ = ["pack_checkpoint", "unpack_checkpoint"]
-
 _PICKLES = (".pt", ".pth")
 _PACKED = ".packed.safetensors"
 _PLAIN = (".safetensors", ".json", ".jsonl", ".txt", ".model")
 
 
 def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Copies a checkpoint without its pickles and without paths of this machine.
+    """Copies ``checkpoint-N`` into ``target``, without pickles and paths of this machine, and returns ``target``.
 
-    Args:
-        folder: A ``checkpoint-N`` as Trainer writes it. ``training_args.bin``, which resuming does not need, and files
-            of unknown kinds are left out.
-        target: Written to; made where it does not exist.
-
-    Returns:
-        ``target``.
+    ``training_args.bin``, which resuming does not need, and files of unknown kinds are left out.
 
     Raises:
         FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
@@ -46,13 +38,11 @@ def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[st
         >>> pack_checkpoint("runs/digits/checkpoint-100", "packed")
     """
     folder, target = Path(folder), Path(target)
-    if not (folder / STATE).is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
+    state = _state(folder)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
         copy = target / source.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.name == STATE:
-            state = json.loads(source.read_text(encoding="utf-8"))
             if state.get("best_model_checkpoint"):
                 state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
             copy.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -68,30 +58,21 @@ def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[st
 
 
 def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str]) -> Path:
-    """Makes a packed checkpoint one that Trainer resumes from.
-
-    Args:
-        folder: What ``pack_checkpoint`` wrote.
-        run: The run's folder; the checkpoint goes there as ``checkpoint-N``.
-
-    Returns:
-        The checkpoint, for ``trainer.train(resume_from_checkpoint=...)``.
+    """Unpacks a checkpoint to resume from, as ``checkpoint-N`` in the run's folder, and returns its path.
 
     Raises:
         FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
         FileExistsError: The run has that checkpoint already.
 
     Example:
-        >>> unpack_checkpoint("packed", "runs/digits")
+        >>> trainer.train(resume_from_checkpoint=unpack_checkpoint("packed", "runs/digits"))
     """
     folder, run = Path(folder), Path(run)
-    if not (folder / STATE).is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = _state(folder)
     target = run / f"checkpoint-{state['global_step']}"
     if target.exists():
         raise FileExistsError(f"{target} is there already")
-    partial = run / f"_{target.name}"  # what is half written is never taken for a checkpoint
+    partial = run / f"_{target.name}"  # a half-written folder is never taken for a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
         copy = partial / source.relative_to(folder)
@@ -108,6 +89,12 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     partial.rename(target)
     return target
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

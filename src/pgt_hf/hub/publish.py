@@ -1,7 +1,7 @@
-"""``PublishCallback``: a Trainer's model on the Hub, such that no failure of the Hub stops a training or loses a file.
+"""``PublishCallback``: pushes a Trainer's model to the Hub; no failure of the Hub stops training or loses a file.
 
-What is uploaded is copied first and sent by a thread of its own, so training and the rotation of checkpoints go on
-beside it. What could not be pushed is said, with the command that pushes it later.
+Files are copied first and uploaded by a thread, while training and the rotation of checkpoints go on. A failed push is
+logged with the command that pushes it later.
 """
 
 import logging
@@ -25,8 +25,6 @@ from .checkpoint_files import pack_checkpoint
 from .release import LAST_CHECKPOINT, prepare_release, push_command
 from .upload import check_push_access, push_release
 
-__all__ = ["PublishCallback", "take_over"]
-
 logger = logging.getLogger(__name__)
 
 _STAGE = "_hub-"  # folders of what is being uploaded, in the output folder
@@ -34,22 +32,22 @@ _FIRST_ANSWER = 60.0  # seconds that the Hub may take before training starts wit
 
 
 class PublishCallback(TrainerCallback):
-    """Publishes what ``prepare_release`` writes: at each checkpoint, and when ``push`` is called after the training.
+    """Publishes what ``prepare_release`` writes, at each checkpoint and when ``push`` is called after training.
 
     A token that is refused, or that may not write to the repository, is an error before the first step; a Hub that
     cannot be reached then is a warning. In training, a push that fails is a warning. The end of training and ``push``
     log what was not pushed, and how to push it later. Only the first process talks to the Hub.
 
-    ``PowerGradTrainer`` adds it by itself where ``push_to_hub=True``, with the ``hub_*`` arguments.
+    ``PowerGradTrainer`` adds it if ``push_to_hub=True``, with the ``hub_*`` arguments.
 
     Args:
         repo_id: "name" or "owner/name"; by default the output folder's name.
         token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
         private: Whether a new repository is private; by default what the owner's settings say.
-        revision: A branch, made where it does not exist; by default "main".
+        revision: A branch, created if it does not exist; by default "main".
         strategy: "end" pushes nothing before ``push`` is called, "every_save" the model of each checkpoint,
             "checkpoint" also what training resumes from, "all_checkpoints" that of every checkpoint.
-        always: Push at a checkpoint although an earlier upload is still under way.
+        always: Push at a checkpoint even if an earlier upload is still under way.
         fold: Publish weights with alpha multiplied into the head.
         timeout: Seconds that the end of training waits for an upload.
 
@@ -82,10 +80,8 @@ class PublishCallback(TrainerCallback):
         self._strategy, self._always, self._fold, self._timeout = HubStrategy(strategy), always, fold, timeout
         self._upload: _Background | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Makes sure, before the first step, that the repository can be written to."""
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Checks, before the first step, that the token may write to the repository."""
         if not state.is_world_process_zero:
             return
         model = kwargs.get("model")
@@ -115,9 +111,7 @@ class PublishCallback(TrainerCallback):
         self._record(args, state)
         self._start(f"the model of {checkpoint.name}", f"Training in progress, {when}", args, self._where, checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._finish(args)
 
@@ -131,19 +125,12 @@ class PublishCallback(TrainerCallback):
         private: bool | None = None,
         **card: Any,
     ) -> CommitInfo | None:
-        """Saves and publishes the trainer's model as it is now; to be called on all processes.
+        """Saves and publishes the trainer's model as it is now; call it on all processes.
 
-        Args:
-            trainer: Any Trainer that has this callback.
-            commit_message: The commit's title.
-            blocking: Wait for the upload.
-            token: In place of the callback's own.
-            revision: The same.
-            private: The same.
-            **card: As ``write_card`` takes them.
+        ``token``, ``revision`` and ``private`` override the callback's own; ``card`` goes to ``write_card``.
 
         Returns:
-            The commit; None where it was not pushed, or not by this process, or not yet.
+            The commit; None if the push failed, is still under way, or is another process's.
         """
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
@@ -164,14 +151,14 @@ class PublishCallback(TrainerCallback):
         finetuned_from: str | None = None,
         dataset: str | None = None,
     ) -> None:
-        """Writes README.md, and what it was made from, into the output folder, which must hold the model already.
+        """Writes README.md into the output folder, which must hold the model already, and records its sources.
 
         Args:
             trainer: Any Trainer that has this callback.
             license: The licence of the weights, as the Hub names it.
             tags: More tags.
             finetuned_from: The Hub id of the model that training started from.
-            dataset: The Hub id or name of the data set, where no recipe has recorded it.
+            dataset: The Hub id or name of the data set, if no recipe has recorded it.
         """
         if not trainer.is_world_process_zero():
             return
@@ -187,7 +174,7 @@ class PublishCallback(TrainerCallback):
     def _record(
         self, args: Any, state: TrainerState, card: dict[str, Any] | None = None, dataset: str | None = None
     ) -> None:
-        """What a later push needs to know; it stays in the output folder, on this machine."""
+        """Records what a later push needs, in the output folder."""
         known = read_record(args.output_dir)
         content: dict[str, Any] = {"hub_model_id": self.repo_id}
         if card:
@@ -207,7 +194,7 @@ class PublishCallback(TrainerCallback):
     def _start(
         self, what: str, message: str, args: Any, where: dict[str, Any], checkpoint: Path | None = None
     ) -> None:
-        """Copies now, uploads in the background, after an earlier upload that is still under way."""
+        """Copies now; uploads in the background, after any earlier upload."""
         folder, repo_id = Path(args.output_dir), str(self.repo_id)
         stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
         try:
@@ -257,7 +244,7 @@ class PublishCallback(TrainerCallback):
         if self.unpushed is not None:
             options = {"private": self._where["private"], "revision": self._where["revision"], "fold": self._fold}
             logger.error(
-                "NOT PUSHED: %s. Nothing is lost: it lies in %s. To push it later:\n    %s",
+                "NOT PUSHED: %s. Nothing is lost: the files are in %s. To push them later:\n    %s",
                 self.unpushed,
                 args.output_dir,
                 push_command(args.output_dir, str(self.repo_id), **options),
@@ -270,11 +257,7 @@ class PublishCallback(TrainerCallback):
 
 
 def take_over(trainer: Any) -> PublishCallback:
-    """Lets a ``PublishCallback`` do what Trainer's own methods for the Hub do; it is made of the ``hub_*`` arguments.
-
-    Example:
-        >>> take_over(trainer).push(trainer)
-    """
+    """Replaces Trainer's own methods for the Hub by those of its ``PublishCallback``, made if there is none."""
     callbacks = trainer.callback_handler.callbacks
     publish = next((callback for callback in callbacks if isinstance(callback, PublishCallback)), None)
     if publish is None:

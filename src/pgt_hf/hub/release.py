@@ -26,8 +26,6 @@ from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
 from .upload import check_push_access, push_release, refuse_leaks
 
-__all__ = ["LAST_CHECKPOINT", "prepare_release", "pull_checkpoint", "push_command", "push_run"]
-
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
@@ -53,11 +51,11 @@ def prepare_release(
     base_model: str | None = None,
     pictures: bool | None = None,
 ) -> Path:
-    """Writes what a repository will hold into a folder, without a network: to look at it, or for ``push_release``.
+    """Writes a repository's files to a folder, offline: to review them, or for ``push_release``.
 
     Args:
         folder: A run: config.json and model.safetensors as ``save_model`` writes them, and what was recorded beside.
-        target: Written to; made where it does not exist.
+        target: The folder to write to; created if it does not exist.
         repo_id: Where the model will be, for the code in the card.
         checkpoint: Take the model from this checkpoint of the run, and describe the run as it was then.
         fold: Multiply the head by alpha, so that the model's softmax gives the probabilities that PGT trained. Else
@@ -137,20 +135,10 @@ def push_run(
     message: str = "Upload model",
     **release: Any,
 ) -> CommitInfo:
-    """Publishes the model of a run folder; what ``pgt-hf push`` calls.
+    """Publishes the model of a run; ``pgt-hf push`` calls it.
 
-    Args:
-        folder: The run's folder.
-        repo_id: "name" or "owner/name"; by default what the run was told (``hub_model_id``), else the folder's name.
-        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        private: Whether a new repository is private.
-        revision: A branch, made where it does not exist; by default "main".
-        message: The commit's title.
-        **release: As ``prepare_release`` takes them: ``fold``, ``ema``, ``license``, ``tags``, ``base_model``,
-            ``pictures``.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError: As the functions that it calls.
+    ``repo_id`` is by default the recorded ``hub_model_id``, else the folder's name; ``release`` goes to
+    ``prepare_release``, the other options to ``push_release``.
 
     Example:
         >>> push_run("runs/digits", "alice/digits", private=True, license="apache-2.0")
@@ -177,11 +165,8 @@ def pull_checkpoint(
         repo_id: The repository.
         run: The run's folder on this machine; the checkpoint goes there as ``checkpoint-N``.
         checkpoint: The checkpoint's folder in the repository.
-        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        token: For a private repository; by default that of ``hf auth login`` or ``HF_TOKEN``.
         revision: A branch, tag or commit; by default "main".
-
-    Returns:
-        The folder for ``trainer.train(resume_from_checkpoint=...)``.
 
     Raises:
         FileNotFoundError: The repository holds no such checkpoint.
@@ -196,12 +181,7 @@ def pull_checkpoint(
 
 
 def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
-    """The shell command that pushes a run later.
-
-    Example:
-        >>> push_command("runs/digits", "alice/digits", private=True)
-        'pgt-hf push runs/digits --repo-id alice/digits --private'
-    """
+    """The shell command that pushes a run later."""
     words = ["pgt-hf", "push", str(folder), "--repo-id", repo_id]
     for name, value in options.items():
         if value:

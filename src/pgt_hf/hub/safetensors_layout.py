@@ -7,8 +7,6 @@ from typing import Any
 
 from ..atomic import replacing
 
-__all__ = ["ALIGNMENT", "read_header", "rewrite_safetensors"]
-
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 
 
@@ -17,18 +15,10 @@ def rewrite_safetensors(
 ) -> None:
     """Copies a safetensors file, with a prefix taken off the tensors' names and the tensors aligned in the file.
 
-    transformers computes with the very pages of the file, and some convolutions and matrix products round differently
-    for a weight that does not begin on a boundary of 64 bytes. In an aligned file the loaded model's logits are those
-    of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of 64
-    bytes stand last; few of those, mostly biases and counters, can be aligned.
-
-    Args:
-        source: A safetensors file.
-        target: Written; may be ``source``.
-        remove_prefix: Taken off the names that have it.
-
-    Raises:
-        ValueError: ``source`` is not a safetensors file.
+    transformers computes directly on the file's memory pages, and some convolutions and matrix products round
+    differently if a weight does not begin on a boundary of 64 bytes. A model loaded from an aligned file computes the
+    logits of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of
+    64 bytes come last; few of those, mostly biases and counters, can be aligned.
 
     Example:
         >>> rewrite_safetensors("runs/digits/model.safetensors", "model.safetensors", remove_prefix="timm_model.")
@@ -60,9 +50,6 @@ def rewrite_safetensors(
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The names, types, shapes and places of a safetensors file's tensors, and its ``__metadata__``.
-
-    Raises:
-        ValueError: It is not a safetensors file.
 
     Example:
         >>> read_header("model.safetensors")["fc.weight"]["shape"]

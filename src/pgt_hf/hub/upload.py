@@ -1,4 +1,4 @@
-"""Uploads to the Hub: access, one commit for a folder, nothing secret."""
+"""Uploads to the Hub: checks access, commits a folder at once, refuses secrets."""
 
 import json
 import os
@@ -11,20 +11,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .safetensors_layout import read_header
 
-__all__ = ["check_push_access", "push_release", "refuse_leaks"]
-
 _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
 
 
 def check_push_access(repo_id: str, token: str | None = None, *, private: bool | None = None) -> str:
-    """Makes sure, before anything is trained or uploaded, that the repository can be written to.
+    """Makes sure, before anything is trained or uploaded, that the token may write to the repository.
 
-    It is created where it does not exist, since only that shows whether the token may.
-
-    Args:
-        repo_id: "name" or "owner/name".
-        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        private: Whether a new repository is private; by default what the owner's settings say.
+    Only creating the repository shows that, so it is created if it does not exist.
 
     Returns:
         The full "owner/name".
@@ -67,14 +60,14 @@ def push_release(
     revision: str | None = None,
     message: str = "Upload model",
 ) -> CommitInfo:
-    """Uploads a folder, all of it in one commit: a push that breaks off leaves the repository as it was.
+    """Uploads a folder in one commit: a push that breaks off leaves the repository as it was.
 
     Args:
         folder: What ``prepare_release`` wrote.
-        repo_id: "name" or "owner/name"; made where it does not exist.
-        token: A token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        repo_id: "name" or "owner/name"; created if it does not exist.
+        token: A token with write access; by default that of ``hf auth login`` or ``HF_TOKEN``.
         private: Whether a new repository is private.
-        revision: A branch, made where it does not exist; by default "main".
+        revision: A branch, created if it does not exist; by default "main".
         message: The commit's title.
 
     Raises:
@@ -100,10 +93,9 @@ def push_release(
 
 
 def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
-    """Raises if a text file, or the header of a safetensors file, holds a token or a path of this machine.
+    """Raises ValueError, naming the file, if one holds a token or a path of this machine.
 
-    Raises:
-        ValueError: One does; the message names the file, not the secret.
+    Text files and the headers of safetensors files are searched; the message does not repeat the secret.
     """
     tokens = {get_token(), os.environ.get("HF_TOKEN")}
     tokens |= {value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|API_KEY)$", name)}

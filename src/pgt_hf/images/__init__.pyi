@@ -1,3 +1,4 @@
+from ..splits import class_names as class_names
 from .adaptation import DomainAdversary as DomainAdversary
 from .adaptation import confident_labels as confident_labels
 from .adaptation import entropy as entropy
@@ -26,13 +27,10 @@ from .decoding import to_rgb as to_rgb
 from .finetuning import add_lora as add_lora
 from .finetuning import class_weights as class_weights
 from .finetuning import freeze_backbone as freeze_backbone
-from .finetuning import merge_lora as merge_lora
 from .finetuning import parameter_groups as parameter_groups
 from .finetuning import replace_head as replace_head
 from .finetuning import set_image_size as set_image_size
 from .models import create_model as create_model
-from .models import fit_image_size as fit_image_size
-from .models import load as load
 from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
@@ -43,7 +41,6 @@ from .seeding import seeded as seeded
 from .sources import DEFAULT_DATASET as DEFAULT_DATASET
 from .sources import DIGITS as DIGITS
 from .sources import check_access as check_access
-from .sources import class_names as class_names
 from .sources import load_image_dataset as load_image_dataset
 from .sources import num_images as num_images
 from .transforms import ImageTransform as ImageTransform

@@ -1,6 +1,6 @@
 """Unsupervised domain adaptation: labelled images of a source domain, images without labels of a target domain.
 
-The pieces that the methods are made of; ``recipes/domain_adaptation.py`` puts them together. Whatever reads
+The building blocks; ``AdaptationRun`` and ``recipes/domain_adaptation.py`` put them together. Whatever reads
 probabilities (an entropy, a threshold) takes ``scale``: PGT trains ``softmax(alpha z)``, so alpha is the right one.
 """
 
@@ -10,26 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "DomainAdversary",
-    "confident_labels",
-    "entropy",
-    "reversal_strength",
-    "reverse_gradient",
-    "train_norms_alone",
-]
-
+_WIDTH = 128  # of the domain classifier
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class DomainAdversary(nn.Module):
-    """A timm network, and beside its head one that tells the domains apart and that its features learn to deceive.
+    """A timm network with a second head that tells the domains apart, and features that learn to deceive it.
 
     "Domain-Adversarial Training of Neural Networks" (Ganin et al., arXiv 1505.07818).
-
-    Args:
-        network: A timm network.
-        hidden: Width of the domain classifier.
 
     Example:
         >>> adversary = DomainAdversary(timm.create_model("resnet10t", num_classes=10))
@@ -38,11 +26,11 @@ class DomainAdversary(nn.Module):
         (torch.Size([4, 10]), torch.Size([4]))
     """
 
-    def __init__(self, network: Any, hidden: int = 128) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         features = network.get_classifier().in_features
-        self.domain = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.domain = nn.Sequential(nn.Linear(features, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
 
     def forward(self, images: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """The logits of the classes, (N, C), and of the domain, (N): positive for the target."""
@@ -52,7 +40,7 @@ class DomainAdversary(nn.Module):
 
 
 def reverse_gradient(features: Tensor, strength: float) -> Tensor:
-    """The value as it is; its gradient times ``-strength``.
+    """The identity, whose gradient is multiplied by ``-strength``.
 
     Example:
         >>> x = torch.ones(1, requires_grad=True)
@@ -84,8 +72,8 @@ def entropy(logits: Tensor, scale: float = 1.0) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
 
 
-def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0, ignored: int = -100) -> Tensor:
-    """The best class where ``softmax(scale * logits)`` gives it at least ``threshold``, else ``ignored``.
+def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0) -> Tensor:
+    """The best class where ``softmax(scale * logits)`` gives it at least ``threshold``, else -100.
 
     Raises:
         ValueError: ``threshold`` lies outside [0, 1].
@@ -97,7 +85,7 @@ def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0, ignor
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     confidence, labels = torch.softmax(scale * logits.detach(), dim=-1).max(dim=-1)
-    return torch.where(confidence >= threshold, labels, ignored)
+    return torch.where(confidence >= threshold, labels, -100)
 
 
 def train_norms_alone(network: nn.Module) -> list[nn.Parameter]:

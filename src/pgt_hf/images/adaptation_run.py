@@ -1,4 +1,4 @@
-"""Training on a source domain, and every way to adapt from it, by Accelerate."""
+"""Training on a source domain and adapting to a target, with Accelerate."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,16 +16,14 @@ from .adaptation import DomainAdversary, confident_labels, entropy, reversal_str
 from .dataset import ImageDataset
 from .transforms import collate
 
-__all__ = ["METHODS", "AdaptationRun"]
-
 METHODS = ("source-only", "bn", "tent", "pseudo-labels", "dann")
 
 
 class AdaptationRun:
-    """One seed and one alpha: the training on the source, and every adaptation from it.
+    """Training on the source, and adapting from it, at one seed and one alpha.
 
     Args:
-        accelerator: Of the program.
+        accelerator: The program's.
         settings: Has the numbers as attributes: ``epochs``, ``lr``, ``adapt_epochs``, ``adapt_lr``, ``weight_decay``,
             ``threshold`` (of pseudo-labels), ``adversary`` (largest strength of DANN's gradient), ``batch``,
             ``num_workers``.
@@ -53,16 +51,14 @@ class AdaptationRun:
     def adapt(
         self, method: str, network: nn.Module, target: dict[str, ImageDataset], fresh: Callable[[], nn.Module]
     ) -> nn.Module:
-        """``network``, as trained on the source, or one of its own where the method starts from nothing."""
+        """Adapts ``network``, which was trained on the source; "dann" trains a fresh one."""
         both = [self.source["train"], target["train"]]
         later = self.settings.adapt_epochs, self.settings.adapt_lr
         if method == "bn":
             self.take_statistics(network, target["train"])
         if method == "tent":
             train_norms_alone(network)
-            network = self.fit(
-                network, self.tent, self.settings.adapt_epochs, self.settings.adapt_lr, [target["train"]]
-            )
+            network = self.fit(network, self.tent, *later, [target["train"]])
             self.take_statistics(network, target["train"])
         if method == "pseudo-labels":
             network = self.fit(network, self.pseudo_labels, *later, both)

@@ -10,15 +10,10 @@ from .dataset import ImageDataset
 from .sources import load_image_dataset
 from .transforms import ImageTransform
 
-__all__ = ["ImageDataArguments"]
-
 
 @dataclass
 class ImageDataArguments:
-    """Where the images come from, how many of them are used, and how they are augmented.
-
-    Raises:
-        ValueError: From ``load``: see ``load_image_dataset``.
+    """Flags for a program's images: where they come from, how many are used, how they are augmented.
 
     Example:
         >>> data = ImageDataArguments("digits", hflip=0.0)
@@ -30,14 +25,18 @@ class ImageDataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip' and count what cannot be read."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
+    on_bad_image: str = field(
+        default="error", metadata={"help": "What to do with an unreadable image: 'error', or 'skip' and count it."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the training images in pixels."})
     min_crop: float = field(default=0.08, metadata={"help": "Smallest random crop, as a share of the image's area."})
     hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     color_jitter: float = field(default=0.4, metadata={"help": "Strength of the colour jitter in training."})
-    auto_augment: str | None = field(default=None, metadata={"help": "timm's RandAugment, as rand-m9-mstd0.5-inc1."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's RandAugment, such as rand-m9-mstd0.5-inc1."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "image_size"):
@@ -58,13 +57,13 @@ class ImageDataArguments:
             streaming=streaming,
         )
 
-    def augmentation(self, preprocessing: Mapping[str, Any], *, normalize: bool = False) -> ImageTransform:
-        """The training images' way to tensors: uint8, which the trainer normalises on the device, if not told else."""
+    def augmentation(self, preprocessing: Mapping[str, Any]) -> ImageTransform:
+        """The training transform; its images are uint8, which the trainer normalises on the device."""
         size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
         return ImageTransform(
             dict(preprocessing) | size,
             training=True,
-            normalize=normalize,
+            normalize=False,
             scale=(self.min_crop, 1.0),
             hflip=self.hflip,
             color_jitter=self.color_jitter,
@@ -72,12 +71,13 @@ class ImageDataArguments:
         )
 
     def datasets(
-        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0, *, normalize: bool = False
+        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0
     ) -> tuple[ImageDataset, ImageDataset]:
-        """Training and evaluation images, for a network with this preprocessing (``config.pretrained_cfg``)."""
-        augment = self.augmentation(preprocessing, normalize=normalize)
-        train = ImageDataset(splits["train"], augment, seed=seed, on_bad_image=self.on_bad_image)
-        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=normalize))
+        """Training and evaluation images for a network with this preprocessing (``config.pretrained_cfg``)."""
+        train = ImageDataset(
+            splits["train"], self.augmentation(preprocessing), seed=seed, on_bad_image=self.on_bad_image
+        )
+        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
     def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:
         """The evaluation images."""

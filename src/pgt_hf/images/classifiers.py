@@ -1,7 +1,4 @@
-"""A trained network from a folder, the Hub or timm, with its own preprocessing and class names, ready to evaluate.
-
-A folder, a Hub id or a timm name becomes a transformers model; the classes of a data set are found among the model's.
-"""
+"""Loads a trained classifier from a folder, the Hub or timm, with its preprocessing, and matches its class names."""
 
 import difflib
 import logging
@@ -19,17 +16,16 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageClassification,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
 from transformers.utils import CONFIG_NAME
 
+from . import models  # noqa: F401  makes pgt_resnet known to timm
 from .decoding import BadImageError, to_rgb
-from .models import load
 from .transforms import ImageTransform
-
-__all__ = ["load_classifier", "load_weights", "match_labels", "preprocessing"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +48,21 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     Example:
         >>> model = load_classifier("runs/digits")
     """
-    if Path(name).is_dir():
-        if not Path(name, CONFIG_NAME).is_file():
-            raise OSError(
-                f"{os.fspath(name)!r} holds no {CONFIG_NAME}; a folder written by Trainer or a checkpoint does"
-            )
-        model = load(name)
-    elif timm.is_model(str(name)):
-        model = _load_timm(str(name), pretrained=weights is None)
+    place = os.fspath(name)
+    if Path(place).is_dir() and not Path(place, CONFIG_NAME).is_file():
+        raise OSError(f"{place!r} holds no {CONFIG_NAME}; a folder written by Trainer or a checkpoint does")
+    if not Path(place).is_dir() and timm.is_model(place):
+        model = _load_timm(place, pretrained=weights is None)
     else:
         try:
-            model = load(name)
+            model = AutoModelForImageClassification.from_pretrained(place)
         except OSError as error:
-            close = difflib.get_close_matches(str(name), timm.list_models())
+            if Path(place).is_dir():
+                raise
+            close = difflib.get_close_matches(place, timm.list_models())
             raise OSError(
-                f"{os.fspath(name)!r} is no folder, no timm model{f' (near: {close})' if close else ''} "
-                f"and no model that the Hub gave: {error}"
+                f"{place!r} is not a folder, a timm model{f' (near: {close})' if close else ''} or a model on the "
+                f"Hub: {error}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)
@@ -75,10 +70,10 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Puts the weights of a local file into ``model``: by name or, where the names are others', in order.
+    """Loads a local file of weights into ``model``: by name, or in order if the names differ.
 
-    A file from another library often holds the very same network under other names. It is taken entry by entry, in
-    order, if there are as many entries and every shape agrees. Nothing in the file is executed.
+    A file from another library often holds the same network under other names; its tensors are then taken in order,
+    if their number and shapes agree. Nothing in the file is executed.
 
     Args:
         model: The network.
@@ -92,26 +87,26 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Example:
         >>> load_weights(timm.create_model("tf_efficientnet_lite0"), "efficientnet-lite0-57934424.pth")
     """
-    state = _read_state(Path(path))
-    wanted = model.state_dict()
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    wanted, file = model.state_dict(), os.fspath(path)
+    state = {name.removeprefix("module."): tensor for name, tensor in _read_state(Path(path)).items()}
     if set(state) != set(wanted):
+        extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+        difference = f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
         if Path(path).suffix == ".safetensors":
-            raise ValueError(f"weights {os.fspath(path)!r} do not fit by name: {_difference(state, wanted)}")
+            raise ValueError(f"weights {file!r} do not fit by name: {difference}")
         if len(state) != len(wanted):
-            raise ValueError(
-                f"weights {os.fspath(path)!r} hold {len(state)} tensors, the model has {len(wanted)}; "
-                f"{_difference(state, wanted)}"
-            )
+            raise ValueError(f"weights {file!r} hold {len(state)} tensors, the model has {len(wanted)}; {difference}")
         logger.warning("the names in %s are not the model's; its tensors are taken in their order", path)
-        state = dict(zip(wanted, _checked_in_order(state, wanted, path), strict=True))
-    wrong = next((name for name in wanted if state[name].shape != wanted[name].shape), None)
-    if wrong is not None:
-        raise ValueError(
-            f"weights {os.fspath(path)!r}: {wrong!r} has shape {tuple(state[wrong].shape)}, "
-            f"the model wants {tuple(wanted[wrong].shape)}"
-        )
-    model.load_state_dict(state)
+        pairs = list(zip(wanted, state, strict=True))
+    else:
+        pairs = [(name, name) for name in wanted]
+    for ours, theirs in pairs:
+        if state[theirs].shape != wanted[ours].shape:
+            raise ValueError(
+                f"weights {file!r}: {theirs!r} has shape {tuple(state[theirs].shape)}, the model wants "
+                f"{tuple(wanted[ours].shape)} for {ours!r}"
+            )
+    model.load_state_dict({ours: state[theirs] for ours, theirs in pairs})
 
 
 def preprocessing(
@@ -119,10 +114,8 @@ def preprocessing(
 ) -> Callable[[Any], Tensor]:
     """The model's own way from one image, or the bytes of its file, to a tensor of shape (3, H, W).
 
-    Args:
-        model: From ``load_classifier``.
-        name: Where it was loaded from; a model that is not timm's has its image processor there.
-        image_size: Another side length than the model's, for a timm model.
+    ``name`` is where the model was loaded from; a model that is not timm's has its image processor there. A timm model
+    takes another ``image_size`` than its own.
 
     Raises:
         OSError: The model's image processor is not there.
@@ -148,9 +141,7 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> li
     their standard order match whatever small differences in spelling there are, and may be given as WordNet ids. A
     model that names no classes (LABEL_0, ...) is matched by number, which is logged as a warning.
 
-    Args:
-        dataset_names: The data set's classes, in the order of their numbers.
-        model_names: The model's.
+    Both lists are in the order of the classes' numbers.
 
     Raises:
         ValueError: Some class of the data set is not found among the model's, or a name stands for two.
@@ -237,23 +228,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights {os.fspath(path)!r} hold no state dict, but a {type(state).__name__}")
     return dict(state)
-
-
-def _checked_in_order(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | os.PathLike[str]
-) -> list[Tensor]:
-    for (theirs, tensor), (ours, expected) in zip(state.items(), wanted.items(), strict=True):
-        if tensor.shape != expected.shape:
-            raise ValueError(
-                f"weights {os.fspath(path)!r}: {theirs!r} of shape {tuple(tensor.shape)} stands where the model has "
-                f"{ours!r} of shape {tuple(expected.shape)}"
-            )
-    return list(state.values())
-
-
-def _difference(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
-    return f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
 
 
 def _same_first_words(names: Sequence[str], others: Sequence[str]) -> bool:

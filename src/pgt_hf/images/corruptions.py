@@ -1,4 +1,4 @@
-"""Photos as bad cameras, lenses and lines give them, at five levels: a shift of domain that any data set can have.
+"""Image corruptions at five levels: a domain shift for any data set.
 
 Kinds and levels are those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261), on Pillow and numpy; lengths
 are theirs at 224 pixels and follow the image's size. The package ``imagecorruptions`` has more, but not for numpy 2.
@@ -14,8 +14,6 @@ from PIL import Image, ImageFilter
 from .decoding import decode, to_rgb
 from .transforms import ImageTransform
 
-__all__ = ["CORRUPTIONS", "LEVELS", "Corrupted", "corrupt"]
-
 LEVELS = 5
 _Corruption = Callable[[Image.Image, int], Image.Image]
 
@@ -23,13 +21,7 @@ _Corruption = Callable[[Image.Image, int], Image.Image]
 def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
     """One image, corrupted; noise is drawn from numpy's global state, which ``ImageDataset`` seeds for each image.
 
-    Args:
-        image: Any mode.
-        kind: One of ``CORRUPTIONS``.
-        level: From 1, the mildest, to 5.
-
-    Returns:
-        An RGB image of the same size.
+    ``kind`` is one of ``CORRUPTIONS``, ``level`` from 1, the mildest, to 5. The result is RGB, of the same size.
 
     Raises:
         ValueError: There is no such kind or level.
@@ -43,15 +35,7 @@ def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
 
 
 class Corrupted:
-    """An ``ImageTransform`` of images that are corrupted first, at the size that the network sees them at.
-
-    Args:
-        transform: What follows.
-        kind: See ``corrupt``.
-        level: See ``corrupt``.
-
-    Raises:
-        ValueError: There is no such kind or level.
+    """An ``ImageTransform`` that corrupts images first, at the size that the network sees them.
 
     Example:
         >>> noisy = Corrupted(ImageTransform({"input_size": (3, 32, 32)}, training=False), "gaussian_noise", 3)

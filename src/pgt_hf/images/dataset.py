@@ -1,4 +1,4 @@
-"""torch data sets of images whose every sample is a function of (seed, epoch, place), not of a worker's state.
+"""torch data sets of images; each sample depends on (seed, epoch, place) alone, not on a worker's state.
 
 ``ImageDataset`` is map-style, ``ImageStream`` reads a source that cannot be indexed. Both give ``pixel_values`` and
 ``labels``, both decode in the worker that reads, and both come out the same when a run is killed and resumed.
@@ -25,8 +25,6 @@ from ..splits import IGNORED
 from .decoding import BadImageError
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
-
-__all__ = ["ImageDataset", "ImageStream", "read_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +115,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
     its place in its reader), and of how many readers there are; resuming with the same number gives the same bits. A
     reader that runs out before its share of ``num_samples`` is done starts over in its own part.
 
-    It deals the data to ranks itself: do not let ``Accelerator.prepare`` deal again, use
+    It already splits the data between ranks: in place of ``Accelerator.prepare``, which would split it again, use
     ``prepare_data_loader(loader, num_processes=1, process_index=0, ...)``.
 
     Args:
@@ -202,17 +200,9 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def fast_forward(self, epoch: int, batches: int) -> None:
-        """In that epoch, the first batches are black placeholders: read by no one and decoded by no one.
+        """Makes the first ``batches`` of this rank in ``epoch`` black placeholders, which nothing reads or decodes.
 
-        For ``accelerate.skip_first_batches``, which reads them and drops them. All later samples are those of an
-        uninterrupted epoch.
-
-        Args:
-            epoch: The epoch to resume in.
-            batches: How many batches of it this rank has done.
-
-        Raises:
-            ValueError: There are not that many batches in an epoch.
+        For ``accelerate.skip_first_batches``, which drops them. All later samples are those of an uninterrupted epoch.
         """
         if not 0 <= batches <= self.batches:
             raise ValueError(f"batches must be from 0 to {self.batches}, got {batches}")
@@ -305,7 +295,7 @@ def read_image(image: Any) -> bytes | Pictures.Image:
 
 
 class _Reader:
-    """One example from its row, or what stands for it where the image is bad."""
+    """One example from its row, or a placeholder if the image is bad."""
 
     def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
         if on_bad_image not in _ON_BAD_IMAGE:
@@ -315,7 +305,7 @@ class _Reader:
     def __call__(
         self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
     ) -> dict[str, Any]:
-        """Seeds the random numbers and does not give them back. ``count`` says whether a bad image is a new one."""
+        """Seeds the random numbers and leaves them so. ``count`` says whether a bad image is a new one."""
         seed_sample(self.seed, epoch, index)
         try:
             pixels: Tensor = self.transform(read_image(image))

@@ -1,12 +1,10 @@
-"""Bytes to an upright PIL image, JPEG no larger than it will be used; or a ``BadImageError`` that says why not."""
+"""Decodes bytes to an upright PIL image, JPEG at a reduced size; a ``BadImageError`` says why it cannot."""
 
 from collections.abc import Callable
 from io import BytesIO
 
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
-
-__all__ = ["BadImageError", "Box", "Size", "check_pixels", "decode", "read_upright", "shrink", "to_rgb"]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
@@ -23,21 +21,15 @@ def decode(
 ) -> tuple[Image.Image, Size | None]:
     """Decodes the part of an image that will be used.
 
-    Args:
-        image: The file's bytes, or an image that is decoded already.
-        plan: Takes the width and height of the upright image, before anything is decoded; returns the box to use, and
-            the size that it will be brought to: None where that is not known.
-        margin: How many times that size the box should at least be decoded at, where the file has as much.
+    ``plan`` takes the width and height of the upright image, before anything is decoded. It returns the box to use,
+    and the size that it will be scaled to, if known. The box is decoded at no less than ``margin`` times that size, if
+    the file has as much.
 
     Returns:
         The box of the upright image, perhaps reduced by 2, 4 or 8, and the size that ``plan`` gave.
 
     Raises:
         BadImageError: The image cannot be decoded, or is too large for it.
-
-    Example:
-        >>> decode(Image.new("RGB", (80, 60)), lambda width, height: ((0, 0, width // 2, height), None))[0].size
-        (40, 60)
     """
     try:
         return _decode(image, plan, margin)
@@ -48,19 +40,13 @@ def decode(
 
 
 def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
-    """The image as JPEG with its shorter side no longer than ``shorter_side`` pixels; as it is where it complies.
+    """The image as JPEG with its shorter side at most ``shorter_side`` pixels.
 
     EXIF orientation is applied, other metadata are dropped, grey stays grey. An image that is small enough and upright
     comes back byte for byte, in whatever format it is.
 
     Raises:
         BadImageError: It cannot be decoded: small ones are decoded too, to find out.
-
-    Example:
-        >>> file = BytesIO()
-        >>> Image.new("L", (80, 60)).save(file, "PNG")
-        >>> Image.open(BytesIO(shrink(file.getvalue(), shorter_side=30, quality=90))).size
-        (40, 30)
     """
 
     def plan(width: int, height: int) -> tuple[Box, Size]:
@@ -81,9 +67,6 @@ def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
 def read_upright(image: bytes | Image.Image) -> Image.Image:
     """The whole image, upright and with three 8-bit channels.
 
-    Raises:
-        BadImageError: It cannot be decoded.
-
     Example:
         >>> read_upright(Image.new("L", (80, 60))).mode
         'RGB'
@@ -92,7 +75,7 @@ def read_upright(image: bytes | Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image with three 8-bit channels: grey, 16-bit grey, palette, CMYK and transparent ones occur in real sets.
+    """The image with three 8-bit channels; real sets contain grey, 16-bit, palette, CMYK and transparent ones.
 
     Example:
         >>> to_rgb(Image.new("CMYK", (8, 8))).mode
@@ -104,14 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_pixels(pixels: int, what: str) -> None:
-    """PIL's guard against decompression bombs, for the size that is really decoded.
-
-    Raises:
-        BadImageError: There are more than ``PIL.Image.MAX_IMAGE_PIXELS``.
-
-    Example:
-        >>> check_pixels(640 * 480, "640 x 480 pixels")
-    """
+    """PIL's guard against decompression bombs, for the size that is really decoded."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise BadImageError(
             f"the image is too large: {what}, above PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS}"

@@ -1,7 +1,7 @@
-"""From a pretrained classifier to one of your own classes: a new head, and what of the network is trained, how fast.
+"""Fine-tuning a pretrained classifier for other classes: a new head, frozen layers, learning rates, LoRA.
 
-Works on timm networks (in transformers' wrapper) and on transformers' own. Layers and their order are timm's to know,
-LoRA is PEFT's; this module joins them.
+Works on timm networks (in transformers' wrapper) and on transformers' own. timm knows the layers and their order,
+PEFT does LoRA; this module joins them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,6 @@ from ..extras import require
 from ..heads import last_linear
 from .models import fit_image_size
 
-__all__ = [
-    "add_lora",
-    "class_weights",
-    "freeze_backbone",
-    "merge_lora",
-    "parameter_groups",
-    "replace_head",
-    "set_image_size",
-]
-
 # Transformers' models have numbered blocks under these names; what comes after them (a last norm) goes with the head.
 _BLOCK = r"\.(?:layers?|blocks?|stages?)\.(\d+)"
 _LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), (f".*?{_BLOCK}", None)]}
@@ -36,12 +26,8 @@ _LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), 
 def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:
     """Gives a classifier a new, untrained last layer for other classes, and their names; all else stays.
 
-    Args:
-        model: A transformers image classifier, or timm's in its wrapper; changed in place.
-        label_names: The new classes in the order of their numbers.
-
-    Returns:
-        ``model``.
+    ``model``, a transformers image classifier or timm's in its wrapper, is changed in place and returned;
+    ``label_names`` are in the order of the classes' numbers.
 
     Raises:
         ValueError: Fewer than two classes, or the model does not end in one linear layer.
@@ -103,7 +89,7 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
         1026
     """
     model.requires_grad_(False)
-    for layer in _heads(model):
+    for layer in last_linear(model):
         layer.requires_grad_(True)
     return _evaluate_frozen_layers(model)
 
@@ -141,7 +127,7 @@ def parameter_groups(
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
     if not head_lr_scale > 0:
         raise ValueError(f"head_lr_scale must be above 0, got {head_lr_scale}")
-    base = _base(model)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     network = getattr(base, "timm_model", base)
     options: dict[str, Any] = {
         "weight_decay": weight_decay,
@@ -157,7 +143,7 @@ def parameter_groups(
     if not groups:
         raise ValueError(f"model must have trainable parameters, got a {type(base).__name__} with none")
 
-    head = {id(parameter) for layer in _heads(model) for parameter in layer.parameters()}
+    head = {id(parameter) for layer in last_linear(model) for parameter in layer.parameters()}
     split = []
     for group in groups:
         rate = lr * group.pop("lr_scale", 1.0)  # the rate itself: a scale is for timm's schedulers alone
@@ -174,16 +160,13 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     """Freezes the network and puts a trainable low-rank update beside its linear and convolutional layers (PEFT).
 
     The head is trained whole. Grouped convolutions (depthwise ones) stay as they are. Frozen layers run as in
-    evaluation.
+    evaluation. ``merge_and_unload()`` of the result, a ``peft.PeftModel``, gives a plain model that computes the same.
 
     Args:
         model: A transformers image classifier, or timm's in its wrapper.
         rank: Of the updates.
         scale: What an update is multiplied by, ``lora_alpha / rank`` in PEFT's words; no relation to PGT's alpha.
         dropout: On an update's input.
-
-    Returns:
-        A ``peft.PeftModel``; ``merge_lora`` makes a plain model of it.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -197,7 +180,7 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     require("peft", "LoRA")
     from peft import LoraConfig, get_peft_model
 
-    heads = _heads(model)
+    heads = last_linear(model)
     names = {name: module for name, module in model.named_modules() if name}
     adapted = [
         name
@@ -216,21 +199,11 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     return _evaluate_frozen_layers(get_peft_model(model, config))
 
 
-def merge_lora(model: Any) -> PreTrainedModel:
-    """Adds the updates to the weights that they stand beside: the same function, as a plain model without PEFT.
-
-    Example:
-        >>> merge_lora(add_lora(create_model("resnet18", ["cat", "dog"]))).save_pretrained("model")
-    """
-    return model.merge_and_unload()
-
-
 def class_weights(labels: ArrayLike, classes: int) -> Tensor:
     """Weights that let every class count the same, ``N / (C n_c)``, whose mean over the images is 1.
 
-    Args:
-        labels: The class numbers of the training images, (N).
-        classes: How many classes there are; one without an image gets 0, and C counts the others.
+    ``labels`` are the class numbers of the training images, (N). A class without an image gets 0, and C counts the
+    others.
 
     Raises:
         ValueError: There are no labels, or one of them is no class.
@@ -277,12 +250,3 @@ def _evaluate_frozen_layers(model: nn.Module) -> Any:
             frozen.extend(module.modules())
     model.register_forward_pre_hook(_EvaluateFrozen(frozen))
     return model
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The last linear layers; of a PEFT model, all parts of the trained copy."""
-    return list(last_linear(model))

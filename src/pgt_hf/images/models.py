@@ -3,11 +3,10 @@
 The result is transformers' own ``TimmWrapperForImageClassification``: its folder holds safetensors and a
 ``config.json`` that also describes the preprocessing, so ``AutoModelForImageClassification``, ``AutoImageProcessor``
 and ``pipeline`` read it. The two variants are registered with timm, as ``pgt_resnet``, when this module is imported:
-import it, or use ``load``, before a checkpoint of one is read.
+import it before you load a checkpoint of one; ``load_classifier`` does.
 """
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
-from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
-
-__all__ = ["create_model", "fit_image_size", "load", "pgt_resnet"]
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 
 def create_model(
@@ -79,35 +76,11 @@ def create_model(
     return model
 
 
-def load(path: str | os.PathLike[str], **kwargs: Any) -> TimmWrapperForImageClassification:
-    """``AutoModelForImageClassification.from_pretrained``, for the variants of this module too.
-
-    Args:
-        path: A folder that ``save_pretrained`` or Trainer wrote, or a Hub id.
-        **kwargs: As ``from_pretrained`` takes them.
-
-    Raises:
-        OSError: There is no model at ``path``.
-
-    Example:
-        >>> model = load("runs/digits")
-    """
-    return AutoModelForImageClassification.from_pretrained(path, **kwargs)
-
-
 def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
-    """Brings a network whose parameters depend on the image's size, as a ViT's do, to square images of this side.
-
-    Args:
-        network: A timm network, changed in place; most take any size, and stay as they are.
-        side: In pixels.
+    """Adapts a timm network whose parameters depend on the image size, such as a ViT, in place.
 
     Returns:
-        What ``timm.create_model`` needs to build it so from the start.
-
-    Example:
-        >>> fit_image_size(timm.create_model("vit_tiny_patch16_224"), 96)
-        {'img_size': 96}
+        The options with which ``timm.create_model`` builds it at that size; most networks take any size and need none.
     """
     set_input_size = getattr(network, "set_input_size", None)
     if set_input_size is None:

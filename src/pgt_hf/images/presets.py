@@ -1,4 +1,4 @@
-"""The published ImageNet runs, one row each, as settings of ``recipes/imagenet.py``; and others' recipes beside them.
+"""The published ImageNet runs as settings of ``recipes/imagenet.py``, one row each, and recipes of other papers.
 
 From Das et al., arXiv 2111.12495v3, tables 1 to 3: 100 epochs, global batch 1024 unless said, SGD with Nesterov
 momentum 0.9, weight decay 5e-4, 5 epochs of warm-up from a thousandth of the peak rate, 0.4 at batch 1024. The paper
@@ -8,8 +8,6 @@ and 1.0).
 
 from dataclasses import dataclass
 from typing import Any
-
-__all__ = ["PRESETS", "Preset", "preset_table"]
 
 # What every published run shares. ``base_lr`` is the peak rate at a batch of 1024.
 PAPER: dict[str, Any] = {
@@ -89,13 +87,7 @@ TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One run: its settings, as the recipe's arguments take them, and what was published of it, in percent.
-
-    Args:
-        settings: Names and values of the recipe's arguments.
-        train_top1: Published accuracy on the training set.
-        top1: Published accuracy on the validation set.
-    """
+    """A run: the settings, as arguments of the recipe, and the published top-1 accuracies in percent."""
 
     settings: dict[str, Any]
     train_top1: float | None = None
@@ -140,22 +132,17 @@ PRESETS: dict[str, Preset] = {
     "normfree18_256_agc": _norm_free(256, 69.06, 67.298, **AGC),
     "normfree18_256_gc_pgt": _norm_free(256, 68.67, 67.088, alpha=0.25, **GC),
     "normfree18_256_agc_pgt": _norm_free(256, 70.92, 68.856, alpha=0.25, **AGC),
-    # From here on nothing was published with PGT; the alphas are guesses to begin a search with.
+    # Recipes of others, to which the paper has no counterpart: add an alpha with --alpha.
     "vgg16": Preset(VGG | {"model_name": "vgg16"}),
-    "vgg16_pgt": Preset(VGG | {"model_name": "vgg16", "alpha": 0.25}),
     "vgg16_bn": Preset(VGG | {"model_name": "vgg16_bn"}),
-    "vgg16_bn_pgt": Preset(VGG | {"model_name": "vgg16_bn", "alpha": 0.25}),
     "convnext_tiny": Preset(TRANSFORMER | {"model_name": "convnext_tiny"}),
-    "convnext_tiny_pgt": Preset(TRANSFORMER | {"model_name": "convnext_tiny", "alpha": 0.25}),
     "vit_small": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224"}),
-    "vit_small_pgt": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224", "alpha": 0.25}),
     "resnet50_a3": Preset(A3),
-    "resnet50_a3_pgt": Preset(A3 | {"alpha": 0.25}),
 }
 
 
 def preset_table() -> str:
-    """The presets as a table in Markdown, with the published top-1 in percent where there is one.
+    """The presets as a table in Markdown, with the published top-1 in percent, if any.
 
     Example:
         >>> print(preset_table().splitlines()[2].split("|")[1].strip())

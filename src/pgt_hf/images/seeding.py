@@ -8,17 +8,10 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-__all__ = ["preserve_rng", "seed_sample", "seeded"]
-
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restores the random states of Python, numpy and torch when the block ends.
-
-    Example:
-        >>> with preserve_rng():
-        ...     seed_sample(0, 0, 0)
-    """
+    """Restores the random states of Python, numpy and torch when the block ends."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002 - timm's
     try:
         yield
@@ -29,12 +22,7 @@ def preserve_rng() -> Iterator[None]:
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seeds Python's, numpy's and torch's random numbers for one sample, so that it comes out the same in any process.
-
-    Example:
-        >>> with preserve_rng():
-        ...     seed_sample(seed=0, epoch=3, index=41)
-    """
+    """Seeds Python's, numpy's and torch's random numbers for one sample, alike in any process."""
     entropy = int.from_bytes(blake2b(b"%d %d %d" % (seed, epoch, index), digest_size=8).digest(), "little")
     random.seed(entropy)
     np.random.seed(entropy % 2**32)  # noqa: NPY002
@@ -43,7 +31,7 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
 
 @contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """What is drawn inside is a function of (seed, epoch, index) alone; outside nothing changes.
+    """Random numbers drawn inside depend on (seed, epoch, index) alone; outside, nothing changes.
 
     Example:
         >>> with seeded(0, 0, 1):

@@ -18,17 +18,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..splits import EVALUATION_SPLITS, check_size, class_names, draw, find_column, train_and_validation
-
-__all__ = [
-    "DEFAULT_DATASET",
-    "DIGITS",
-    "GATED",
-    "check_access",
-    "class_names",
-    "load_image_dataset",
-    "num_images",
-]
+from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +43,18 @@ def load_image_dataset(
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.
 
-    The evaluation split is the first labelled one of validation, valid, val and test. Where there is none, a tenth of
-    each class is held out of ``train``, drawn by ``seed``; where there is no ``train``, the one split serves as both.
-    Either is logged as a warning. With ``streaming`` neither can be done, and both splits must be there.
+    The evaluation split is the first labelled one of validation, valid, val and test. If there is none, a tenth of
+    each class is held out of ``train``, drawn by ``seed``; if there is no ``train``, the one split serves as both.
+    Either is logged as a warning. With ``streaming`` neither is possible, and both splits must exist.
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
             a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
-            after the splits), one Parquet file, or a Hub id. A CSV file names its images by path, from where it lies.
+            after the splits), one Parquet file, or a Hub id. Paths in a CSV file are relative to its folder.
         image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
             the only column of images.
         label_column: The column with the classes; by default label, labels, fine_label or class.
-        max_train_samples: Keep so many training images, drawn by ``seed``; with ``streaming`` the first ones.
+        max_train_samples: Keep at most this many, drawn by ``seed``; with ``streaming`` the first ones.
         max_eval_samples: The same for validation.
         seed: For every draw.
         streaming: Leave ``train`` where it is and read it as training goes, for ``ImageStream``. The files of the
@@ -103,7 +93,7 @@ def load_image_dataset(
 
 
 def check_access(name: str) -> None:
-    """Looks, without the network, whether a gated data set could be read at all.
+    """Checks, offline, whether a gated data set could be read at all.
 
     Raises:
         PermissionError: It is gated, not in the local cache, and there is no token; the message says how to get one.
@@ -116,7 +106,7 @@ def check_access(name: str) -> None:
 
 
 def num_images(dataset: Dataset | IterableDataset) -> int | None:
-    """How many images there are; None for a stream whose source does not say.
+    """The number of images; None for a stream whose source does not say.
 
     Example:
         >>> num_images(load_image_dataset("digits", streaming=True)["train"])
@@ -257,7 +247,7 @@ def _image_and_label(split: Any, name: str, image_column: str | None, label_colu
 
 
 def _as_images(split: Any, name: str) -> Any:
-    """Paths become images; those of a local table count from where it lies."""
+    """Paths become images; those in a local table are relative to its folder."""
     if isinstance(split.features["image"], Image):
         return split
     if isinstance(split.features["image"], Value) and Path(name).exists():

@@ -1,4 +1,4 @@
-"""One image, as bytes or decoded, to one tensor: timm's augmentation and evaluation at a fraction of the time.
+"""timm's augmentation and evaluation transforms, from an image or its bytes to a tensor, in a fraction of the time.
 
 timm's ``create_transform`` says what is done; size, crop, interpolation, mean and std come from the model's own
 config, so that training, evaluation and the saved model's ``AutoImageProcessor`` agree. Three things make it fast. The
@@ -19,12 +19,6 @@ from torch import Tensor
 from torchvision import transforms
 
 from .decoding import Box, Size, check_pixels, decode, to_rgb
-
-__all__ = [
-    "ImageTransform",
-    "collate",
-    "normalize",
-]
 
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")

@@ -1,4 +1,4 @@
-"""A run's folder: what is written into it, what is read from it, its report."""
+"""A run's folder: writing it, reading it, reporting on it."""
 
 from .._lazy import exports
 

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-__all__ = ["DATASETS", "Terms", "dataset_terms"]
-
 
 @dataclass(frozen=True)
 class Terms:
-    """What is known of a data set: its name, what its licence allows, whether its images may be shown in public."""
+    """A data set's name and licence, and whether its images may be shown in public."""
 
     name: str
     licence: str

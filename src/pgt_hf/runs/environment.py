@@ -1,4 +1,4 @@
-"""What a run was made with: command, code, data, packages, device."""
+"""Where a run comes from: command, code, data, packages, device."""
 
 import platform
 import re
@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["command_line", "describe_code", "describe_data", "describe_environment", "package_versions"]
-
 _PACKAGES = (
     "pgt_hf", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub",
 )  # fmt: skip
 
 
 def command_line() -> str:
-    """How this program was started, for a message that says how to start it again; a token is left out.
+    """The command that started this program, without tokens, for messages that say how to resume.
 
     Example:
         >>> print(f"resume with: accelerate launch {command_line()} --resume auto")
@@ -53,12 +51,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a data set, the revision on the Hub where it came from there, and each split's size and fingerprint.
-
-    Args:
-        name: As it was asked for.
-        splits: From split names to ``datasets.Dataset`` or ``IterableDataset``.
-    """
+    """The name of a data set, its revision if it came from the Hub, and each split's size and fingerprint."""
     described: dict[str, Any] = {"name": name}
     for split, dataset in splits.items():
         rows = getattr(dataset, "num_rows", None)
@@ -71,11 +64,7 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_environment(processes: int) -> dict[str, Any]:
-    """Interpreter, packages and device.
-
-    Args:
-        processes: How many train together.
-    """
+    """Interpreter, packages, device, and how many processes train together."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "python": platform.python_version(),
@@ -86,7 +75,7 @@ def describe_environment(processes: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of this package and of those that decide what it computes, where they are installed.
+    """The versions of this package and of those that its results depend on, as far as they are installed.
 
     Example:
         >>> package_versions()["torch"]

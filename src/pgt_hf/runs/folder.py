@@ -1,4 +1,4 @@
-"""Writes what a run leaves behind: which code, which data, which seed, which result."""
+"""Writes a run's folder: which code, which data, which seed, which result."""
 
 import json
 import logging
@@ -17,8 +17,6 @@ from .record import CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
-
-__all__ = ["RunFolder", "add_to_record", "write_evaluation"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +49,7 @@ class RunFolder(TrainerCallback):
         self.title = title
         self._started = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -87,24 +83,19 @@ class RunFolder(TrainerCallback):
             with open(self.path / HISTORY, "a", encoding="utf-8") as history:
                 history.write(json.dumps(state.log_history[-1]) + "\n")
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             from ..analysis.run_plots import plot_training_curve
 
             plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
-        """Writes ``metrics.json``; to be called on the first process, when everything has been evaluated.
+        """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
 
         Args:
-            trainer: For what the results were made with: alpha, seed, steps, batch, processes.
+            trainer: Gives alpha, seed, steps, batch and processes.
             metrics: As ``trainer.evaluate`` gives them; timings are left out.
-            **more: JSON values to be written beside them.
-
-        Returns:
-            What was written.
+            **more: JSON values to add.
         """
         args, state = trainer.args, trainer.state
         losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
@@ -126,11 +117,7 @@ class RunFolder(TrainerCallback):
 
 
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Adds to a run's ``run.json``, which is made where there is none.
-
-    Args:
-        folder: The run's folder.
-        content: JSON values by name; they replace what is there under the same name.
+    """Adds JSON values to a run's ``run.json``, which is created if there is none; they replace older ones by name.
 
     Example:
         >>> add_to_record("runs/digits", {"hub_model_id": "alice/digits"})

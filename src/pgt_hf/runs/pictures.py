@@ -1,4 +1,4 @@
-"""All that the files of training runs hold, drawn."""
+"""Pictures of everything recorded in training runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,6 @@ from ..analysis.run_plots import (
 )
 from .record import CURVE, DIAGNOSTICS, read_history
 
-__all__ = ["draw_runs"]
-
 _PICTURES = {
     "logits": (plot_logits, "logit_norm"),
     "filters": (plot_filter_norms, "filter/"),
@@ -29,14 +27,9 @@ _PICTURES = {
 
 
 def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Draws all that the runs' files hold, into a folder ``plots`` in each.
+    """Draws everything in the runs' files, into a folder ``plots`` in each, and returns the pictures' paths.
 
-    Args:
-        folders: What recipes and Trainer wrote. What several runs ended with is drawn against alpha, in the first
-            one's folder.
-
-    Returns:
-        The pictures' paths.
+    The final values of several runs are drawn against alpha, in the first one's folder.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a run's model says of images that are files."""
+"""Classifies image files with a run's model."""
 
 import os
 from collections.abc import Iterable
@@ -10,23 +10,16 @@ from ..images.classifiers import load_classifier, preprocessing
 from ..images.decoding import BadImageError
 from .record import model_folder, read_run
 
-__all__ = ["predict_images"]
-
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def predict_images(
     folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]], *, top: int = 3
 ) -> dict[Path, list[tuple[str, float]]]:
-    """The likeliest classes of each image and their probabilities, the likeliest first.
+    """The ``top`` likeliest classes of each image and their probabilities, the likeliest first.
 
-    The probabilities are ``softmax(alpha z)`` where the run's evaluation found these better calibrated than
-    ``softmax(z)``.
-
-    Args:
-        folder: A run, or another folder that holds a model.
-        paths: Image files, and folders of them.
-        top: How many classes of each image.
+    ``folder`` is a run, or another folder that holds a model; ``paths`` are image files, and folders of them. The
+    probabilities are ``softmax(alpha z)`` if the run's evaluation found these better calibrated than ``softmax(z)``.
 
     Raises:
         FileNotFoundError: There is no model, no such file, or no image at all.

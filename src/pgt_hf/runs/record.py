@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder; the one place that names a run's files."""
+"""Reads a run's folder; the only module that names its files."""
 
 import json
 import math
@@ -12,31 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
-__all__ = [
-    "CONFIG",
-    "CONTENTS",
-    "CURVE",
-    "DIAGNOSTICS",
-    "EMA",
-    "EVALUATION",
-    "HISTORY",
-    "METRICS",
-    "RECORD",
-    "REPORT",
-    "RESULTS",
-    "STATE",
-    "WEIGHTS",
-    "Run",
-    "architecture",
-    "is_hub_id",
-    "model_folder",
-    "read_evaluation",
-    "read_history",
-    "read_record",
-    "read_run",
-    "shown_settings",
-]
-
 # Written by ``RunFolder``, by ``examine`` and by ``DiagnosticsCallback``.
 RECORD, HISTORY, RESULTS, CURVE = "run.json", "history.jsonl", "metrics.json", "training_curve.png"
 EVALUATION, REPORT, DIAGNOSTICS = "evaluation.json", "report.html", "diagnostics.npz"
@@ -48,17 +23,16 @@ EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which 
 CONTENTS = {
     RESULTS: "the results, and what they were made with",
     RECORD: "arguments, code, data, seed, environment",
-    HISTORY: "everything that was logged, a line each",
+    HISTORY: "everything that was logged, one entry per line",
     CURVE: "loss, accuracy and learning rate",
-    REPORT: "curves, calibration, confusion, worst mistakes, in one page",
-    DIAGNOSTICS: "logits, filters, gradients; pgt-hf plot draws them",
+    REPORT: "curves, calibration, confusion, worst mistakes on one page",
+    DIAGNOSTICS: "logits, filters, gradients; draw them with pgt-hf plot",
     WEIGHTS: "the model, with config.json: transformers' auto classes and pipelines read it",
     EMA: "the averaged model, in the same form",
     "checkpoint-*": "to resume from",
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
 
 # key in metrics.json, or after "eval_" in the history: (type in the model-index, name, shown in percent)
 METRICS: dict[str, tuple[str, str, bool]] = {
@@ -74,26 +48,23 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "brier_folded": ("brier_score", "Brier score, softmax(alpha z)", False),
 }
 
-
 _HYPERPARAMETERS = (
     "alpha", "preset", "optim", "optim_args", "learning_rate", "base_lr", "weight_decay", "lr_scheduler_type",
     "warmup_steps", "warmup_epochs", "num_train_epochs", "epochs", "max_steps", "steps", "batch", "global_batch",
     "batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_grad_norm",
-    "clip_mode", "clip_value", "label_smoothing", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
-    "auto_augment", "drop_path", "drop_path_rate", "ema_decay", "model_ema_decay", "image_size", "min_crop", "hflip",
+    "clip_mode", "clip_value", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
+    "auto_augment", "drop_path", "ema_decay", "image_size", "min_crop", "hflip",
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
 
-
 _OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
-
 
 _KEPT = ("packages", "card")  # sections of the settings that are read as such
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says: the model's config, flat settings, metrics and the log history."""
+    """A run: the model's config, flat settings, metrics and log history."""
 
     config: dict[str, Any]
     settings: dict[str, Any]
@@ -125,7 +96,7 @@ class Run:
 def read_run(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool | None = None
 ) -> Run:
-    """Reads what a run left behind: the model's config, settings, metrics and history.
+    """Reads a run: the model's config, settings, metrics and history.
 
     Args:
         folder: The run's folder.
@@ -134,7 +105,7 @@ def read_run(
             there.
 
     Raises:
-        FileNotFoundError: There is no config.json, hence no model.
+        FileNotFoundError: There is no config.json, so there is no model.
 
     Example:
         >>> read_run("runs/digits").alpha
@@ -160,7 +131,7 @@ def read_run(
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``run.json`` says: arguments, code, data, seed, environment; nothing where there is none."""
+    """``run.json``: arguments, code, data, seed, environment; empty if there is none."""
     return _json(Path(folder, RECORD)) or {}
 
 
@@ -178,7 +149,7 @@ def read_history(
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
-    """What ``write_evaluation`` wrote into a folder, or None where there is nothing.
+    """What ``write_evaluation`` wrote to a folder, or None.
 
     Example:
         >>> read_evaluation("runs/digits").names[:2]
@@ -191,7 +162,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
 
 
 def model_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where the model to use is: the moving average of the weights where there is one, else the folder itself."""
+    """The folder of the model to use: that of the averaged weights if there are any, else the run's own."""
     averaged = Path(folder, EMA)
     return averaged if (averaged / CONFIG).is_file() else Path(folder)
 
@@ -228,7 +199,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of settings as one level, the outer one's values before those of the sections in it."""
+    """Nested settings as one level; outer values win."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _KEPT or not isinstance(value, Mapping):

@@ -6,7 +6,6 @@ The page holds its pictures and its style, and no script.
 import base64
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -23,12 +22,11 @@ from ..analysis.run_plots import plot_training_curve
 from ..atomic import replacing
 from ..images.classifiers import load_classifier, match_labels, preprocessing
 from ..images.dataset import ImageDataset
-from ..images.sources import class_names, load_image_dataset
+from ..images.sources import load_image_dataset
+from ..splits import class_names
 from .dataset_terms import dataset_terms
 from .folder import write_evaluation
 from .record import METRICS, REPORT, Run, architecture, model_folder, read_evaluation, read_run, shown_settings
-
-__all__ = ["report_run", "write_report"]
 
 _MATRIX = 25  # up to so many classes, the confusion matrix is a table of numbers
 _PIXELS = 720  # side of the picture that it is otherwise
@@ -41,16 +39,13 @@ def report_run(
     mistakes: int = 24,
     max_images: int | None = None,
 ) -> Path:
-    """Looks at the predictions of a run's model, and writes its report.
+    """Looks at the predictions of a run's model, writes its report, and returns the report's path.
 
     Args:
         folder: The run.
         dataset_name: As ``load_image_dataset`` takes it; by default what the run was trained on.
-        mistakes: How many of the worst are shown.
+        mistakes: How many of the worst to show.
         max_images: Look at the first so many evaluation images only.
-
-    Returns:
-        The report.
 
     Raises:
         FileNotFoundError: There is no model in ``folder``, or no such data set.
@@ -80,17 +75,14 @@ def write_report(
     run: Run | None = None,
     pictures: bool = True,
 ) -> Path:
-    """Writes ``report.html`` from what lies in a run's folder; what was not recorded is left out.
+    """Writes ``report.html`` from a run's folder, without what was not recorded, and returns its path.
 
     Args:
         folder: The run, with ``evaluation.json`` if ``examine`` was used.
         target: The file to write; by default ``report.html`` in ``folder``.
-        run: What ``read_run`` read, if that is at hand.
-        pictures: Show the images of the worst mistakes. Data sets whose images may not be passed on must go without
-            where the page is published.
-
-    Returns:
-        The file.
+        run: What ``read_run`` read, if it is at hand.
+        pictures: Show the images of the worst mistakes. Leave them out of a page to publish if the data set's licence
+            does not let you pass them on.
 
     Raises:
         FileNotFoundError: There is no model in ``folder``.
@@ -129,7 +121,7 @@ def _headline(run: Run, evaluation: Evaluation | None) -> str:
         (f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}", METRICS[key][1]) for key, value in run.metrics.items()
     ]
     if evaluation is not None:
-        tiles.append((f"{evaluation.confusion.sum():,}", "images looked at here"))
+        tiles.append((f"{evaluation.confusion.sum():,}", "images evaluated here"))
     inner = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles
     )
@@ -140,23 +132,20 @@ def _headline(run: Run, evaluation: Evaluation | None) -> str:
 
 
 def _curve(run: Run) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "curve.png")
-        try:
-            plot_training_curve(run.history, path)
-        except ValueError:  # nothing in the history can be drawn
-            return None
-        return _picture(path.read_bytes(), "Loss, accuracy and learning rate over the epochs")
+    file = io.BytesIO()
+    try:
+        plot_training_curve(run.history, file)
+    except ValueError:  # nothing in the history can be drawn
+        return None
+    return _picture(file, "Loss, accuracy and learning rate over the epochs")
 
 
 def _calibration(evaluation: Evaluation) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "reliability.png")
-        plot_reliability(evaluation.calibration, path, columns=2)
-        picture = _picture(path.read_bytes(), "Accuracy against confidence")
+    file = io.BytesIO()
+    plot_reliability(evaluation.calibration, file, columns=2)
     return (
         "<p>Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
-        f"over-confident.</p>{picture}"
+        f"over-confident.</p>{_picture(file, 'Accuracy against confidence')}"
     )
 
 
@@ -214,21 +203,22 @@ def _matrix_picture(counts: NDArray[np.int64]) -> str:
     pixels = (255 + (colour - 255) * strength).round().astype(np.uint8)
     scale = max(1, _PIXELS // len(pixels))
     image = Image.fromarray(pixels).resize((len(pixels) * scale,) * 2, Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    picture = _picture(buffer.getvalue(), "Confusion matrix: right predictions blue, wrong ones red")
-    return f"<div class=framed>{picture}</div>"
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"<div class=framed>{_picture(file, 'Confusion matrix: right predictions blue, wrong ones red')}</div>"
 
 
 def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
     names = evaluation.names
     if not evaluation.mistakes:
-        return "<p>There is none.</p>"
-    intro = "<p>Wrong predictions that the model was surest of; the number is the image's place in the data set.</p>"
+        return "<p>No image was classified wrong.</p>"
+    intro = (
+        "<p>The wrong predictions with the highest confidence; the number is the image's index in the data set.</p>"
+    )
     if not pictures:
         rows = [(m.index, names[m.label], names[m.predicted], f"{m.confidence:.1%}") for m in evaluation.mistakes]
-        note = "<p>The images themselves may not be passed on, so they are not shown.</p>"
-        return intro + note + _table(("image", "class", "taken for", "sure by"), rows)
+        note = "<p>The images are not shown, since the data set's licence may not allow it.</p>"
+        return intro + note + _table(("image", "class", "taken for", "confidence"), rows)
     cards = []
     for mistake in evaluation.mistakes:
         picture = f'<img src="{mistake.picture}" alt="image {mistake.index}">' if mistake.picture else ""
@@ -250,8 +240,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table><tr>{top}</tr>{body}</table>"
 
 
-def _picture(png: bytes, alt: str) -> str:
-    return f'<img class=plot src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
+def _picture(png: io.BytesIO, alt: str) -> str:
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img class=plot src="data:image/png;base64,{data}" alt="{escape(alt)}">'
 
 
 def _short(name: str, length: int = 14) -> str:

@@ -3,18 +3,16 @@
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..schedules import AlphaScheduler, Shape, check_schedule
-
-__all__ = ["AlphaScheduleCallback"]
 
 
 class AlphaScheduleCallback(TrainerCallback):
     """Moves alpha over the whole training, from the optimizer's own to ``end_alpha``.
 
     Works in ``PowerGradTrainer`` and in a plain Trainer with ``optim="powergrad_..."``. The alpha of a step depends on
-    its number alone and on the first alpha, which is saved with the optimizer: a resumed run has the very same alphas.
+    its number alone and on the first alpha, which is saved with the optimizer: a resumed run has the same alphas.
 
     Args:
         shape: As in ``AlphaScheduler``.
@@ -40,9 +38,7 @@ class AlphaScheduleCallback(TrainerCallback):
         self.warmup_steps = warmup_steps
         self.scheduler: AlphaScheduler | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         warmup = self.warmup_steps if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * state.max_steps)
         self.scheduler = AlphaScheduler(
             kwargs["optimizer"],
@@ -63,9 +59,7 @@ class AlphaScheduleCallback(TrainerCallback):
             "warmup_steps": self.warmup_steps if scheduler is None else scheduler.warmup_steps,
         }
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         assert self.scheduler is not None
         if self.scheduler.last_epoch < state.global_step:
             self.scheduler.step()

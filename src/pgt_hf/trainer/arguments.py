@@ -9,16 +9,14 @@ from ..clipping import check_clipping
 from ..functional import check_alpha
 from ..optim import DEFAULT_ALPHA
 
-__all__ = ["PowerGradTrainingArguments"]
-
 
 @dataclass
 class PowerGradTrainingArguments(TrainingArguments):
     """Arguments of ``PowerGradTrainer``, for any ``optim``.
 
     Args:
-        alpha: The exponent of PGT, ``0 <= alpha <= 1``, by default 0.25; 1 is plain training. One that is given is
-            used by a resumed run too, with a warning if the checkpoint was trained with another.
+        alpha: The exponent of PGT, ``0 <= alpha <= 1``, by default 0.25; 1 is plain training. If given,
+            a resumed run uses it too, with a warning if the checkpoint was trained with another.
         clip_mode: None (Trainer's own ``max_grad_norm`` holds), or "norm", "value", "agc": clipping before each step,
             in place of ``max_grad_norm``, which is then set to 0.
         clip_value: The bound that ``clip_mode`` needs (for AGC its factor, 0.01 in the paper).
@@ -39,9 +37,11 @@ class PowerGradTrainingArguments(TrainingArguments):
     )
     clip_mode: str | None = field(default=None, metadata={"help": "Clip gradients by 'norm', 'value' or 'agc'."})
     clip_value: float | None = field(default=None, metadata={"help": "The bound for clip_mode."})
-    powergrad_head: str | None = field(default=None, metadata={"help": "Dotted name of the head, if not found."})
-    hub_fold: bool = field(default=False, metadata={"help": "Publish weights with alpha in the head."})
-    hub_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for an upload at the end."})
+    powergrad_head: str | None = field(
+        default=None, metadata={"help": "Dotted name of the head, if it cannot be detected."}
+    )
+    hub_fold: bool = field(default=False, metadata={"help": "Multiply alpha into the head of published weights."})
+    hub_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for uploads at the end of training."})
 
     def __post_init__(self) -> None:
         self.alpha_given = self.alpha is not None

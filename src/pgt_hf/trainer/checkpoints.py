@@ -1,4 +1,4 @@
-"""Atomic checkpoints for any Trainer, and a run that ends in order when its machine is taken away."""
+"""Atomic checkpoints for any Trainer, and a clean stop on SIGTERM."""
 
 import logging
 import os
@@ -18,8 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..runs.environment import command_line
 
-__all__ = ["AtomicCheckpoints", "StopOnSigterm", "find_checkpoint", "latest_checkpoint"]
-
 logger = logging.getLogger(__name__)
 
 _SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
@@ -27,7 +25,7 @@ STAGING = ".unfinished-checkpoint"  # not "checkpoint-<step>": nothing that look
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint of a run, or None where there is none yet.
+    """The newest complete checkpoint of a run, or None.
 
     Example:
         >>> latest_checkpoint("runs/imagenet")
@@ -54,11 +52,11 @@ def find_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> s
 
 
 class AtomicCheckpoints(Trainer):
-    """Mixin for any Trainer, whose ``checkpoint-<step>`` folders then appear only when every file in them is on disk.
+    """Mixin for any Trainer: a ``checkpoint-<step>`` folder appears only when every file in it is on disk.
 
     A checkpoint is written beside the others under another name, flushed to disk, and renamed when it is complete. A
     process that is killed while it saves leaves ``.unfinished-checkpoint``, which the next save replaces. Older
-    checkpoints are deleted (``save_total_limit``) only after the new one stands.
+    checkpoints are deleted (``save_total_limit``) only after the new one is complete.
     """
 
     _staging = False
@@ -97,7 +95,7 @@ class AtomicCheckpoints(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best(self, run: Path, name: str) -> None:
-        """The best checkpoint, where it is this one, is known by the name that it is about to get."""
+        """If this checkpoint is the best, it is recorded under its final name."""
         if self.state.best_model_checkpoint == str(run / STAGING / name):
             self.state.best_model_checkpoint = str(run / name)
             if self.args.should_save:
@@ -107,7 +105,7 @@ class AtomicCheckpoints(Trainer):
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM (a pre-empted machine, ``scancel``): finish the step, save a checkpoint, stop.
 
-    All processes agree on the step, whichever of them was told. ``stopped`` says afterwards that it happened.
+    All processes stop at the same step, whichever got the signal. ``stopped`` says afterwards that it happened.
 
     Example:
         >>> stop = StopOnSigterm()
@@ -122,34 +120,26 @@ class StopOnSigterm(TrainerCallback):
         self._before: Any = None
         self._group: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._before = signal.signal(signal.SIGTERM, self._ask)
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._anyone_asked():
             self.stopped = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:  # the epoch was cut short: there is nothing to evaluate, and the checkpoint stands
             control.should_evaluate = control.should_save = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def leave(self, trainer: Trainer) -> None:
-        """Ends the program where the run was stopped: says how to resume it, and exits with 143, as SIGTERM does."""
+        """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
         if not self.stopped:
             return
         if trainer.is_world_process_zero():

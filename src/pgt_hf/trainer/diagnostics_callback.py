@@ -1,4 +1,4 @@
-"""``DiagnosticsCallback``: records in a Trainer run what the paper plots, whatever the loss and the Trainer."""
+"""``DiagnosticsCallback``: records the quantities of the paper's plots, with any loss and any Trainer."""
 
 import logging
 import math
@@ -23,8 +23,6 @@ from ..analysis.diagnostics import (
 )
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
-
-__all__ = ["DiagnosticsCallback"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +56,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._logs: dict[str, float] = {}
         self._warned = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.fsdp or args.deepspeed:
             raise ValueError(
                 "DiagnosticsCallback reads whole parameters, which FSDP and DeepSpeed shard; leave it out"
@@ -72,15 +68,11 @@ class DiagnosticsCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._probe = LogitProbe(kwargs["model"], self._head, features=True)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._probe is not None and state.global_step % self.interval == 0:
             self._probe.listen()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._probe is None or not self._probe.listening:
             return
         values, alpha = self._measure(kwargs["model"], kwargs["optimizer"], args.label_smoothing_factor)
@@ -95,9 +87,7 @@ class DiagnosticsCallback(TrainerCallback):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             self.history.save(Path(args.output_dir, DIAGNOSTICS))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.on_save(args, state, control)
         if self._probe is not None:
             self._probe.remove()

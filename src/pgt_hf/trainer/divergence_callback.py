@@ -14,15 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..analysis.diagnostics import recover_target
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
-__all__ = ["DivergenceCallback"]
-
 logger = logging.getLogger(__name__)
 
 
 class DivergenceCallback(TrainerCallback):
-    """Stops a run that has diverged, within ``interval`` steps, and says what to try.
+    """Stops a run within ``interval`` steps of diverging, and says what to try.
 
-    It looks at the logits every ``interval`` steps, and at what is logged. A run has diverged when logits, loss or
+    It checks the logits every ``interval`` steps, and every log entry. A run has diverged when logits, loss or
     gradient norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or
     ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is
     1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the
@@ -35,8 +33,8 @@ class DivergenceCallback(TrainerCallback):
     logged as an error, and ``trainer.state.log_history`` gets an entry with both.
 
     Args:
-        interval: Optimizer steps from one look at the logits to the next.
-        factor: The run has diverged when the loss exceeds so many times the larger of log(C) and the first one seen.
+        interval: Optimizer steps between two checks of the logits.
+        factor: The run has diverged when the loss exceeds this many times the larger of log(C) and the first loss.
         max_skipped: Steps that the gradient scaler may skip in a row.
         head: As for ``attach_powergrad``.
 
@@ -69,24 +67,18 @@ class DivergenceCallback(TrainerCallback):
         self.skipped = 0
         self._head = head
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.verdict, self.message, self.skipped = None, None, 0
         self._in_a_row, self._suspicions = 0, 0
         self._first_loss: float | None = None
         self._gradient_norms: list[float] = []
         self._probe = LogitProbe(kwargs["model"], self._head)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.interval == 0:
             self._probe.listen()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
         self.skipped += skipped
@@ -120,9 +112,7 @@ class DivergenceCallback(TrainerCallback):
             self._stop("divergence", what, state, control, kwargs)
         self._gradient_norms.append(norm)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe.remove()
 
     @torch.no_grad()

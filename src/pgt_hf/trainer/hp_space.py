@@ -1,13 +1,11 @@
-"""The space that a search over alpha and the learning rate runs in.
+"""The search space of alpha and the learning rate.
 
-They are coupled, since PGT sends about 1/alpha times more gradient into the backbone: search them together, and the
-baseline's learning rate as long as theirs.
+They are coupled, since PGT sends about 1/alpha times more gradient into the backbone: search them together, and give
+the baseline's learning rate as many trials.
 """
 
 from collections.abc import Callable
 from typing import Any
-
-__all__ = ["PAPER_ALPHAS", "powergrad_hp_space"]
 
 PAPER_ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # the published ones lie at 0.05, 0.25, 0.3 and 0.92
 
@@ -17,11 +15,8 @@ def powergrad_hp_space(
 ) -> Callable[[Any], dict[str, float]]:
     """A search space for ``Trainer.hyperparameter_search`` with Optuna: alpha and the learning rate together.
 
-    ``PowerGradTrainer.hyperparameter_search`` uses it by default, around the learning rate of its arguments.
-
-    Args:
-        learning_rate: Lowest and highest, searched on a logarithmic scale.
-        alpha: Lowest and highest; with (1, 1) the space of the baseline.
+    Both are (lowest, highest); the learning rate is searched on a logarithmic scale. With an alpha of (1, 1) it is the
+    baseline's space. ``PowerGradTrainer.hyperparameter_search`` uses it by default, around its own learning rate.
 
     Raises:
         ValueError: A range is empty or lies outside what is allowed.

@@ -4,39 +4,21 @@ from dataclasses import dataclass, field
 
 from .arguments import PowerGradTrainingArguments
 
-__all__ = ["SCHEDULES", "ImageTrainingArguments"]
-
 SCHEDULES = ("cosine", "step")
 
 
 @dataclass
 class ImageTrainingArguments(PowerGradTrainingArguments):
-    """Arguments of ``ImageTrainer``: what the training of image classifiers adds to a loop.
-
-    Args:
-        schedule: "cosine" or "step", timm's schedules, stepped per update; None leaves it to ``lr_scheduler_type``.
-        warmup_epochs: Linear warm-up from ``warmup_lr`` to ``learning_rate``, inside the epochs of the run.
-        warmup_lr: Learning rate of the first step, as a share of ``learning_rate`` (the paper: 0.001).
-        min_lr: Learning rate where the cosine ends.
-        decay_epochs: Epochs at which the step schedule multiplies the rate by ``decay_rate``.
-        decay_rate: See ``decay_epochs``.
-        mixup: Mixup's Beta parameter; 0 is off.
-        cutmix: CutMix's Beta parameter; 0 is off.
-        mixup_prob: Share of the batches that are mixed at all.
-        mixup_switch_prob: Share of the mixed ones that are cut, where both are on.
-        random_erasing: Probability that a rectangle of an image is replaced by noise.
-        ema_decay: Keep an exponential moving average of the weights, evaluate and save it as well; None is off.
-        ema_warmup: Begin with a short memory, which suits runs of few steps.
-        channels_last: Keep images and convolutions in NHWC order, as tensor cores and oneDNN prefer.
+    """Arguments of ``ImageTrainer``; ``recipes/imagenet.py --help`` describes each.
 
     Raises:
-        TypeError, ValueError: One of these is not allowed; nothing has been built by then.
+        TypeError, ValueError: An argument is not allowed; nothing has been built by then.
 
     Example:
         >>> args = ImageTrainingArguments("out", schedule="cosine", warmup_epochs=5, mixup=0.2, ema_decay=0.9998)
     """
 
-    schedule: str | None = field(default=None, metadata={"help": "'cosine' or 'step'; else lr_scheduler_type holds."})
+    schedule: str | None = field(default=None, metadata={"help": "timm's 'cosine' or 'step'; else lr_scheduler_type."})
     warmup_epochs: float = field(default=0.0, metadata={"help": "Epochs of linear warm-up, part of the run."})
     warmup_lr: float = field(default=0.001, metadata={"help": "First learning rate, as a share of learning_rate."})
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate where the cosine schedule ends."})
@@ -46,17 +28,15 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
     decay_rate: float = field(default=0.1, metadata={"help": "What the step schedule multiplies the rate by."})
     mixup: float = field(default=0.0, metadata={"help": "Mixup's Beta parameter; 0 is off."})
     cutmix: float = field(default=0.0, metadata={"help": "CutMix's Beta parameter; 0 is off."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Share of the batches that are mixed or cut."})
-    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Share of these that are cut, where both are on."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights, if any."})
-    ema_warmup: bool = field(default=False, metadata={"help": "Let the average begin with a short memory."})
+    ema_warmup: bool = field(default=False, metadata={"help": "Start the average with a short memory."})
     channels_last: bool = field(default=False, metadata={"help": "Keep images and convolutions in NHWC order."})
 
     def __post_init__(self) -> None:
         if self.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule must be None or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("mixup_prob", "mixup_switch_prob", "random_erasing", "decay_rate"):
+        for name in ("random_erasing", "decay_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"):

@@ -1,8 +1,8 @@
 """``ImageTrainer``: ``PowerGradTrainer`` for image classifiers, with timm's regularisation; a resumed run is exact.
 
 Images come as uint8 and are normalised, mixed and erased on the device; an average of the weights is kept beside the
-model; each step's randomness is a function of (seed, step, process), so a run that was killed resumes as if it had not
-been.
+model; each step's randomness is a function of (seed, step, process), so a killed run resumes as if it had never
+stopped.
 """
 
 import os
@@ -30,8 +30,6 @@ from ..splits import IGNORED
 from .checkpoints import AtomicCheckpoints, latest_checkpoint
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
-
-__all__ = ["ImageTrainer"]
 
 
 class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
@@ -103,7 +101,9 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
         self._class_weights = None if class_weights is None else class_weights.float().to(args.device)
-        self._mixup = _mixup(args, classes) if mixing else None
+        self._mixup: Mixup | None = None
+        if mixing:  # one class more, see _mix; the loss smooths the labels
+            self._mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=classes + 1)
         self._erasing: RandomErasing | None = None
         if args.random_erasing > 0:
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
@@ -257,7 +257,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 
 class _Steps(TrainerCallback):
-    """What happens around the steps: epochs reach the data set, steps get their randomness, the average its update."""
+    """Around the steps: the data set learns the epoch, steps are seeded, the average is updated."""
 
     def __init__(self, trainer: ImageTrainer) -> None:
         self.trainer = trainer
@@ -319,17 +319,6 @@ class _PerUpdate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
         self.scheduler.step_update(self.updates)
-
-
-def _mixup(args: ImageTrainingArguments, classes: int) -> Mixup:
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        label_smoothing=0.0,  # the loss does it
-        num_classes=classes + 1,
-    )
 
 
 def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

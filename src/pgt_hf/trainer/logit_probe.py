@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
 
-__all__ = ["LogitProbe", "alpha_of", "check_interval"]
-
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
 
@@ -65,13 +63,13 @@ class LogitProbe:
 
 
 def alpha_of(optimizer: Any) -> float:
-    """The exponent in use: without one among the optimizer's groups, training is plain."""
+    """The alpha in use; 1, plain training, if the optimizer's groups have none."""
     groups = getattr(optimizer, "param_groups", [])
     return float(groups[0].get(ALPHA_KEY, 1.0)) if groups else 1.0
 
 
 def check_interval(interval: int) -> int:
-    """The interval, if there is one."""
+    """Returns the interval, or raises ValueError if it is below 1."""
     if interval < 1:
         raise ValueError(f"interval must be at least 1, got {interval}")
     return interval

@@ -15,11 +15,9 @@ from .arguments import PowerGradTrainingArguments
 from .hp_space import powergrad_hp_space
 from .process_group import end_group_at_exit
 
-__all__ = ["PowerGradTrainer"]
-
 
 class PowerGradTrainer(Trainer):
-    """Trainer whose every softmax cross-entropy is differentiated as PGT asks.
+    """Trainer that trains every softmax cross-entropy of the model's logits with PGT.
 
     Takes what Trainer takes; ``args`` is a ``PowerGradTrainingArguments``. The optimizer may come from ``optim``, from
     ``optimizers=(yours, scheduler)`` or from ``optimizer_cls_and_kwargs``. The logs gain ``powergrad_alpha`` and
@@ -106,9 +104,9 @@ class PowerGradTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _record_alpha(self) -> None:
-        """Who loads the model needs the alpha that it was last trained with to read its probabilities."""
+        """Records the alpha that the model was last trained with: its probabilities cannot be read without."""
         config = getattr(self.model, "config", None)
-        if config is None or self._handle is None:
+        if config is None or self._handle is None or not self._handle.attached:  # after training: it may be folded
             return
         config.powergrad_alpha, config.powergrad_folded = self._handle.alpha, False
         for callback in self.callback_handler.callbacks:
@@ -164,7 +162,7 @@ class PowerGradTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _measure(self, outputs: Any) -> None:
-        """Adds up the norms on the device; nothing waits for it before the next log."""
+        """Adds up the norms on the device, without waiting for them before the next log."""
         logits = (
             outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
         )

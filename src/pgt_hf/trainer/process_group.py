@@ -1,8 +1,8 @@
-"""Ends the process group before the interpreter does.
+"""Ends the process group before the interpreter exits.
 
-A thread of gloo frees the tensors of the last collective when it comes to it. If the interpreter has begun to leave by
-then, the thread aborts the process, after a training that went well. The threads end with the group, and the group
-with its last user: the DistributedDataParallel that Trainer and Accelerate hold, which ``Trainer.end()`` leaves alone.
+A gloo thread frees the tensors of the last collective when it gets to them. If the interpreter is already shutting
+down, the thread aborts the process, after a training that succeeded. The threads end with the group, and the group
+with its last user: the DistributedDataParallel of Trainer and Accelerate, which ``Trainer.end()`` does not release.
 """
 
 import atexit
@@ -13,15 +13,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-__all__ = ["end_group_at_exit"]
-
 
 def end_group_at_exit(trainer: Any) -> None:
-    """Lets go of everything distributed when the program ends, unless it ends with an exception.
-
-    Example:
-        >>> end_group_at_exit(trainer)
-    """
+    """Ends the process group when the program ends, unless it ends with an exception."""
     atexit.register(_end_group, weakref.ref(trainer))
 
 

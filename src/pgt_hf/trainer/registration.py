@@ -1,6 +1,6 @@
 """Makes ``optim="powergrad_sgd"`` known to a plain ``transformers.Trainer``, from Python and the command line.
 
-Trainer has no public door for new optimizer names, so this writes into two private tables of transformers: the enum
+Trainer has no public way to add optimizer names, so this changes two private tables of transformers: the enum
 that ``TrainingArguments.optim`` is checked against, and the handlers that turn a name into an optimizer.
 """
 
@@ -16,8 +16,6 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..attach import release_powergrad
 from ..optim import PREFIX, allowed_options, create_optimizer, keep_asked_alpha
-
-__all__ = ["TRAINER_OPTIMIZERS", "parse_optim_args", "register"]
 
 # Listed rather than asked from timm, whose import would make `import pgt_hf` slow.
 _NAMES = """
@@ -68,7 +66,7 @@ def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]
     args = context.args
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     allowed = allowed_options(name)
-    # Trainer's adam flags count where the user moved them; else the optimizer's own defaults stand (LAMB's eps, say).
+    # Trainer's Adam flags apply if the user changed them; else the optimizer's own defaults do (LAMB's eps, say).
     defaults = TrainingArguments.__dataclass_fields__
     if args.adam_epsilon != defaults["adam_epsilon"].default and "eps" in allowed:
         options["eps"] = args.adam_epsilon
@@ -83,14 +81,14 @@ def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]
 
 
 def _create_asked(model: Any, **options: Any) -> Any:
-    """An alpha that the user gave is used by a resumed run as well, whatever the checkpoint was trained with."""
+    """A resumed run uses the alpha that the user gave, whatever the checkpoint was trained with."""
     optimizer = create_optimizer(model, **options)
     keep_asked_alpha(optimizer)
     return optimizer
 
 
 def _plain(handler: Callable[[Any], Any], context: Any) -> Any:
-    """A model that was trained with PGT and is handed to a plain optimizer is plain again."""
+    """Removes PGT from a model that is handed to a plain optimizer."""
     if context.model is not None:
         release_powergrad(context.model)
     return handler(context)

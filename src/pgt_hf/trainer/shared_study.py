@@ -1,7 +1,7 @@
 """Optuna studies that several workers share, each a process of its own, on one machine or many.
 
-A worker that dies leaves its setting to the others, and a search that is started again goes on: the storage knows what
-is done.
+If a worker dies, the others take over its setting, and a search that is started again continues: the storage knows
+what is done.
 """
 
 import os
@@ -20,22 +20,12 @@ from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
 
-__all__ = [
-    "ReportToStudy",
-    "become_worker",
-    "completed_points",
-    "open_storage",
-    "open_study",
-    "paired_points",
-    "run_trials",
-]
-
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SILENT_SECONDS = 1800  # a worker on another machine that has reported nothing for so long is given up
 
 
 def become_worker() -> int:
-    """Makes each process of a launcher a worker of its own, on its own GPU, and returns its number."""
+    """Turns each process of a launcher into an independent worker with its own GPU, and returns its number."""
     rank, local = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK")
     if local is not None:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -46,12 +36,7 @@ def become_worker() -> int:
 
 
 def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
-    """The storage of a search.
-
-    Args:
-        name: Any RDB URL, or ``journal:FILE``; by default an SQLite file in ``output_dir``.
-        output_dir: Made where it does not exist.
-    """
+    """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     if name and name.startswith("journal:"):
         from optuna.storages import JournalStorage
@@ -69,14 +54,7 @@ def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
 
 
 def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Mapping[str, Any]) -> optuna.Study:
-    """The study of that name, made where there is none yet.
-
-    Args:
-        storage: From ``open_storage``.
-        name: The study's.
-        sampler: Optuna's.
-        pruner: The same.
-        identity: JSON values; with others it would be another search.
+    """Opens or creates a study; ``identity`` holds the JSON values that make this search what it is.
 
     Raises:
         ValueError: The storage holds a study of that name with another identity.
@@ -100,7 +78,7 @@ def run_trials(
     name: str,
     grid: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Trains until ``budget`` trials are done, by this worker and the others, and waits for the others' last ones.
+    """Trains until this worker and the others have done ``budget`` trials, and waits for the last ones.
 
     With a ``grid``, each trial is one of its settings that is neither done nor being trained.
     """
@@ -125,7 +103,7 @@ def run_trials(
 
 
 def _give_up(study: optuna.Study, trial: Any) -> bool:
-    """Whether the worker of a running trial is dead; the trial has failed then, and its setting is free again."""
+    """Whether a running trial's worker is dead; the trial then fails, and its setting is free again."""
     host, _, pid = trial.user_attrs.get("worker", "").rpartition(":")
     heard = trial.user_attrs.get("heard", trial.datetime_start.timestamp())
     here = host == socket.gethostname()
@@ -146,7 +124,7 @@ def _alive(pid: int) -> bool:
 
 
 class ReportToStudy(TrainerCallback):
-    """Tells the storage how a trial is doing, seed after seed, and ends it where it is behind the others."""
+    """Reports a trial's score, seed after seed, and prunes it if it is behind the others."""
 
     def __init__(self, trial: Any, prune: bool) -> None:
         self.trial = trial
@@ -163,7 +141,7 @@ class ReportToStudy(TrainerCallback):
 
 
 def completed_points(study: optuna.Study, budget: int) -> list[Point]:
-    """The settings that were trained to the end, of the first ``budget`` different ones: no side gets more."""
+    """The completed settings among the first ``budget`` different ones, so that each side gets as many."""
     finished: dict[tuple[float, float], Any] = {}
     for trial in study.get_trials(deepcopy=False):
         if trial.state in _FINISHED:
@@ -176,11 +154,9 @@ def completed_points(study: optuna.Study, budget: int) -> list[Point]:
 
 
 def paired_points(study: optuna.Study, settings: Mapping[str, Point]) -> dict[str, Point]:
-    """The scores of each side, over the seeds that all sides were trained with, in the same order.
+    """Each side's scores over the seeds that all sides were trained with, in the same order.
 
-    Args:
-        study: Its trials have the parameters ``side`` and ``seed``.
-        settings: The alpha and learning rate of each side.
+    The study's trials have the parameters ``side`` and ``seed``; ``settings`` has each side's alpha and learning rate.
     """
     done: dict[str, dict[int, float]] = {side: {} for side in settings}
     for trial in study.get_trials(deepcopy=False):
