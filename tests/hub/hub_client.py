@@ -40,7 +40,10 @@ from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.hub import *
 from pgt_hf.hub.publish import take_over
 from pgt_hf.images import create_model, load_classifier
+import pgt_hf.models
+from transformers import AutoModelForImageClassification
 
+load = AutoModelForImageClassification.from_pretrained
 torch.manual_seed(0)
 NAMES = ["ant", "bee", "cat", "dog"]
 DATA = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 4} for i in range(8)]
