@@ -143,7 +143,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
         ctx.state = state
-        return PowerGradLogits(logits.view_as(logits), state.value, state.regime)
+        return PowerGradLogits(logits.detach(), state.value, state.regime)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
