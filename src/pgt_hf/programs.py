@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from .data_workers import use_worker_server
 from .runs.folder import claim_folder
 from .runs.record import CONTENTS, METRICS
 from .trainer.checkpoint_folders import find_checkpoint
@@ -134,6 +135,7 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
     """
     set_seed(args.seed)
     quiet_other_processes(args.process_index)
+    use_worker_server(args)
     stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
     with errors_in_one_line():
         if args.process_index == 0 and folder.is_dir():

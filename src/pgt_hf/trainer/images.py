@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..data_workers import use_worker_server
 from ..images.dataset import ImageStream
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
@@ -91,6 +92,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             )
         if mixing and not args.dataloader_drop_last:
             raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        use_worker_server(args)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model, args, compute_loss_func=self._cross_entropy, **kwargs)
@@ -116,14 +118,14 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
         # A stream gives each process its own part already: Accelerate only moves the batches to the device.
-        workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
