@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from ..splits import IGNORED
 from .checkpoints import AtomicCheckpoints, latest_checkpoint
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
