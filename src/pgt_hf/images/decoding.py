@@ -28,6 +28,10 @@ _DEPTHS = (8, 12, 16, 31)  # bits of a grey level
 class BadImageError(ValueError):
     """An image that cannot be used: truncated, in no known format, or too large to decode. The message says which."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader hands on the whole traceback of its worker.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
 
 def decode(
     image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
