@@ -1,3 +1,4 @@
+from ..atomic import warn_on_failure as warn_on_failure
 from .dataset_terms import Terms as Terms
 from .dataset_terms import dataset_terms as dataset_terms
 from .environment import command_line as command_line

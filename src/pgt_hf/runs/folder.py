@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..atomic import replacing, warn_if_unwritten
+from ..atomic import replacing, warn_on_failure
 from .environment import describe_code, describe_environment
 from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
@@ -148,7 +148,7 @@ class RunFolder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            with warn_if_unwritten(self.path / HISTORY):
+            with warn_on_failure(HISTORY):
                 self._write_history(state)
 
     def _write_history(self, state: TrainerState) -> None:
@@ -165,9 +165,9 @@ class RunFolder(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
-            from ..analysis.run_plots import plot_training_curve
+            with warn_on_failure(CURVE):
+                from ..analysis.run_plots import plot_training_curve
 
-            with warn_if_unwritten(self.path / CURVE):
                 plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:

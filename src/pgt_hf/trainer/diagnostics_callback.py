@@ -21,7 +21,7 @@ from ..analysis.diagnostics import (
     recover_target,
     zeroed_filters,
 )
-from ..atomic import warn_if_unwritten
+from ..atomic import warn_on_failure
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
@@ -86,7 +86,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir, DIAGNOSTICS)
-            with warn_if_unwritten(path):
+            with warn_on_failure(DIAGNOSTICS):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.history.save(path)
 
