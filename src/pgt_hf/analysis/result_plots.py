@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .confusion import worst_mistakes
 from .figures import Target, finish, new_figure, save, shorten
 
 if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
+    from .predictions import Evaluation
 
 
 def plot_reliability(
@@ -58,14 +58,14 @@ def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title:
     matrix = np.asarray(counts)
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"counts must have shape ({len(names)}, {len(names)}), got {matrix.shape}")
-    side = min(4 + 0.32 * len(names), 12)
-    figure, grid = new_figure(1, 1, (side, side))
+    side = min(3 + 0.32 * len(names), 12)
+    figure, grid = new_figure(1, 1, (side + 1.2, side))
     axes = grid[0, 0]
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the class's images")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, label="share of the true class's images")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if len(names) <= 40:
         labels = [shorten(name) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
@@ -97,24 +97,20 @@ def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, ti
 
 
 def plot_mistakes(
-    labels: ArrayLike,
-    predicted: ArrayLike,
-    confidence: ArrayLike,
-    images: Any,
-    names: Sequence[str],
-    path: Target,
-    title: str | None = None,
-    most: int = 36,
+    evaluation: "Evaluation", images: Any, path: Target, title: str | None = None, most: int = 36
 ) -> None:
-    """Draws the ``worst_mistakes`` of a split, from its column ``image``; nothing if every image is right.
+    """Draws the worst mistakes of an evaluation, from the column ``image`` of its split; nothing if there is none.
 
     Example:
-        >>> plot_mistakes([0, 1], [0, 0], [0.9, 0.8], load_image_dataset("digits")["train"], names, "mistakes.png")
+        >>> plot_mistakes(examine(model, dataset), dataset.split, "mistakes.png")
     """
-    truth, best, sure = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
-    if worst := worst_mistakes(truth, best, sure, most):
-        captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {sure[i]:.0%}" for i in worst]
-        plot_images([images[i]["image"] for i in worst], captions, path, title)
+    if worst := evaluation.mistakes[:most]:
+        name = evaluation.names
+        captions = [f"true: {name[m.label]}\npredicted: {name[m.predicted]}, {m.confidence:.1%}" for m in worst]
+        formula = f"Percentages: probability of the wrong class, {evaluation.probabilities}"
+        plot_images(
+            [images[m.index]["image"] for m in worst], captions, path, "\n".join(filter(None, [title, formula]))
+        )
 
 
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:

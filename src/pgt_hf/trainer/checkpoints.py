@@ -143,7 +143,7 @@ class StopOnSigterm(TrainerCallback):
         if not self.stopped:
             return
         if trainer.is_world_process_zero():
-            again = f"accelerate launch {command_line()} --resume auto"
+            again = command_line(resume="auto")
             print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; resume with: {again}")
         trainer.end()
         sys.exit(_SIGTERM_STATUS)
