@@ -137,7 +137,8 @@ def predict(
     model.to(accelerator.device)
     loader = accelerator.prepare(DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate))
     kept = []
-    for batch in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, mininterval=2):
+    hidden = None if accelerator.is_main_process else True  # None: shown on a terminal
+    for batch in tqdm(loader, desc="evaluate", disable=hidden, leave=False):
         with accelerator.autocast():
             logits = model(pixel_values=batch["pixel_values"]).logits
         gathered = accelerator.gather_for_metrics((logits.float(), batch["labels"]))

@@ -60,7 +60,7 @@ def compare_calibration(
         seed: Of the halves.
 
     Returns:
-        "raw", "folded" and, with two images or more, "fitted".
+        "raw", "folded" and "fitted"; no "fitted" where one half holds no mistake, which no temperature fits.
 
     Raises:
         ValueError: There is no labelled image, or an argument is not allowed.
@@ -78,16 +78,17 @@ def compare_calibration(
     if alpha is not None and check_alpha(alpha) not in (0, 1):
         rows["folded"] = ((1 / alpha,), score_logits(logits, labels, alpha))
 
-    if len(labels) > 1:
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-        halves = order.tensor_split(2)
+    right = logits.argmax(dim=1) == labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    halves = order.tensor_split(2)
+    if not any(right[half].all() for half in halves):
         temperatures = tuple(_fit(logits[half], labels[half]) for half in halves)
         fitted = torch.empty_like(rows["raw"][1])
         for half, temperature in zip(reversed(halves), temperatures, strict=True):
             fitted[half] = score_logits(logits[half], labels[half], 1 / temperature)
         rows["fitted"] = (temperatures, fitted)
 
-    hits = (logits.argmax(dim=1) == labels).cpu().numpy()
+    hits = right.cpu().numpy()
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
@@ -111,10 +112,8 @@ def calibration_table(found: Mapping[str, Calibration]) -> str:
     for name, row in found.items():
         used = " and ".join(f"{value:.3g}" for value in row.temperatures)
         lines.append(f"{name:15}{used:>15}{row.nll:>10.4f}{row.ece:>10.4f}{row.brier:>10.4f}")
-    if "fitted" in found:
-        lines.append("fitted: each half of the images at the temperature fitted to the other half")
-        if min(found["fitted"].temperatures) < 1.01 * _LOWEST:
-            lines.append("A half without a single mistake fits no temperature: this one says nothing.")
+    how = "each half of the images at the temperature fitted to the other half"
+    lines.append(f"fitted: {how if 'fitted' in found else 'none, as one half of the images holds no mistake'}")
     best = best_calibrated(found)
     return "\n".join([*lines, f"Lowest NLL: {best}, softmax({scaled_logits(found[best].temperature)})."])
 
@@ -127,9 +126,6 @@ def scaled_logits(temperature: float) -> str:
         ('z', 'z / 4', 'z / 1.31')
     """
     return "z" if temperature == 1 else f"z / {temperature:.3g}"
-
-
-_LOWEST, _HIGHEST = 0.01, 100.0
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -166,7 +162,7 @@ def _fit(logits: Tensor, labels: Tensor) -> float:
     def nll(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits * math.exp(-log_temperature), labels).item()
 
-    return math.exp(minimize_scalar(nll, bounds=(math.log(_LOWEST), math.log(_HIGHEST)), method="bounded").x)
+    return math.exp(minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
 def _score(temperatures: tuple[float, ...], scores: Tensor, hits: NDArray[np.bool_], bins: int) -> Calibration:

@@ -28,7 +28,7 @@ def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, titl
     if not panels:
         raise ValueError("history has nothing to draw: no entry holds an epoch and a loss, accuracy or learning rate")
 
-    figure, grid = new_figure(len(panels), 1, (5.5, 0.6 + 2 * len(panels)), sharex=True)
+    figure, grid = new_figure(len(panels), 1, (4.8, 0.6 + 1.8 * len(panels)), sharex=True)
     all_axes = grid[:, 0]
     for axes, (label, curves, scale) in zip(all_axes, panels, strict=True):
         for key, (name, style) in curves.items():
@@ -36,6 +36,9 @@ def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, titl
             if epochs:
                 marker = "o" if len(epochs) <= _FEW else ""
                 axes.plot(epochs, [scale * v for v in values], style + marker, markersize=3, linewidth=1.4, label=name)
+        values = [value for key in curves for value in _series(entries, key)[1]]
+        if label == "loss" and 0 < 20 * min(values) < max(values):  # one peak would flatten all that comes after it
+            axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if len(curves) > 1:  # above the panel: inside, it may lie on a curve

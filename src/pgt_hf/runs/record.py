@@ -97,7 +97,7 @@ class Run:
 
     @property
     def probabilities(self) -> str:
-        """Those that ``scale`` gives, as people write them: ``softmax(z)``, ``softmax(0.25 z)``, ``softmax(z / 2)``."""
+        """Those that ``scale`` gives, as ``softmax(z)``, ``softmax(0.25 z)`` or ``softmax(z / 1.3)``."""
         if self.scale == 1:
             return "softmax(z)"
         return f"softmax({self.scale:g} z)" if self.scale == self.alpha else f"softmax(z / {1 / self.scale:.3g})"

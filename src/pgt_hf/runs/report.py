@@ -193,7 +193,7 @@ def _matrix(names: Sequence[str], counts: NDArray[np.int64]) -> str:
     rows = []
     for i, name in enumerate(names):
         cells = "".join(
-            f'<td class="{"hit" if i == j else "miss"}" style="--share:{shares[i, j]:.3f}" '
+            f'<td class="{("hit" if i == j else "miss") if counts[i, j] else "none"}" style="--share:{shares[i, j]:.3f}" '
             f'title="true {escape(name)}, predicted {escape(names[j])}: {shares[i, j]:.1%}">{counts[i, j] or ""}</td>'
             for j in range(len(names))
         )

@@ -28,6 +28,7 @@ class Progress(ProgressCallback):
         self._bars = sys.stderr.isatty()
         self._started = self._told = time.monotonic()
         self._first = self._last = 0
+        self._evaluated = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = self._told = time.monotonic()
@@ -47,9 +48,10 @@ class Progress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if evaluated := _in_words(logs):
+        if (evaluated := _in_words(logs)) and state.global_step != self._evaluated:  # at the very end once more
+            self._evaluated = state.global_step
             tqdm.write(f"epoch {state.epoch or 0:<6.4g} {evaluated}")
-        elif "loss" in logs and self.training_bar is not None:
+        if "loss" in logs and self.training_bar is not None:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
         elif "loss" in logs and self._is_due(state):
             spent = time.monotonic() - self._started
