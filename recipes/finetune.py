@@ -231,7 +231,7 @@ def say(summary: dict[str, Any], folder: str, evaluation: Evaluation) -> None:
         "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
         "predict": command("pgt-hf", "predict", folder, "photo.jpg"),
         "evaluate": command("python", recipe("evaluate_images.py"), folder),
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"

@@ -235,7 +235,7 @@ def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evalu
         "predict": command("pgt-hf", "predict", folder, "IMAGE"),
         "evaluate": command("python", recipe("evaluate_images.py"), folder),
         "go on": command_line(resume="auto", **longer),
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
         "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_images']:,} evaluation images"

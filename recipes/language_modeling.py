@@ -217,7 +217,7 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['parameters']:,} parameters, {summary['vocabulary']:,} words, on {summary['dataset']}"
     then = {
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of perplexity_folded",
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
         "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     tell(heading, {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}, folder, then)

@@ -167,7 +167,7 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_texts']:,} evaluation texts"
     then = {
         "use": f'transformers.pipeline("text-classification", model={folder!r})("some text")',
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of nll_folded and ece_folded",
         "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }

@@ -155,7 +155,7 @@ def tell(
     heading: str,
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
-    then: Mapping[str, str],
+    then: Mapping[str, str | None],
     files: Mapping[str, str] | None = None,
     table: str | None = None,
 ) -> None:
@@ -165,7 +165,7 @@ def tell(
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do.
+        then: Commands by what they do; None is left out.
         files: What is in the folder beside the usual files of a run.
         table: Lines to print below the results.
     """
@@ -182,7 +182,8 @@ def tell(
             print(f"  {name:20} {content}")
     print("\nWhat next")
     for what, command in then.items():
-        print(f"  {what:10} {command}")
+        if command is not None:
+            print(f"  {what:10} {command}")
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

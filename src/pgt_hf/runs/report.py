@@ -193,12 +193,16 @@ def _matrix(names: Sequence[str], counts: NDArray[np.int64]) -> str:
     rows = []
     for i, name in enumerate(names):
         cells = "".join(
-            f'<td class="{("hit" if i == j else "miss") if counts[i, j] else "none"}" style="--share:{shares[i, j]:.3f}" '
+            f'<td class="{_kind(i == j, counts[i, j])}" style="--share:{shares[i, j]:.3f}" '
             f'title="true {escape(name)}, predicted {escape(names[j])}: {shares[i, j]:.1%}">{counts[i, j] or ""}</td>'
             for j in range(len(names))
         )
         rows.append(f"<tr><th scope=row>{escape(_short(name))}</th>{cells}</tr>")
     return f"<div class=wide><table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _kind(right: bool, images: int) -> str:
+    return ("hit" if right else "miss") if images else "none"
 
 
 def _matrix_picture(counts: NDArray[np.int64]) -> str:

@@ -48,9 +48,7 @@ class DiagnosticsCallback(TrainerCallback):
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[DiagnosticsCallback()])
     """
 
-    def __init__(
-        self, interval: int | None = None, capacity: int = 256, head: nn.Module | str | None = None
-    ) -> None:
+    def __init__(self, interval: int | None = None, capacity: int = 256, head: nn.Module | str | None = None) -> None:
         self.interval = None if interval is None else check_interval(interval)
         self.history = History(capacity)
         self._head = head
