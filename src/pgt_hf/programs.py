@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 20,
+    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_first_step": True,
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -82,6 +84,7 @@ def parse(
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
     sys.excepthook = _excepthook
+    quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
@@ -144,6 +147,17 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
         return stop, find_checkpoint(resume, folder)
 
 
+def quiet_libraries() -> None:
+    """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
+    import transformers.trainer
+
+    from .trainer import Progress
+
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
+
+
 def quiet_other_processes(process_index: int) -> None:
     """Leaves warnings that all processes would repeat to the first one."""
     if process_index > 0:
@@ -168,8 +182,9 @@ def tell(
     heading: str,
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
-    then: Mapping[str, str],
+    then: Mapping[str, str | None],
     files: Mapping[str, str] | None = None,
+    table: str | None = None,
 ) -> None:
     """Prints what a program found, what it wrote where, and what to do next.
 
@@ -177,21 +192,25 @@ def tell(
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do.
+        then: Commands by what they do; None is left out.
         files: What is in the folder beside the usual files of a run.
+        table: Lines to print below the results.
     """
     print(f"\n{heading}")
     for key, value in results.items():
         if value is not None:
             share = METRICS[key][2] if key in METRICS else "top" in key
             print(f"  {key:20}{f'{value:.2%}' if share else f'{value:,.4g}':>10}")
+    if table:
+        print(f"\n{table}")
     print(f"\nWritten to {folder}")
     for name, content in (CONTENTS | dict(files or {})).items():
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
     for what, command in then.items():
-        print(f"  {what:10} {command}")
+        if command is not None:
+            print(f"  {what:10} {command}")
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
