@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import BINS, IGNORED, calibration_table, compare_calibration, ranked_classes, top_k_accuracy
+from pgt_hf.data_workers import worker_options
 from pgt_hf.functional import check_alpha
 from pgt_hf.images import (
     DEFAULT_DATASET,
@@ -135,7 +136,7 @@ def predict(
 ) -> list[Tensor]:
     """Logits and labels of all images, each image once, in the memory of the main process; nothing on the others."""
     model.to(accelerator.device)
-    loader = accelerator.prepare(DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate))
+    loader = accelerator.prepare(DataLoader(images, batch_size, collate_fn=collate, **worker_options(num_workers)))
     kept = []
     hidden = None if accelerator.is_main_process else True  # None: shown on a terminal
     for batch in tqdm(loader, desc="evaluate", disable=hidden, leave=False):

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
 from pgt_hf.analysis import (
@@ -52,9 +52,9 @@ from pgt_hf.images import (
     replace_head,
     set_image_size,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, write_report
-from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, parse_optim_args
 
 SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 # What is trained, and the learning rate (AdamW) where none is given.
@@ -102,8 +102,7 @@ def main() -> None:
         ModelArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -118,7 +117,7 @@ def main() -> None:
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, {model_args.mode}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop = StopOnSigterm()
+        record.check_resume(resume, run_args.allow_changed_data)
         trainer = ImageTrainer(
             model,
             args,
@@ -136,32 +135,35 @@ def main() -> None:
         )
         if model_args.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
-        resume = find_checkpoint(run_args.resume, args.output_dir)
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
-    results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     trainer.save_model()
+    results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
     # report
     if trainer.is_world_process_zero():
-        evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
-        plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
-        plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
+        evaluation = None
         top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
-        summary = record.finish(trainer, results, evaluation, **more)
-        write_report(folder)
+        summary = record.finish(trainer, results, **more)
+        with warn_on_failure("the report"):
+            evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
+            summary = record.finish(trainer, results, evaluation, **more)
+            plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
+            plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
+            write_report(folder)
         say(summary, args.output_dir, evaluation)
     trainer.end()
 

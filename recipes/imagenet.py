@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, examine, require_matplotlib
@@ -39,9 +38,9 @@ from pgt_hf.images import (
     num_images,
     preset_table,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, write_report
-from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -100,8 +99,7 @@ def main() -> None:
         ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_batch,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -110,12 +108,12 @@ def main() -> None:
             splits = data_args.load(args.seed, streaming=data_args.streaming)
         model = build_model(model_args, data_args, class_names(splits["validation"]))
         train, validation = build_data(splits, data_args, model.config.pretrained_cfg, args)
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop, guard = StopOnSigterm(), DivergenceCallback()
+        record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -130,11 +128,10 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
-    if guard.verdict:
-        trainer.end()
-        sys.exit(f"error: {guard.message}")
+    guard.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
     results["bad_images"] = trainer.bad_images()
@@ -144,11 +141,13 @@ def main() -> None:
         preset = PRESETS.get(run_args.preset or "")
         more = {"model": model_args.model_name, "published_top1": preset.top1 if preset else None}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
-        best = model if trainer.ema is None else trainer.ema.module
-        evaluation = examine(best, validation, alpha=args.alpha) if run_args.report else None
-        summary = record.finish(trainer, results, evaluation, **more)
-        if evaluation is not None:
-            write_report(args.output_dir)
+        summary, evaluation = record.finish(trainer, results, **more), None
+        if run_args.report:
+            with warn_on_failure("the report"):
+                best = model if trainer.ema is None else trainer.ema.module
+                evaluation = examine(best, validation, alpha=args.alpha)
+                summary = record.finish(trainer, results, evaluation, **more)
+                write_report(args.output_dir)
         say(summary, args, evaluation)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)

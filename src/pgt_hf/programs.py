@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from .data_workers import use_worker_server
+from .runs.folder import claim_folder
 from .runs.record import CONTENTS, METRICS
+from .trainer.checkpoint_folders import find_checkpoint
+from .trainer.stopping import StopOnSigterm
 
 __all__ = [
     "IMAGE_DEFAULTS",
     "TRAINING_DEFAULTS",
     "RunArguments",
+    "begin",
     "errors_in_one_line",
     "parse",
     "quiet_other_processes",
@@ -48,6 +53,7 @@ class RunArguments:
     resume: str | None = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
+    allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})
     smoke: bool = field(default=False, metadata={"help": "Run a few steps on embedded data, as a quick check."})
 
 
@@ -77,6 +83,7 @@ def parse(
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
+    sys.excepthook = _excepthook
     quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
@@ -99,25 +106,45 @@ def parse(
         if other_optimizer and not any(word.startswith(("--optim-args", "--optim_args")) for word in words):
             namespace.optim_args = None  # the default ones belong to the default optimizer
         config = {key: value.value if isinstance(value, Enum) else value for key, value in vars(namespace).items()}
-        config = {key: value for key, value in config.items() if key not in ("config", "resume")}
+        config = {key: value for key, value in config.items() if key not in ("config", "resume", "allow_changed_data")}
         if adjust is not None:
             adjust(namespace)
         return *parser.parse_dict(vars(namespace)), json.loads(json.dumps(config, default=str))
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
+
+    Args:
+        *kinds: The errors; by default those that building a run may raise, which are many.
 
     Example:
         >>> with errors_in_one_line():
         ...     dataset = load_image_dataset("no/such-set")
         SystemExit: error: 'no/such-set' is neither a local folder nor in the cache, and the Hub could not be reached
     """
+    expected = kinds or (ImportError, OSError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except expected as error:
         sys.exit(f"error: {error}")
+
+
+def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
+    """What a training program does before it reads data: seed, SIGTERM, the run's folder, the checkpoint to resume.
+
+    Returns:
+        What listens for SIGTERM, for the trainer's callbacks; and the checkpoint, or None.
+    """
+    set_seed(args.seed)
+    quiet_other_processes(args.process_index)
+    use_worker_server(args)
+    stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
+    with errors_in_one_line():
+        if args.process_index == 0 and folder.is_dir():
+            claim_folder(folder)
+        return stop, find_checkpoint(resume, folder)
 
 
 def quiet_libraries() -> None:
@@ -184,6 +211,15 @@ def tell(
     for what, command in then.items():
         if command is not None:
             print(f"  {what:10} {command}")
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
+    decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
+    if decoding is not None and issubclass(kind, decoding.BadImageError):
+        print(f"error: {error}; --on-bad-image skip leaves such images out and counts them", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

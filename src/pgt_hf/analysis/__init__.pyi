@@ -1,4 +1,4 @@
-from ..splits import IGNORED as IGNORED
+from ..functional import IGNORED as IGNORED
 from .calibration import Calibration as Calibration
 from .calibration import best_calibrated as best_calibrated
 from .calibration import calibration_table as calibration_table

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .metrics import Reliability
     from .predictions import Evaluation
 
+_THUMBNAIL = 224  # pixels
+
 
 def plot_reliability(
     diagrams: Mapping[str, "Reliability"], path: Target, title: str | None = None, columns: int = 3
@@ -107,12 +109,15 @@ def plot_mistakes(
         >>> plot_mistakes(examine(model, dataset), dataset.split, "mistakes.png")
     """
     if worst := evaluation.mistakes[:most]:
+        from ..images.dataset import thumbnail
+
         name = evaluation.names
         captions = [f"true: {name[m.label]}\npredicted: {name[m.predicted]}, {m.confidence:.1%}" for m in worst]
         formula = f"Percentages: probability of the wrong class, {evaluation.probabilities}"
-        plot_images(
-            [images[m.index]["image"] for m in worst], captions, path, "\n".join(filter(None, [title, formula]))
-        )
+        pictures = [thumbnail(images, m.index, _THUMBNAIL) for m in worst]
+        blank = np.full((1, 1, 3), 255, dtype=np.uint8)  # in place of an image that cannot be read
+        shown = [blank if picture is None else picture for picture in pictures]
+        plot_images(shown, captions, path, "\n".join(filter(None, [title, formula])))
 
 
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:

@@ -1,3 +1,4 @@
+from ..atomic import warn_on_failure as warn_on_failure
 from .data import describe_data as describe_data
 from .data import load_validation as load_validation
 from .dataset_terms import Terms as Terms
