@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))
-from kill_at_file_events import kill_at, tear  # noqa: E402
+from kill_at_file_events import kill_at, tear
 
 PROGRAM = """
 import os, shutil, subprocess, sys
@@ -69,7 +67,8 @@ def test_a_worker_in_a_session_of_its_own_dies_with_its_launcher(tmp_path):
     worker = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(100)"
     launcher = (
         "import subprocess, sys; from pathlib import Path\n"
-        f"worker = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE, start_new_session=True)\n"
+        f"command = [sys.executable, '-c', {worker!r}]\n"
+        "worker = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)\n"
         "print(int(worker.stdout.readline()), flush=True)\n"
         f"Path({str(tmp_path)!r}, 'file').touch()"
     )
