@@ -32,6 +32,7 @@ from ..analysis.comparison import Point
 _log = logging.getLogger(__name__)
 _WORKER = uuid.uuid4().hex  # host names and process numbers are not unique: containers share them
 _BEAT_SECONDS = 10.0  # how often a worker says that it is alive
+_POLL_SECONDS = 1.0  # how often a worker that has nothing to do looks for what the others have done
 _SILENT_SECONDS = 90.0  # a worker that has said nothing for so long is given up
 _AWAY_SECONDS = 600.0  # how long a search waits for a storage that does not answer
 
@@ -213,7 +214,7 @@ def run_trials(
             elif len(counted) == budget and not any(trial.state == TrialState.WAITING for trial in counted):
                 bar.set_postfix_str("waiting for the trials of other workers")
                 silence.fail_dead([trial for trial in counted if trial.state == TrialState.RUNNING])
-                time.sleep(1)
+                time.sleep(_POLL_SECONDS)
                 continue
             bar.set_postfix_str("")
             trial = study.ask()
