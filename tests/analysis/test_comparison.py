@@ -80,7 +80,7 @@ def test_equal_differences_prove_nothing(method, sentence):
 
 
 def test_no_interval_is_printed_as_if_it_had_no_width():
-    assert "by 1.00 +- 0.0003 points" in str(compare([0.91, 0.920001, 0.93], [0.9, 0.91, 0.92]))
+    assert "by 1.00 +- 0.0001 points" in str(compare([0.91, 0.920001, 0.93], [0.9, 0.91, 0.92]))
 
 
 LABELS = [0] * 60 + [1] * 40

@@ -84,9 +84,9 @@ def storage_name(request, tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A beat every 50 ms, and silence after half a second."""
+    """A beat every 50 ms, and silence after 1.5 seconds."""
     monkeypatch.setattr(shared_study, "_BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(shared_study, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(shared_study, "_SILENT_SECONDS", 1.5)
     monkeypatch.setattr(shared_study, "_POLL_SECONDS", 0.1)
 
 
@@ -180,7 +180,7 @@ def test_a_silent_workers_setting_is_trained_again_and_a_live_ones_is_not(storag
     for setting in GRID[:2]:
         study.enqueue_trial(setting)
     dead = study.ask()  # a worker that was killed; host and process number play no part
-    objective = Objective(seconds=1.5)  # three times as long as silence may last
+    objective = Objective(seconds=3)  # twice as long as silence may last
     work(storage_name, objective, 2, GRID[:2], workers=2)
     assert sorted(objective.trained) == sorted(tuple(setting.values()) for setting in GRID[:2])
     assert study.trials[dead.number].state == TrialState.FAIL

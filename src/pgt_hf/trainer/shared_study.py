@@ -22,6 +22,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from tqdm.auto import tqdm
@@ -77,7 +78,7 @@ def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
 def _open_database(url: str) -> Any:
     for attempt in range(5):
         try:
-            return _Database(url, engine_kwargs={"pool_pre_ping": True})
+            return _Database(url)
         except DBAPIError:  # another worker may be making the very same tables
             if attempt == 4:
                 raise
@@ -123,6 +124,11 @@ class _Database(RDBStorage):
     """A database that may be away for a while."""
 
     patience, told = 5.0, float("-inf")
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
+        if self.engine.name == "sqlite":  # it knows no SELECT FOR UPDATE, without which two workers take one trial
+            event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
 for _name in (*BaseStorage.__abstractmethods__, "_create_new_trial", "_get_trials", "_set_trial_param"):
@@ -267,7 +273,7 @@ class _Silence:
 
     def fail_dead(self, running: Sequence[Any]) -> None:
         now = time.monotonic()
-        if now - self.looked > _SILENT_SECONDS / 3:  # this worker was busy, or the storage away
+        if now - self.looked > 10 * _POLL_SECONDS:  # this worker was busy, or the storage away
             self.heard.clear()
         self.looked = now
         for trial in running:
