@@ -143,7 +143,7 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("pgt_hf").setLevel(logging.ERROR)
-    logging.getLogger("pgt_hf.trainer.shared_study").setLevel(logging.WARNING)  # what happens to the storage
+    logging.getLogger("pgt_hf.search").setLevel(logging.WARNING)
 
 
 def open_side(storage: Any, side: str, args: SearchArguments) -> optuna.Study:
@@ -165,9 +165,8 @@ def grid_of(side: str, args: SearchArguments) -> list[dict[str, float]]:
 
 
 def open_confirmation(storage: Any, best: dict[str, Point]) -> optuna.Study:
-    name = " ".join(
-        ["alpha_search/confirm", *(f"{best[side].alpha:.6g},{best[side].learning_rate:.6g}" for side in SIDES)]
-    )
+    chosen = [f"{best[side].alpha:.6g},{best[side].learning_rate:.6g}" for side in SIDES]
+    name = " ".join(["alpha_search/confirm", *chosen])
     return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
@@ -184,9 +183,7 @@ def confirm_objective(trial: Any, best: dict[str, Point], data: Any, args: Searc
     return train_seeds(trial, setting, [seed], data, args, prune=False)
 
 
-def train_seeds(
-    trial: Any, setting: dict[str, float], seeds: Any, data: Any, args: SearchArguments, prune: bool
-) -> float:
+def train_seeds(trial: Any, setting: Any, seeds: Any, data: Any, args: SearchArguments, prune: bool) -> float:
     scores: list[float] = []
     with ReportToStudy(trial, prune) as watch:
         for seed in seeds:

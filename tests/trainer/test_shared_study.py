@@ -283,6 +283,7 @@ def test_a_journal_outlives_a_full_disk_and_a_torn_line(tmp_path):
         ("journal:{}/ruined.log", "ruined.log is damaged, or not a journal"),
         ("sqlite:///{}/no/search.db", "unable to open database file"),
         ("sqlite:///{}/ruined.log", "file is not a database"),
+        ("mysql://me:secret@localhost/x", "No module named 'MySQLdb'"),
         ("postgresql://me:secret@127.0.0.1:9/search", "onnection"),
     ],
 )

@@ -5,8 +5,6 @@ what is done. Optuna's own heartbeat is not used: it has none for journals, and 
 database.
 """
 
-import functools
-import json
 import logging
 import os
 import threading
@@ -14,28 +12,22 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
+from .search_storage import be_patient
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("pgt_hf.search")
 _WORKER = uuid.uuid4().hex  # host names and process numbers are not unique: containers share them
 _BEAT_SECONDS = 10.0  # how often a worker says that it is alive
 _POLL_SECONDS = 1.0  # how often a worker that has nothing to do looks for what the others have done
 _SILENT_SECONDS = 90.0  # a worker that has said nothing for so long is given up
-_AWAY_SECONDS = 600.0  # how long a search waits for a storage that does not answer
 
 
 def become_worker() -> int:
@@ -47,129 +39,6 @@ def become_worker() -> int:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return rank
-
-
-def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
-    """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``.
-
-    Once ``open_study`` has opened a study in it, it waits up to ten minutes where it does not answer, or is full.
-
-    Raises:
-        ValueError: It cannot be opened.
-    """
-    if name is None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        name = f"sqlite:///{Path(output_dir, 'search.db').resolve()}"
-    shown = name
-    try:
-        if name.startswith("journal:"):
-            return JournalStorage(_Journal(name.removeprefix("journal:")))
-        url = make_url(name)
-        shown = str(url)  # without its password
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")  # the driver that pgt_hf[search] installs
-        return _open_database(url.render_as_string(hide_password=False))
-    except ModuleNotFoundError as error:
-        raise ImportError(f"--storage {shown} needs {error.name}: pip install {error.name}") from error
-    except (ImportError, OSError, SQLAlchemyError, ValueError) as error:
-        raise ValueError(f"--storage {shown} cannot be opened: {_reason(error)}") from error
-
-
-def _open_database(url: str) -> Any:
-    for attempt in range(5):
-        try:
-            return _Database(url)
-        except DBAPIError:  # another worker may be making the very same tables
-            if attempt == 4:
-                raise
-            time.sleep(1)
-
-
-def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tries a storage's method again while the storage is away."""
-
-    @functools.wraps(method)
-    def again(self: Any, *args: Any, **kwargs: Any) -> Any:
-        begun, wait = time.monotonic(), 0.25
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except ConnectionError:
-                raise  # a method that this one has called has waited already
-            except (DBAPIError, OSError, StorageInternalError) as error:
-                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                if not isinstance(cause, InterfaceError | OperationalError | OSError):
-                    raise
-                away = time.monotonic() - begun
-                if away > self.patience:
-                    raise ConnectionError(f"the storage of the search cannot be used: {_reason(cause)}") from error
-                if time.monotonic() - self.told > 60:
-                    self.told = time.monotonic()
-                    left = (self.patience - away) / 60
-                    _log.warning(
-                        "the storage of the search does not answer; trying for %.0f min: %s", left, _reason(cause)
-                    )
-            time.sleep(wait)
-            wait = min(2 * wait, 15)
-
-    return again
-
-
-def _reason(error: BaseException) -> str:
-    """What a driver has to say, without the statement that it was about."""
-    return str(error.orig if isinstance(error, DBAPIError) else error).strip().split("\n")[0]
-
-
-class _Database(RDBStorage):
-    """A database that may be away for a while."""
-
-    patience, told = 5.0, float("-inf")
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
-        if self.engine.name == "sqlite":  # it knows no SELECT FOR UPDATE, without which two workers take one trial
-            event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-
-
-for _name in (*BaseStorage.__abstractmethods__, "_create_new_trial", "_get_trials", "_set_trial_param"):
-    setattr(_Database, _name, _patient(getattr(RDBStorage, _name)))
-
-
-class _Journal(JournalFileBackend):
-    """A journal that a full disk does not ruin: the next writer cuts off a line that was not written to its end."""
-
-    patience, told = 5.0, float("-inf")
-
-    def __init__(self, path: str) -> None:
-        self.path, self.lock = path, JournalFileSymlinkLock(path)
-        super().__init__(path, self.lock)
-
-    @_patient
-    def read_logs(self, log_number_from: int) -> Any:
-        try:
-            return list(super().read_logs(log_number_from))
-        except ValueError as error:
-            raise ValueError(f"{self.path} is damaged, or not a journal: {error}") from error
-
-    @_patient
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        left = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        self.lock.acquire()
-        try:
-            with open(self.path, "r+b", buffering=0) as file:
-                content = file.read()
-                end = len(content) if content.endswith(b"\n") else content.rfind(b"\n") + 1
-                file.truncate(end)
-                file.seek(end)
-                try:
-                    while left:
-                        left = left[file.write(left) :]
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    file.truncate(end)
-                    raise OSError(error.errno, error.strerror, self.path) from error
-        finally:
-            self.lock.release()
 
 
 def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Mapping[str, Any]) -> optuna.Study:
@@ -187,7 +56,7 @@ def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Map
         was = ", ".join(f"{key}={found.get(key)!r}" for key in changed)
         raise ValueError(f"the storage holds another search, with {was}; give another --output-dir or --storage")
     study.set_user_attr("search", dict(identity))
-    getattr(storage, "_backend", storage).patience = _AWAY_SECONDS  # it can be used: what fails now may come back
+    be_patient(storage)
     return study
 
 
