@@ -99,7 +99,7 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Comparison:
 
 
 def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: Sequence[int]) -> list[str]:
-    """What a search has shown, in sentences; what speaks against it comes first.
+    """What a search has shown, in sentences: warnings, if any, then the comparison.
 
     Args:
         confirmed: The best ``pgt`` and the best ``baseline``, with top-1 scores of the same seeds.
