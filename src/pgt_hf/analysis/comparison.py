@@ -64,11 +64,9 @@ class Comparison:
 
     def __str__(self) -> str:
         if not self.spread:
-            what = (
-                "PGT and the baseline scored the same"
-                if abs(self.difference) < _EQUAL
-                else (f"PGT minus baseline is {100 * self.difference:+.2f} points")
-            )
+            what = f"PGT minus baseline is {100 * self.difference:+.2f} points"
+            if abs(self.difference) < _EQUAL:
+                what = "PGT and the baseline scored the same"
             return (
                 f"Not decided: {what} on each of the {self.seeds} seeds that the search had not seen. Without any "
                 "spread there is no interval: confirm on more seeds, or with more validation images."

@@ -122,8 +122,9 @@ def _train(study: optuna.Study, trial: Any, objective: Callable[[Any], float]) -
         _tell(study, trial.number, state=TrialState.PRUNED)
     except UpdateFinishedTrialError:
         _log.warning("trial %d was given to another worker; this one goes on with the next", trial.number)
-    except BaseException:
-        _tell(study, trial.number, state=TrialState.FAIL)
+    except BaseException as error:
+        if not isinstance(error, ConnectionError):  # there is no one to tell
+            _tell(study, trial.number, state=TrialState.FAIL)
         raise
 
 
@@ -147,9 +148,10 @@ class _Silence:
         self.looked = now
         for trial in running:
             beat = trial.user_attrs.get("beat")
-            if self.heard.get(trial.number, (None, now))[0] != beat or trial.number not in self.heard:
+            last, since = self.heard.setdefault(trial.number, (beat, now))
+            if beat != last:
                 self.heard[trial.number] = (beat, now)
-            elif now - self.heard[trial.number][1] > _SILENT_SECONDS:
+            elif now - since > _SILENT_SECONDS:
                 _tell(self.study, trial.number, state=TrialState.FAIL)
 
 
