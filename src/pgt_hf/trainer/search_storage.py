@@ -24,7 +24,7 @@ _AWAY_SECONDS = 600.0  # and once a search has begun in it
 def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
     """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``.
 
-    Once ``be_patient`` was called, it waits up to ten minutes whenever it does not answer, or is full.
+    Once ``be_patient`` was called, it is waited for, up to ten minutes, whenever it is away or full.
 
     Raises:
         ValueError: It cannot be opened.
@@ -85,7 +85,7 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                     self.told = time.monotonic()
                     left = (self.patience - away) / 60
                     _log.warning(
-                        "the storage of the search does not answer; trying for %.0f min: %s", left, _reason(cause)
+                        "the storage of the search cannot be used; trying again for %.0f min: %s", left, _reason(cause)
                     )
             time.sleep(wait)
             wait = min(2 * wait, 15)
