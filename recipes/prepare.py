@@ -221,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         right = content.pop("checksum", None) in (None, checksum_of(content))
-    except (AttributeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         right = False
     if not right:
         raise ValueError(f"{path} is damaged: delete {path.parent} and prepare it again")
