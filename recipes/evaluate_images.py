@@ -42,6 +42,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Folder of a trained model or checkpoint, timm name, or Hub id."})
     weights: str | None = field(default=None, metadata={"help": "Local file of weights: safetensors or a state dict."})
     dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder of images, or 'digits'."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "So many images only, drawn by --seed."})
@@ -73,6 +74,7 @@ def main() -> None:
         with accelerator.main_process_first():
             split = load_image_dataset(
                 args.dataset_name,
+                args.dataset_config,
                 image_column=args.image_column,
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,

@@ -13,7 +13,9 @@ def rows(labels, names=None):
     split = Dataset.from_dict({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
     if names is None:
         return split
-    return Dataset(split.data, info=DatasetInfo(features=Features({**split.features, "label": ClassLabel(names=names)})))
+    return Dataset(
+        split.data, info=DatasetInfo(features=Features({**split.features, "label": ClassLabel(names=names)}))
+    )
 
 
 def test_labels_without_names_are_numbered_as_they_occur():

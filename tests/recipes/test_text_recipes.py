@@ -71,7 +71,7 @@ def test_classification_takes_a_file_and_names_a_column_that_is_missing(tmp_path
     (tmp_path / "rows.csv").write_text("\n".join(["body,class", *rows]))
     same = ["--smoke", "--dataset-name", "rows.csv", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: no text column among \[.body., .class.\]; name it with text_column"):
+    with pytest.raises(SystemExit, match=r"error: .rows.csv., split .train.: no text column among \[.body., .class.\]; name it with text_column"):
         call(text_classification, monkeypatch, *same)
     call(text_classification, monkeypatch, *same, "--text-column", "body", "--max-steps", "20", "--warmup-steps", "0")
     metrics = metrics_of(tmp_path / "runs" / "text")

@@ -29,6 +29,7 @@ from .folder import write_evaluation
 from .record import METRICS, REPORT, Run, architecture, model_folder, read_evaluation, read_run, shown_settings
 
 _MATRIX = 25  # up to so many classes, the confusion matrix is a table of numbers
+_DATA = ("dataset_config", "image_column", "label_column")  # of a run's settings
 _PIXELS = 720  # side of the picture that it is otherwise
 
 
@@ -60,7 +61,8 @@ def report_run(
         raise ValueError("dataset_name must be given: the run does not say what it was trained on")
     where = model_folder(folder)
     model = load_classifier(where)
-    split = load_image_dataset(name)["validation"]
+    same: dict[str, Any] = {} if dataset_name else {key: run.settings.get(key) for key in _DATA}
+    split = load_image_dataset(name, same.pop("dataset_config", None), **same)["validation"]
     if match_labels(class_names(split), list(model.config.id2label.values())) != list(range(model.config.num_labels)):
         raise ValueError(f"{name} has other classes than the model in {folder}, or another order of them")
     images = ImageDataset(split, preprocessing(model, where), on_bad_image="skip")
