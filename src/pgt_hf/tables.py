@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.csv
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, NamedSplit, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from .splits import logger, split_of
@@ -68,7 +68,7 @@ def read_tables(files: dict[str, list[Path]]) -> DatasetDict:
                     f"{str(path)!r} has the columns {table.column_names}, {paths[0].name!r} has "
                     f"{tables[0].column_names}, and both are for {split!r}"
                 )
-        splits[split] = concatenate_datasets(tables)
+        splits[split] = concatenate_datasets(tables, split=NamedSplit(split))
     return splits
 
 

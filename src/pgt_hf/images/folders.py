@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, NamedSplit, Value
 
 from ..splits import split_of
 from ..tables import TABLES, by_split, read_tables, visible_files
@@ -67,25 +67,24 @@ def _images_by_class(root: Path, images: Sequence[Path]) -> DatasetDict:
     if len(by_folder) == 1 and not splits and len(images[0].relative_to(root).parts) > 2:
         return _images_by_class(root / next(iter(by_folder)), images)  # as archives often unpack
     others = [folder for folder in by_folder if folder not in splits]
-    flat = all(len(file.relative_to(root).parts) == 2 for file in images)
-    if not splits or (others and flat):  # a class may be called "train", too
-        return DatasetDict({"train": _class_folders(images, root)})
-    if others:
+    if others and all(len(file.relative_to(root).parts) == 2 for file in images):
+        splits = {}  # a class may be called "train", too
+    if splits and others:
         raise ValueError(f"{str(root)!r} has folders named after splits, {sorted(splits)}, and others: {others[:5]}")
     if len(set(splits.values())) < len(splits):
         raise ValueError(f"{str(root)!r} has several folders for one split: {sorted(splits)}")
+    parts = {split: (by_folder[folder], root / folder) for folder, split in splits.items()}
     return DatasetDict(
         {
-            split: _class_folders(
-                by_folder[folder], root / folder, optional=split != "train" and "train" in splits.values()
-            )
-            for folder, split in splits.items()
+            split: _class_folders(*part, split, optional=split != "train" and "train" in parts)
+            for split, part in (parts or {"train": (images, root)}).items()
         }
     )
 
 
-def _class_folders(images: Sequence[Path], folder: Path, *, optional: bool = False) -> Dataset:
+def _class_folders(images: Sequence[Path], folder: Path, split: str, *, optional: bool) -> Dataset:
     """The images below a folder, with their classes; without, if these are ``optional`` and none has one."""
+    features, name = Features({"image": Image(), "label": Value("string")}), NamedSplit(split)
     parts = [file.relative_to(folder).parts for file in images]
     stray = [file for file, part in zip(images, parts, strict=True) if len(part) == 1]
     if stray and not (optional and len(stray) == len(images)):
@@ -93,7 +92,8 @@ def _class_folders(images: Sequence[Path], folder: Path, *, optional: bool = Fal
             f"{str(stray[0])!r} must lie in a folder of its class, and it lies directly in {folder.name!r}"
         )
     if stray:
-        return Dataset.from_dict({"image": [str(file) for file in images]}, features=Features({"image": Image()}))
+        features.pop("label")
+        return Dataset.from_dict({"image": [str(file) for file in images]}, features=features, split=name)
     deep = {part[-2] for part in parts if len(part) > 2}
     if len(deep) > 1:
         file = next(file for file, part in zip(images, parts, strict=True) if len(part) > 2)
@@ -102,4 +102,4 @@ def _class_folders(images: Sequence[Path], folder: Path, *, optional: bool = Fal
             f"lie in folders of their class directly below {str(folder)!r}"
         )
     rows = {"image": [str(file) for file in images], "label": [part[0] for part in parts]}
-    return Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")}))
+    return Dataset.from_dict(rows, features=features, split=name)
