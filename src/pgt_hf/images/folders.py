@@ -56,7 +56,7 @@ def _tables_in(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     return {split: [file] for split, file in below if split is not None}
 
 
-def _images_by_class(root: Path, images: Sequence[Path]) -> DatasetDict:
+def _images_by_class(root: Path, images: list[Path]) -> DatasetDict:
     """A folder for each class; below folders that are named after the splits, if there are any."""
     by_folder: dict[str, list[Path]] = {}
     for file in images:
@@ -82,7 +82,7 @@ def _images_by_class(root: Path, images: Sequence[Path]) -> DatasetDict:
     )
 
 
-def _class_folders(images: Sequence[Path], folder: Path, split: str, *, optional: bool) -> Dataset:
+def _class_folders(images: list[Path], folder: Path, split: str, *, optional: bool) -> Dataset:
     """The images below a folder, with their classes; without, if these are ``optional`` and none has one."""
     features, name = Features({"image": Image(), "label": Value("string")}), NamedSplit(split)
     parts = [file.relative_to(folder).parts for file in images]
