@@ -14,6 +14,7 @@ __all__ = [
     "EVALUATION_SPLITS",
     "check_size",
     "class_names",
+    "classes_by_label",
     "draw",
     "find_column",
     "is_labelled",
@@ -147,7 +148,7 @@ def _is_blank(label: Any) -> bool:
 
 def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
     """Gives both splits one ClassLabel: that of ``train``, or one made from the labels that occur in it."""
-    found = {key: _classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
+    found = {key: classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
     feature = both["train"].features["label"]
     names = list(found["train"].values())
     if not isinstance(feature, ClassLabel):
@@ -171,7 +172,7 @@ def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
     return both
 
 
-def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
+def classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
     """The name of the class for each value in the column.
 
     Raises:

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from pgt_hf.images import BadImageError, class_names, load_image_dataset
+from pgt_hf.images import BadImageError, ImageStream, ImageTransform, class_names, load_image_dataset
 
 Maker = Callable[[Path], object]
 
@@ -259,3 +259,18 @@ def test_local_data_is_streamed_and_known_again(tmp_path):
     assert [row["label"] for row in streamed["train"]] == [0, 0, 0, 1, 1, 1]
     marks = [load_image_dataset(str(tmp_path))["train"]._fingerprint for _ in range(2)]
     assert marks[0] == marks[1]
+
+
+def test_label_that_is_missing_stops_a_stream_at_its_image(tmp_path):
+    for split, labels in (("train", [0, 1, -1, 1]), ("validation", [-1, 0])):
+        pixels = [np.full((6, 8, 3), number, dtype=np.uint8) for number in range(len(labels))]
+        features = Features({"image": ImageFeature()} | LABEL)
+        Dataset.from_dict({"image": pixels, "label": labels}, features=features).to_parquet(
+            tmp_path / f"{split}-00000-of-00001.parquet"
+        )
+    with pytest.raises(ValueError, match=r"split 'validation': row 0 \(from 0\) has no label, -1"):
+        load_image_dataset(str(tmp_path), streaming=True)
+    train = Dataset.from_parquet(str(tmp_path / "train-00000-of-00001.parquet")).to_iterable_dataset()
+    stream = ImageStream(train, ImageTransform({"input_size": (3, 8, 8)}, training=True), batch_size=4, num_samples=4)
+    with pytest.raises(ValueError, match="image 2 of shard 0 must have the number of a class as its label, got -1"):
+        list(stream)

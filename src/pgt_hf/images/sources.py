@@ -6,6 +6,7 @@ is an error that says what to do.
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
+from ..splits import EVALUATION_SPLITS, check_size, classes_by_label, draw, find_column, train_and_validation
 from ..tables import in_words
 from .dataset import read_image
 from .decoding import BadImageError, read_upright
@@ -34,7 +35,7 @@ GATED = (DEFAULT_DATASET,)
 _IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _DIGIT_SHARDS = 8
-_TRIED = 64  # images, before a data set is said to have none that can be read
+_TRIED = 64  # images or labels, before a split is said to have none that can be read
 
 
 def load_image_dataset(
@@ -204,6 +205,8 @@ def _stream(
     options = {"features": splits["train"].features, "verification_mode": "no_checks"}
     validation = _load(name, config, data_files=alone, split=held_out, **options)
     validation = _image_and_label(validation, name, image_column, label_column)
+    classes_by_label(validation, f"{name!r}, split {held_out!r}")  # for its errors
+    _check_readable(validation, name)
 
     known = splits["train"].info.splits or {}
     rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
@@ -218,8 +221,7 @@ def _begins_labelled(split: IterableDataset) -> bool:
     label = next((column for column in _LABEL_COLUMNS if column in (split.column_names or ())), None)
     if label is None:
         return True  # named by the user; what is wrong with it is said where it is read
-    first = next(iter(split.select_columns([label])), {label: -1})[label]
-    return first is not None and first != -1
+    return any(row[label] not in (None, -1) for row in islice(split.select_columns([label]), _TRIED))
 
 
 def _count_rows(files: Sequence[str]) -> int | None:
