@@ -146,9 +146,9 @@ def test_files_of_a_folder_are_the_splits_that_their_names_say(case, tmp_path, c
         ({"train.csv": csv_of([*REVIEWS, ("x", "")])}, r"split 'train': row 40 \(from 0\) has no label, ''"),
         (
             {"train.csv": csv_of([("caf\u00e9", "a")]).encode("latin1")},
-            "train.csv' cannot be read: byte 14 is not UTF-8",
+            "train.csv' cannot be read: it holds byte 0xe9, which is not UTF-8",
         ),
-        ({"a.txt": "caf\u00e9".encode("latin1")}, "a.txt' cannot be read: byte 3 is not UTF-8"),
+        ({"a.txt": "caf\u00e9".encode("latin1")}, "a.txt' cannot be read: it holds byte 0xe9"),
         ({"a.txt": " \n"}, "a.txt' has no text"),
         ({"a.csv": csv_of(REVIEWS), "b.csv": csv_of(REVIEWS)}, "which of 'a.csv', 'b.csv' is for training"),
         ({"a.txt": "some text"}, r"no label column among \['text'\]"),

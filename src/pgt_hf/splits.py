@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 __all__ = [
     "EVALUATION_SPLITS",
     "check_size",
     "class_names",
-    "classes_by_label",
     "draw",
     "find_column",
     "is_labelled",
+    "labelled_rows",
     "split_of",
     "train_and_validation",
 ]
@@ -140,6 +142,21 @@ def is_labelled(split: Dataset) -> bool:
     return any(label not in (-1, "-1") and not _is_blank(label) for label in split.unique("label"))
 
 
+def labelled_rows(split: Dataset, where: str) -> Dataset:
+    """Of a split with named classes the rows that have one: -1 and null are the Hub's ways to say that a row has none.
+
+    Leaving rows out is logged as a warning.
+    """
+    if not isinstance(split.features["label"], ClassLabel) or not {-1, None} & set(split.unique("label")):
+        return split
+    labels = pc.fill_null(split.select_columns("label").with_format("arrow")[:]["label"], -1).to_numpy()
+    unlabelled = np.flatnonzero(labels == -1)
+    logger.warning(
+        "%s: %d rows without a label are left out, row %d (from 0) first", where, len(unlabelled), unlabelled[0]
+    )
+    return split.select(np.flatnonzero(labels != -1))
+
+
 def _is_blank(label: Any) -> bool:
     if isinstance(label, float):
         return not math.isfinite(label)
@@ -148,7 +165,8 @@ def _is_blank(label: Any) -> bool:
 
 def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
     """Gives both splits one ClassLabel: that of ``train``, or one made from the labels that occur in it."""
-    found = {key: classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
+    both = DatasetDict({key: labelled_rows(split, f"{name!r}, split {key!r}") for key, split in both.items()})
+    found = {key: _classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
     feature = both["train"].features["label"]
     names = list(found["train"].values())
     if not isinstance(feature, ClassLabel):
@@ -172,7 +190,7 @@ def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
     return both
 
 
-def classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
+def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
     """The name of the class for each value in the column.
 
     Raises:

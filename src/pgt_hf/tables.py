@@ -101,7 +101,8 @@ def in_words(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is not UTF-8; convert it, as with iconv -f latin1 -t utf-8"
+        byte = error.object[error.start]
+        return f"it holds byte 0x{byte:02x}, which is not UTF-8; convert it, as with iconv -f latin1 -t utf-8"
     return " ".join(str(error).split())
 
 
@@ -141,7 +142,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is no JSON: {error}") from error
+                    raise ValueError(f"line {number} is no JSON object, {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must hold a list of objects, or an object on each line")
     columns = dict.fromkeys(key for row in rows for key in row)

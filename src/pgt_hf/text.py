@@ -225,7 +225,7 @@ def _of_text(split: Dataset, where: str, text_column: str | None, columns: dict[
 
 
 def _without_blanks(split: Dataset, where: str) -> Dataset:
-    texts = split.with_format("arrow")[:]["text"]
+    texts = split.select_columns("text").with_format("arrow")[:]["text"]
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(texts, ""))), 0).to_numpy()
     if not blank.any():
         return split

@@ -20,7 +20,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..splits import EVALUATION_SPLITS, check_size, classes_by_label, draw, find_column, train_and_validation
+from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
 from ..tables import in_words
 from .dataset import read_image
 from .decoding import BadImageError, read_upright
@@ -205,7 +205,7 @@ def _stream(
     options = {"features": splits["train"].features, "verification_mode": "no_checks"}
     validation = _load(name, config, data_files=alone, split=held_out, **options)
     validation = _image_and_label(validation, name, image_column, label_column)
-    classes_by_label(validation, f"{name!r}, split {held_out!r}")  # for its errors
+    validation = labelled_rows(validation, f"{name!r}, split {held_out!r}")
     _check_readable(validation, name)
 
     known = splits["train"].info.splits or {}
