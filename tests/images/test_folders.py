@@ -141,7 +141,8 @@ RIGHT: dict[str, tuple[Maker, list[str], tuple[int, int], str]] = {
         ["a", "b"], (18, 2), "",
     ),
     "-1 and null among classes": (
-        parquet({"label": [0, 1] * 10 + [-1, None]}, LABEL), ["a", "b"], (18, 2), "2 rows without a label are left out",
+        parquet({"label": [0, 1] * 10 + [-1, None]}, LABEL),
+        ["a", "b"], (18, 2), "2 rows without a label are left out",
     ),
     "one class is rare in validation": (
         both(table("train.csv", rows(["a", "b", "c"] * 4)), table("val.csv", rows(["c"]))),
