@@ -142,7 +142,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is no JSON object, {error}") from error
+                    raise ValueError(f"line {number} is no JSON object, {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must hold a list of objects, or an object on each line")
     columns = dict.fromkeys(key for row in rows for key in row)
