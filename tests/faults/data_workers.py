@@ -1,4 +1,4 @@
-"""Starts data workers right after gloo's collectives, over and over: a worker that inherits a held lock hangs for ever.
+"""Starts data workers right after gloo's collectives, over and over: one that inherits a held lock hangs for ever.
 
 python tests/faults/data_workers.py            # 1,000 rounds on each of two processes; prints how many hung
 python tests/faults/data_workers.py --fork     # the same with forked workers, as torch starts them on Linux
@@ -26,7 +26,7 @@ PATIENCE = 60.0  # seconds; a worker starts in a fraction of one
 
 def rounds(count: int, fork: bool) -> int:
     """How many rounds hung."""
-    state, data, hung = PartialState(), TensorDataset(torch.arange(4)), 0
+    state, data, hung = PartialState(cpu=True), TensorDataset(torch.arange(4)), 0
     options = {"num_workers": 1, "multiprocessing_context": "fork"} if fork else worker_options(1)
     for _ in range(count):
         for _ in range(20):
