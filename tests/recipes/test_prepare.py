@@ -169,7 +169,7 @@ def test_killed_run_goes_on_where_it_stopped(prepared, tmp_path):
 def test_kills_and_damage_are_survived(tmp_path):
     """A few of the faults; ``python tests/faults/prepare_faults.py`` tries all of them."""
     printed = start(
-        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "29", cwd=tmp_path
+        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "53", cwd=tmp_path
     ).stdout
     assert ", 0 lost" in printed
 
