@@ -24,6 +24,7 @@ from .decoding import decode as decode
 from .decoding import read_upright as read_upright
 from .decoding import shrink as shrink
 from .decoding import to_rgb as to_rgb
+from .device_transforms import augment as augment
 from .finetuning import add_lora as add_lora
 from .finetuning import class_weights as class_weights
 from .finetuning import freeze_backbone as freeze_backbone
