@@ -52,7 +52,7 @@ from pgt_hf.images import (
     set_image_size,
 )
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.runs import RunFolder, command_line, describe_data, warn_on_failure
 from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
 
 SHOWN = ("top1", "top5", "ece", "ece_folded", "loss", "nll", "nll_folded", "best_epoch", "seconds")
@@ -150,22 +150,24 @@ def main() -> None:
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
-    predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
     trainer.save_model()
+    predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
     bad_images = trainer.bad_images()
 
     # report
     if trainer.is_world_process_zero():
-        truth, best, sure = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
-        counts, folder = confusion_matrix(truth, best, len(names)), Path(args.output_dir)
-        plot_confusion(counts, names, folder / "confusion_matrix.png", title)
-        plot_mistakes(truth, best, sure, splits["validation"], names, folder / "mistakes.png", title)
         top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
-        say(record.finish(trainer, predicted.metrics, **more), args.output_dir, data_args.dataset_name)
+        summary = record.finish(trainer, predicted.metrics, **more)
+        with warn_on_failure("a picture"):
+            truth, best, sure = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
+            counts, folder = confusion_matrix(truth, best, len(names)), Path(args.output_dir)
+            plot_confusion(counts, names, folder / "confusion_matrix.png", title)
+            plot_mistakes(truth, best, sure, splits["validation"], names, folder / "mistakes.png", title)
+        say(summary, args.output_dir, data_args.dataset_name)
     trainer.end()
 
 

@@ -41,7 +41,7 @@ from pgt_hf.images import (
     preset_table,
 )
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
+from pgt_hf.runs import RunFolder, command_line, describe_data, warn_on_failure, write_evaluation, write_report
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
@@ -150,9 +150,10 @@ def main() -> None:
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         summary = record.finish(trainer, results, **more)
         if run_args.report:
-            best = model if trainer.ema is None else trainer.ema.module
-            write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
-            write_report(args.output_dir)
+            with warn_on_failure("report.html"):
+                best = model if trainer.ema is None else trainer.ema.module
+                write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
+                write_report(args.output_dir)
         say(summary, args, data_args)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)

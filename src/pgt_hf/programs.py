@@ -75,6 +75,7 @@ def parse(
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
+    sys.excepthook = _excepthook
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
@@ -165,6 +166,15 @@ def tell(
     print("\nWhat next")
     for what, command in then.items():
         print(f"  {what:10} {command}")
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
+    decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
+    if decoding is not None and issubclass(kind, decoding.BadImageError):
+        print(f"error: {error}; --on-bad-image skip leaves such images out and counts them", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

@@ -1,4 +1,4 @@
-from ..splits import IGNORED as IGNORED
+from ..functional import IGNORED as IGNORED
 from .calibration import Calibration as Calibration
 from .calibration import compare_calibration as compare_calibration
 from .calibration import fit_temperature as fit_temperature

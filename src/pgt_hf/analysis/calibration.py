@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..functional import check_alpha
-from ..splits import IGNORED
+from ..functional import IGNORED, check_alpha
 from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
 
 logger = logging.getLogger(__name__)

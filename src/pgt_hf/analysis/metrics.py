@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..extras import require
-from ..functional import check_alpha
-from ..splits import IGNORED
+from ..functional import IGNORED, check_alpha
 
 TOP_K = 5
 BINS = 15  # Guo et al. 2017

@@ -13,14 +13,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..images.dataset import read_image
-from ..images.decoding import BadImageError, read_upright
+from ..functional import IGNORED
+from ..images.dataset import thumbnail
 from ..images.transforms import collate, normalize
-from ..splits import IGNORED
 from .confusion import confusion_matrix, worst_mistakes
 from .metrics import Reliability, reliability
 
-_THUMBNAIL = 112
+_THUMBNAIL = 112  # pixels
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,8 @@ def examine(
 def _thumbnail(dataset: Any, index: int) -> str | None:
     """A small copy of the image in the data set, if there is one."""
     split = getattr(dataset, "split", None)
-    if split is None or "image" not in split.column_names:
+    if split is None or (image := thumbnail(split, index, _THUMBNAIL)) is None:
         return None
-    try:
-        image = read_upright(read_image(split[index]["image"]))
-    except (BadImageError, FileNotFoundError):
-        return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     if max(image.size) < _THUMBNAIL // 2:  # digits of 8 pixels: as they are, not smeared over a hundred
         factor = _THUMBNAIL // max(image.size)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
 
+_THUMBNAIL = 224  # pixels
+
 
 def plot_reliability(
     diagrams: Mapping[str, "Reliability"], path: Target, title: str | None = None, columns: int = 3
@@ -113,8 +115,12 @@ def plot_mistakes(
     """
     truth, best, sure = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
     if worst := worst_mistakes(truth, best, sure, most):
+        from ..images.dataset import thumbnail
+
         captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {sure[i]:.0%}" for i in worst]
-        plot_images([images[i]["image"] for i in worst], captions, path, title)
+        pictures = [thumbnail(images, i, _THUMBNAIL) for i in worst]
+        blank = np.full((1, 1, 3), 255, dtype=np.uint8)  # in place of an image that cannot be read
+        plot_images([blank if picture is None else picture for picture in pictures], captions, path, title)
 
 
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:

@@ -7,6 +7,7 @@ from .environment import describe_environment as describe_environment
 from .environment import package_versions as package_versions
 from .folder import RunFolder as RunFolder
 from .folder import add_to_record as add_to_record
+from .folder import warn_on_failure as warn_on_failure
 from .folder import write_evaluation as write_evaluation
 from .pictures import draw_runs as draw_runs
 from .predict import predict_images as predict_images

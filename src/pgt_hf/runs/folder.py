@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +86,10 @@ class RunFolder(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
-            from ..analysis.run_plots import plot_training_curve
+            with warn_on_failure(CURVE):
+                from ..analysis.run_plots import plot_training_curve
 
-            plot_training_curve(state.log_history, self.path / CURVE, self.title)
+                plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
         """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
@@ -114,6 +116,20 @@ class RunFolder(TrainerCallback):
         }
         _write_json(self.path / RESULTS, result | more)
         return result | more
+
+
+@contextmanager
+def warn_on_failure(what: str) -> Iterator[None]:
+    """For what is drawn or looked at beside the training: whatever fails there is a warning of one line, no more.
+
+    Example:
+        >>> with warn_on_failure("report.html"):
+        ...     write_report("runs/digits")
+    """
+    try:
+        yield
+    except Exception as error:  # not the training's
+        logger.warning("%s was not written: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
 
 
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from ..splits import IGNORED
 from .checkpoints import AtomicCheckpoints, latest_checkpoint
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
@@ -194,7 +194,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
-        return loss / num_items_in_batch
+        # Of a batch whose images are all unreadable the loss is 0.
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=torch.finfo(loss.dtype).tiny)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
         values = super().set_initial_training_values(args, dataloader)
