@@ -111,7 +111,7 @@ def main() -> None:
             splits = data_args.load(args.seed)
             names = class_names(splits["train"])
             model = build_model(model_args, data_args.image_size, names)
-        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args.seed)
+        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args)
         if len(train) < args.per_device_train_batch_size * args.world_size:
             raise ValueError(
                 f"--per-device-train-batch-size must be at most {len(train) // args.world_size}, the "
@@ -197,18 +197,19 @@ def build_model(model_args: ModelArguments, image_size: int | None, names: list[
 
 
 def build_data(
-    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, seed: int
+    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, args: Any
 ) -> tuple[ImageDataset, ImageDataset, Any]:
     """Training and evaluation images; and the image processor, to be saved with a model that is not timm's."""
     config = getattr(model.config, "pretrained_cfg", None)
+    on_device = args.device.type == "cuda"
     if config is not None:
-        return *data_args.datasets(splits, config, seed), None
+        return *data_args.datasets(splits, config, args.seed, on_device=on_device), None
     evaluate = preprocessing(model, model_name)
     processor = evaluate.processor
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     side = size.get("height") or size["shortest_edge"]
     config = {"input_size": (3, side, side), "mean": processor.image_mean, "std": processor.image_std}
-    train, _ = data_args.datasets(splits, config, seed)
+    train, _ = data_args.datasets(splits, config, args.seed, on_device=on_device)
     return train, data_args.evaluation(splits, evaluate), processor
 
 

@@ -210,15 +210,16 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, names: lis
 
 
 def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, Any], args: Any) -> tuple[Any, Any]:
-    """Training and evaluation images, uint8: the trainer normalises them on the device."""
+    """Training and evaluation images, uint8: the rest is done on the device."""
+    on_device = args.device.type == "cuda"
     if not data_args.streaming:
-        return data_args.datasets(splits, preprocessing, args.seed)
+        return data_args.datasets(splits, preprocessing, args.seed, on_device=on_device)
     images = data_args.train_images or data_args.max_train_samples or num_images(splits["train"])
     if images is None:
         raise ValueError("this stream does not say how many images it has; give --train-images")
     train = ImageStream(
         splits["train"],
-        data_args.augmentation(preprocessing),
+        data_args.augmentation(preprocessing, on_device=on_device),
         batch_size=args.per_device_train_batch_size,
         num_samples=images,
         rank=args.process_index,

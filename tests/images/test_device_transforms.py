@@ -4,7 +4,18 @@ from PIL import Image
 from test_transforms import config, difference, photo
 from timm.data import create_transform
 
-from pgt_hf.images import ImageTransform, augment, collate, normalize, seeded
+from pgt_hf import ImageTrainer, ImageTrainingArguments
+from pgt_hf.images import (
+    ImageDataset,
+    ImageStream,
+    ImageTransform,
+    augment,
+    collate,
+    create_model,
+    load_image_dataset,
+    normalize,
+    seeded,
+)
 
 AUGMENTATIONS = [
     {"color_jitter": 0.4},
@@ -65,3 +76,30 @@ def test_a_batch_of_floats_comes_out_normalised_as_each_image_does():
     alone = batch(ImageTransform(config(), training=True), [photo()])
     found = normalize(augment(left["pixel_values"], left["augmentation"]), transform.mean, transform.std)
     assert (found - alone["pixel_values"]).abs().mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_trainer_feeds_the_network_the_same_batches_either_way(streaming, tmp_path):
+    def first_batch(**options):
+        size = {"input_size": (3, 32, 32)}
+        transform = ImageTransform(size, training=True, color_jitter=0.4, **options)
+        split = load_image_dataset("digits", streaming=streaming)["train"]
+        images = (
+            ImageStream(split, transform, batch_size=16, num_samples=64)
+            if streaming
+            else ImageDataset(split, transform, seed=1)
+        )
+        model = create_model("test_resnet", [str(i) for i in range(10)], image_size=32)
+        args = ImageTrainingArguments(
+            str(tmp_path), per_device_train_batch_size=16, max_steps=1, report_to="none", use_cpu=True
+        )
+        trainer = ImageTrainer(model, args, train_dataset=images, data_collator=collate)
+        seen = []
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        trainer.train()
+        return seen[0]["pixel_values"]
+
+    on_device, alone = first_batch(on_device=True), first_batch(normalize=False)
+    assert on_device.shape == (16, 3, 32, 32)
+    assert (on_device - alone).abs().max() < 0.05

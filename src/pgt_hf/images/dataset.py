@@ -216,7 +216,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return int(self._bad[self._bad[:, 0] == self.epoch, 1].sum())
 
     def _iterate(self, epoch: int, worker: int, workers: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        placeholder = {"pixel_values": self.reader.blank(), "labels": IGNORED}
+        placeholder = self.reader.placeholder()
         for _ in range(start):
             yield placeholder
         self._bad[worker] = torch.tensor([epoch, 0])
@@ -334,7 +334,7 @@ class _Reader:
         """Seeds the random numbers and leaves them so. ``count`` says whether a bad image is a new one."""
         seed_sample(self.seed, epoch, index)
         try:
-            pixels: Tensor = self.transform(read_image(image))
+            pixels = self.transform(read_image(image))
         except BadImageError as error:
             path = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
             place = f"{where} ({path})" if path else where
@@ -342,14 +342,18 @@ class _Reader:
                 raise BadImageError(f"{place}: {error}") from error
             if count():
                 logger.warning("%s is skipped: %s", place, error)
-            return {"pixel_values": self.blank(), "labels": IGNORED}
-        return {"pixel_values": pixels, "labels": label}
+            return self.placeholder()
+        return _example(pixels, label)
 
-    def blank(self) -> Tensor:
-        """A black image as the transform gives them."""
+    def placeholder(self) -> dict[str, Any]:
+        """A black image as the transform gives them, which the loss and the metrics leave out."""
         if hasattr(self.transform, "blank"):
-            return self.transform.blank()
-        return torch.zeros_like(self.transform(Image.new("RGB", (64, 64))))
+            return _example(self.transform.blank(), IGNORED)
+        return _example(torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), IGNORED)
+
+
+def _example(pixels: Tensor | dict[str, Tensor], label: int) -> dict[str, Any]:
+    return (pixels if isinstance(pixels, dict) else {"pixel_values": pixels}) | {"labels": label}
 
 
 def _undecoded(split: Any) -> Any:

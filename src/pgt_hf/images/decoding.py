@@ -1,4 +1,4 @@
-"""The one decoder: a file's bytes to an upright 8-bit PIL image, JPEG at a reduced size, or a ``BadImageError``."""
+"""The one decoder: a file's bytes to an upright 8-bit image, JPEG at a reduced size, or a ``BadImageError``."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,8 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from .jpeg import decode_rows
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
@@ -52,6 +54,30 @@ def decode(
         >>> decode(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].size
         (30, 20)
     """
+    decoded, size = _decode(image, plan, margin, fast=False)
+    assert isinstance(decoded, Image.Image)
+    return decoded, size
+
+
+def decode_rgb(
+    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+) -> tuple[np.ndarray, Size | None]:
+    """The same pixels as ``decode``, as an array (H, W, 3), and faster for JPEG where simplejpeg is installed.
+
+    Raises:
+        BadImageError: As ``decode``.
+
+    Example:
+        >>> decode_rgb(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
+        (20, 30, 3)
+    """
+    decoded, size = _decode(image, plan, margin, fast=True)
+    return (np.array(to_rgb(decoded)) if isinstance(decoded, Image.Image) else decoded), size
+
+
+def _decode(
+    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
+) -> tuple[Image.Image | np.ndarray, Size | None]:
     jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
     with _errors():
         source = _open(image) if isinstance(image, bytes) else image
@@ -62,19 +88,25 @@ def decode(
         width, height = source.size if orientation < 5 else source.size[::-1]
     box, size = plan(width, height)
     with _errors():
+        whole = box == (0, 0, width, height)
         reduction = 1
-        if isinstance(source, JpegImageFile) and jpeg:
+        if isinstance(source, JpegImageFile) and isinstance(image, bytes):
             if size is not None:
                 reduction = _reduction(box, size, margin)
                 source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
             # Of a progressive file libjpeg keeps the whole, however small the result.
             decoded = width * height if "progressive" in source.info else source.width * source.height
             check_pixels(decoded, f"{width} x {height} pixels, decoded at 1/{reduction}")
+            if fast and orientation == 1 and source.mode in ("L", "RGB"):
+                left, top, right, bottom = (0, 0, *source.size) if whole else _scaled(box, reduction)
+                pixels = decode_rows(image, width, height, bottom, reduction)
+                if pixels is not None:
+                    return pixels[top:bottom, left:right], size
             source.load()
         if orientation in _TURNS:
             source = source.transpose(_TURNS[orientation])
         source = _grey(source)
-        if box != (0, 0, width, height):
+        if not whole:
             source = source.crop(_scaled(box, reduction))
         return source if source.mode == "L" else to_rgb(source), size
 

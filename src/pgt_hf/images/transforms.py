@@ -18,7 +18,7 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torch import Tensor
 from torchvision import transforms
 
-from .decoding import Box, Size, check_pixels, decode, to_rgb
+from .decoding import Box, Size, check_pixels, decode_rgb
 from .device_transforms import LUMA
 
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
@@ -107,21 +107,19 @@ class ImageTransform:
             self._on_device = [step for step in self._steps[first:] if not isinstance(step, MaybePILToTensor)]
             self._steps = self._steps[:first]
 
-    def __call__(self, image: bytes | Image.Image) -> Tensor | dict[str, Tensor]:
-        region, size = decode(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
-        region = to_rgb(region)
-        pixels: Tensor | Image.Image = region
+    def __call__(self, image: bytes | Image.Image) -> Any:
+        region, size = decode_rgb(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
+        decoded = torch.from_numpy(region).permute(2, 0, 1)  # the channels last in memory
+        pixels: Tensor | Image.Image = decoded
         if size is not None:
             several = len(self._interpolations) > 1
             interpolation = random.choice(self._interpolations) if several else self._interpolations[0]
-            pixels = _resize(region, size, interpolation)
+            pixels = _resize(decoded, size, interpolation)
         for step in self._steps:
             if isinstance(step, _Jitter):
                 pixels = step(_to_tensor(pixels))
-                continue
-            if isinstance(pixels, Tensor) and not isinstance(step, _ON_TENSORS):
-                pixels = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            pixels = step(pixels)
+            else:
+                pixels = step(pixels if isinstance(step, _ON_TENSORS) else _to_image(pixels))
         pixels = _to_tensor(pixels)
         if self.normalize:
             return normalize(pixels[None], self.mean, self.std)[0]
@@ -129,7 +127,7 @@ class ImageTransform:
             return pixels.contiguous()
         return {"pixel_values": pixels.contiguous(), "augmentation": _draw(self._on_device)}
 
-    def blank(self) -> Tensor | dict[str, Tensor]:
+    def blank(self) -> Any:
         """A black image, of the shape and type that a call gives."""
         pixels = torch.zeros(3, *self.size, dtype=torch.float32 if self.normalize else torch.uint8)
         if self._on_device is None:
@@ -216,7 +214,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stacks examples into ``pixel_values`` of shape (N, 3, H, W), ``labels`` of shape (N), and ``augmentation`` if any.
+    """Stacks examples into ``pixel_values`` of shape (N, 3, H, W), ``labels`` of shape (N), and any ``augmentation``.
 
     Example:
         >>> collate([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}] * 2)["labels"]
@@ -226,10 +224,9 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return stacked | {"labels": torch.tensor([example["labels"] for example in examples], dtype=torch.long)}
 
 
-def _resize(image: Image.Image, size: Size, interpolation: transforms.InterpolationMode) -> Tensor:
+def _resize(pixels: Tensor, size: Size, interpolation: transforms.InterpolationMode) -> Tensor:
     if interpolation not in _IN_TORCH:
-        return _to_tensor(transforms.functional.resize(image, list(size), interpolation))
-    pixels = _to_tensor(image)
+        return _to_tensor(transforms.functional.resize(_to_image(pixels), list(size), interpolation))
     if pixels.shape[1:] == size:
         return pixels
     return torch.nn.functional.interpolate(pixels[None], size, mode=interpolation.value, antialias=True)[0]
@@ -238,6 +235,10 @@ def _resize(image: Image.Image, size: Size, interpolation: transforms.Interpolat
 def _to_tensor(image: Tensor | Image.Image) -> Tensor:
     """Shape (3, H, W), with the channels last in memory, where resizing is fastest."""
     return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _to_image(image: Tensor | Image.Image) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy()) if isinstance(image, Tensor) else image
 
 
 def _is_plain_jitter(step: Any) -> bool:

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
+from ..images.device_transforms import augment
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
 from .checkpoints import AtomicCheckpoints, latest_checkpoint
@@ -36,7 +37,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
 
     Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
-    on the device; Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
+    on the device, where flips and colour jitter can be left to it too (``ImageTransform(..., on_device=True)``);
+    Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
     ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
     with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
     averaged model in the folder ``ema``.
@@ -162,7 +164,10 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         images, labels = inputs["pixel_values"], inputs.get("labels")
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if images.dtype == torch.uint8:
+        augmentation = inputs.pop("augmentation", None)
+        if augmentation is not None:
+            images = augment(images, augmentation)
+        if images.dtype == torch.uint8 or augmentation is not None:
             images = normalize(images, self._mean, self._std)
         if self.model.training and labels is not None:
             if self._mixup is not None:
