@@ -10,9 +10,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .jpeg import decode_rows
+from .raw import ppm, ppm_pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
+File = bytes | memoryview | Image.Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNS = {  # EXIF's orientation, and what makes the image upright
@@ -36,7 +38,7 @@ class BadImageError(ValueError):
 
 
 def decode(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
 ) -> tuple[Image.Image, Size | None]:
     """Decodes the part of an image that will be used.
 
@@ -60,9 +62,9 @@ def decode(
 
 
 def decode_rgb(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
 ) -> tuple[np.ndarray, Size | None]:
-    """The same pixels as ``decode``, as an array (H, W, 3), and faster for JPEG where simplejpeg is installed.
+    """The same pixels as ``decode``, as an array (H, W, 3), and faster: JPEG by simplejpeg, PPM without a copy.
 
     Raises:
         BadImageError: As ``decode``.
@@ -71,13 +73,20 @@ def decode_rgb(
         >>> decode_rgb(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
         (20, 30, 3)
     """
+    if isinstance(image, bytes | memoryview) and (pixels := ppm_pixels(image)) is not None:
+        height, width, _ = pixels.shape
+        check_pixels(width * height, f"{width} x {height} pixels")
+        (left, top, right, bottom), size = plan(width, height)
+        return pixels[top:bottom, left:right].copy(), size
     decoded, size = _decode(image, plan, margin, fast=True)
     return (np.array(to_rgb(decoded)) if isinstance(decoded, Image.Image) else decoded), size
 
 
 def _decode(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
 ) -> tuple[Image.Image | np.ndarray, Size | None]:
+    if isinstance(image, memoryview):
+        image = image.tobytes()
     jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
     with _errors():
         source = _open(image) if isinstance(image, bytes) else image
@@ -131,7 +140,16 @@ def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def read_upright(image: bytes | Image.Image, shorter_side: int | None = None) -> Image.Image:
+def to_raw(image: bytes, shorter_side: int) -> bytes:
+    """As ``shrink``, with nothing to decode: RGB pixels as PPM.
+
+    Raises:
+        BadImageError: It cannot be decoded.
+    """
+    return ppm(np.asarray(read_upright(image, shorter_side)))
+
+
+def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
     """The whole image, upright and with three 8-bit channels; or a smaller copy of it.
 
     Raises:

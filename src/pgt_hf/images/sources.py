@@ -19,6 +19,7 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
 from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
+from .raw import map_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ def load_image_dataset(
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
-            a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
-            after the splits), one Parquet file, or a Hub id. Paths in a CSV file are relative to its folder.
+            a folder of Parquet or Arrow files or of images as ``datasets`` lays them out, a CSV file, a folder of
+            them (named after the splits), one Parquet file, or a Hub id. Paths in a CSV file are relative to its
+            folder.
         image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
             the only column of images.
         label_column: The column with the classes; by default label, labels, fine_label or class.
@@ -133,6 +135,8 @@ def _is_cached(name: str) -> bool:
 
 
 def _load(name: str, **options: Any) -> Any:
+    if not options and any(Path(name).glob("*.arrow")):  # load_dataset would copy them
+        return map_arrow(Path(name))
     tables = _tables(name)
     if tables:
         options = {"data_files": {split: str(file) for split, file in tables.items()}} | options
