@@ -5,9 +5,9 @@
 
 PGT's gradient against its formula (float32, bfloat16, float16 with a scaler, channels_last, fused optimizers,
 compiled, CUDA graphs), waits for the device, the loss beside Liger's, steps and images per second of resnet50, the
-augmentation of a batch, and a short comparison of alphas. It needs torch and transformers; timm, liger-kernel and scikit-learn are
-used where they are installed, and the page says what is missing. What fails is in the results, and makes the exit
-status 1. Results go to one JSON file and one page in Markdown beside it.
+augmentation of a batch, and a short comparison of alphas. It needs torch and transformers; timm, liger-kernel and
+scikit-learn are used where they are installed, and the page says what is missing. What fails is in the results, and
+makes the exit status 1. Results go to one JSON file and one page in Markdown beside it.
 """
 
 import argparse
