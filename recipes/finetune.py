@@ -18,19 +18,20 @@ The model of the best epoch is kept, evaluated and saved, so that pipeline("imag
 its answers. docs/finetune.md explains the rest.
 """
 
-import shlex
 from argparse import Namespace
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
 from pgt_hf.analysis import (
     ClassificationMetrics,
-    confusion_matrix,
+    Evaluation,
+    calibration_table,
+    examine,
     plot_confusion,
     plot_mistakes,
     require_matplotlib,
@@ -51,11 +52,11 @@ from pgt_hf.images import (
     replace_head,
     set_image_size,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data, warn_on_failure
-from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, parse_optim_args
 
-SHOWN = ("top1", "top5", "ece", "ece_folded", "loss", "nll", "nll_folded", "best_epoch", "seconds")
+SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 # What is trained, and the learning rate (AdamW) where none is given.
 MODES = {"linear": 1e-3, "full": 1e-4, "layer-decay": 5e-4, "lora": 1e-3}
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
@@ -101,8 +102,7 @@ def main() -> None:
         ModelArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -112,17 +112,12 @@ def main() -> None:
             names = class_names(splits["train"])
             model = build_model(model_args, data_args.image_size, names)
         train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args)
-        if len(train) < args.per_device_train_batch_size * args.world_size:
-            raise ValueError(
-                f"--per-device-train-batch-size must be at most {len(train) // args.world_size}, the "
-                f"training images of one process, got {args.per_device_train_batch_size}"
-            )
         model = choose_trained(model, model_args)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, {model_args.mode}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop = StopOnSigterm()
+        record.check_resume(resume, run_args.allow_changed_data)
         trainer = ImageTrainer(
             model,
             args,
@@ -140,10 +135,10 @@ def main() -> None:
         )
         if model_args.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
-        resume = find_checkpoint(run_args.resume, args.output_dir)
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
@@ -151,23 +146,25 @@ def main() -> None:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
     trainer.save_model()
-    predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
+    results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
     # report
     if trainer.is_world_process_zero():
+        evaluation = None
         top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
-        summary = record.finish(trainer, predicted.metrics, **more)
-        with warn_on_failure("a picture"):
-            truth, best, sure = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
-            counts, folder = confusion_matrix(truth, best, len(names)), Path(args.output_dir)
-            plot_confusion(counts, names, folder / "confusion_matrix.png", title)
-            plot_mistakes(truth, best, sure, splits["validation"], names, folder / "mistakes.png", title)
-        say(summary, args.output_dir, data_args.dataset_name)
+        summary = record.finish(trainer, results, **more)
+        with warn_on_failure("the report"):
+            evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
+            summary = record.finish(trainer, results, evaluation, **more)
+            plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
+            plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
+            write_report(folder)
+        say(summary, args.output_dir, evaluation)
     trainer.end()
 
 
@@ -232,17 +229,17 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
     return options | {"opt": name, "lr": args.learning_rate, "param_group_fn": groups}
 
 
-def say(summary: dict[str, Any], folder: str, dataset_name: str) -> None:
-    where, same = shlex.quote(folder), command_line()
+def say(summary: dict[str, Any], folder: str, evaluation: Evaluation) -> None:
     then = {
         "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
-        "predict": f"pgt-hf predict {where} photo.jpg",
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {shlex.quote(dataset_name)}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "predict": command("pgt-hf", "predict", folder, "photo.jpg"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"
-    tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then, files)
+    results = {key: summary.get(key) for key in SHOWN}
+    tell(heading, results, folder, then, files, calibration_table(evaluation.calibration))
     print("\nThe best epoch was chosen on these validation images: a new set's accuracy will be a little lower.")
 
 

@@ -13,7 +13,6 @@ those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md exp
 
 import json
 import os
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, examine, require_matplotlib
+from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, examine, require_matplotlib
 from pgt_hf.images import (
     DEFAULT_DATASET,
     DIGITS,
@@ -40,9 +38,9 @@ from pgt_hf.images import (
     num_images,
     preset_table,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data, warn_on_failure, write_evaluation, write_report
-from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -64,10 +62,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "dataloader_num_workers": 0,
     },
 }  # fmt: skip
-SHOWN = (
-    "top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded", "nll", "nll_folded", "train_loss", "bad_images",
-    "seconds",
-)  # fmt: skip
+SHOWN = ("top1", "top5", "ema_top1", "ema_top5", "loss", "train_loss", "bad_images", "seconds")
 SMOKE = {"dataset_name": DIGITS, "max_steps": 20, "max_eval_samples": 100}
 
 
@@ -104,8 +99,7 @@ def main() -> None:
         ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_batch,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -114,12 +108,12 @@ def main() -> None:
             splits = data_args.load(args.seed, streaming=data_args.streaming)
         model = build_model(model_args, data_args, class_names(splits["validation"]))
         train, validation = build_data(splits, data_args, model.config.pretrained_cfg, args)
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop, guard = StopOnSigterm(), DivergenceCallback()
+        record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -134,11 +128,10 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
-    if guard.verdict:
-        trainer.end()
-        sys.exit(f"error: {guard.message}")
+    guard.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
     results["bad_images"] = trainer.bad_images()
@@ -148,13 +141,14 @@ def main() -> None:
         preset = PRESETS.get(run_args.preset or "")
         more = {"model": model_args.model_name, "published_top1": preset.top1 if preset else None}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
-        summary = record.finish(trainer, results, **more)
+        summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
-            with warn_on_failure("report.html"):
+            with warn_on_failure("the report"):
                 best = model if trainer.ema is None else trainer.ema.module
-                write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
+                evaluation = examine(best, validation, alpha=args.alpha)
+                summary = record.finish(trainer, results, evaluation, **more)
                 write_report(args.output_dir)
-        say(summary, args, data_args)
+        say(summary, args, evaluation)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)
     trainer.end()
@@ -230,19 +224,22 @@ def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, A
     return train, data_args.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
 
-def say(summary: dict[str, Any], args: ImageTrainingArguments, data_args: DataArguments) -> None:
+def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evaluation | None) -> None:
     results = {key: summary.get(key) for key in SHOWN}
     if summary["published_top1"]:
         results["published top-1"] = summary["published_top1"] / 100
-    where, data, same = shlex.quote(args.output_dir), shlex.quote(data_args.dataset_name), command_line()
+    folder, longer = args.output_dir, {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
+    if args.max_steps > 0:
+        longer = {"max_steps": f"{2 * args.max_steps}"}
     then = {
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {data}",
-        "go on": f"accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + '-plain')}",
-        "publish": f"pgt-hf push {where} --repo-id <you>/<name of the model>",
+        "predict": command("pgt-hf", "predict", folder, "IMAGE"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "go on": command_line(resume="auto", **longer),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_images']:,} evaluation images"
-    tell(heading, results, args.output_dir, then)
+    tell(heading, results, folder, then, table=evaluation and calibration_table(evaluation.calibration))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,10 @@ def report(
     mistakes: Annotated[int, typer.Option(help="How many of the worst mistakes to show.")] = 24,
 ) -> None:
     """Evaluate a run's predictions and write report.html."""
+    from .programs import quiet_libraries
     from .runs import report_run
 
+    quiet_libraries()
     print(report_run(run, dataset_name, mistakes=mistakes, max_images=max_images))
 
 
@@ -110,8 +112,10 @@ def predict(
     """Classify images with a run's model."""
     from .analysis import plot_images
     from .images import read_upright
+    from .programs import quiet_libraries
     from .runs import predict_images
 
+    quiet_libraries()
     found = predict_images(run, images, top=top)
     lines = {path: [f"{name}, {share:.1%}" for name, share in classes] for path, classes in found.items()}
     for path, classes in lines.items():

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from .data_workers import use_worker_server
+from .runs.folder import claim_folder
 from .runs.record import CONTENTS, METRICS
+from .trainer.checkpoint_folders import find_checkpoint
+from .trainer.stopping import StopOnSigterm
 
 __all__ = [
     "IMAGE_DEFAULTS",
     "TRAINING_DEFAULTS",
     "RunArguments",
+    "begin",
     "errors_in_one_line",
     "parse",
     "quiet_other_processes",
@@ -33,7 +39,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 20,
+    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_first_step": True,
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -46,6 +53,7 @@ class RunArguments:
     resume: str | None = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
+    allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})
     smoke: bool = field(default=False, metadata={"help": "Run a few steps on embedded data, as a quick check."})
 
 
@@ -76,6 +84,7 @@ def parse(
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
     sys.excepthook = _excepthook
+    quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
@@ -97,25 +106,56 @@ def parse(
         if other_optimizer and not any(word.startswith(("--optim-args", "--optim_args")) for word in words):
             namespace.optim_args = None  # the default ones belong to the default optimizer
         config = {key: value.value if isinstance(value, Enum) else value for key, value in vars(namespace).items()}
-        config = {key: value for key, value in config.items() if key not in ("config", "resume")}
+        config = {key: value for key, value in config.items() if key not in ("config", "resume", "allow_changed_data")}
         if adjust is not None:
             adjust(namespace)
         return *parser.parse_dict(vars(namespace)), json.loads(json.dumps(config, default=str))
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
+
+    Args:
+        *kinds: The errors; by default those that building a run may raise, which are many.
 
     Example:
         >>> with errors_in_one_line():
         ...     dataset = load_image_dataset("no/such-set")
         SystemExit: error: 'no/such-set' is neither a local folder nor in the cache, and the Hub could not be reached
     """
+    expected = kinds or (ImportError, OSError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except expected as error:
         sys.exit(f"error: {error}")
+
+
+def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
+    """What a training program does before it reads data: seed, SIGTERM, the run's folder, the checkpoint to resume.
+
+    Returns:
+        What listens for SIGTERM, for the trainer's callbacks; and the checkpoint, or None.
+    """
+    set_seed(args.seed)
+    quiet_other_processes(args.process_index)
+    use_worker_server(args)
+    stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
+    with errors_in_one_line():
+        if args.process_index == 0 and folder.is_dir():
+            claim_folder(folder)
+        return stop, find_checkpoint(resume, folder)
+
+
+def quiet_libraries() -> None:
+    """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
+    import transformers.trainer
+
+    from .trainer import Progress
+
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
 
 
 def quiet_other_processes(process_index: int) -> None:
@@ -142,8 +182,9 @@ def tell(
     heading: str,
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
-    then: Mapping[str, str],
+    then: Mapping[str, str | None],
     files: Mapping[str, str] | None = None,
+    table: str | None = None,
 ) -> None:
     """Prints what a program found, what it wrote where, and what to do next.
 
@@ -151,21 +192,25 @@ def tell(
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do.
+        then: Commands by what they do; None is left out.
         files: What is in the folder beside the usual files of a run.
+        table: Lines to print below the results.
     """
     print(f"\n{heading}")
     for key, value in results.items():
         if value is not None:
             share = METRICS[key][2] if key in METRICS else "top" in key
             print(f"  {key:20}{f'{value:.2%}' if share else f'{value:,.4g}':>10}")
+    if table:
+        print(f"\n{table}")
     print(f"\nWritten to {folder}")
     for name, content in (CONTENTS | dict(files or {})).items():
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
     for what, command in then.items():
-        print(f"  {what:10} {command}")
+        if command is not None:
+            print(f"  {what:10} {command}")
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

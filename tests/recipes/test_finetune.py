@@ -352,7 +352,7 @@ def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
         (["--smoke", "--optim", "adamw_torch"], "--optim must begin with 'powergrad_'"),
         (["--smoke", "--mode", "lora", "--ema-decay", "0.9"], "--ema-decay must be left out with --mode lora"),
         (["--smoke", "--mode", "lora", "--lora-rank", "0"], "rank must be at least 1, got 0"),
-        (["--smoke", "--per-device-train-batch-size", "321"], "--per-device-train-batch-size must be at most 320"),
+        (["--smoke", "--per-device-train-batch-size", "321"], "per_device_train_batch_size must be at most 320"),
         (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
         (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is not a folder, a timm model"),
     ],

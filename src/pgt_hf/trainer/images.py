@@ -8,6 +8,7 @@ stopped.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..data_workers import use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from .checkpoints import AtomicCheckpoints, latest_checkpoint
+from .checkpoints import AtomicCheckpoints
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
@@ -92,13 +94,13 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             )
         if mixing and not args.dataloader_drop_last:
             raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        use_worker_server(args)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model, args, compute_loss_func=self._cross_entropy, **kwargs)
         if args.ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("ema_decay needs whole parameters on each process, and FSDP shards them: set it to None")
         self.ema: ModelEmaV3 | None = None
-        self._resumed_from: str | None = None
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
@@ -111,13 +113,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
         self.add_callback(_Steps(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir) or True  # Trainer has the error message
-        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     # --- data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -125,14 +120,14 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
         # A stream gives each process its own part already: Accelerate only moves the batches to the device.
-        workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
@@ -251,10 +246,16 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         finally:
             self.model, self.model_wrapped = before
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+    def _save_more(self, folder: Path) -> None:
         if self.ema is not None and self.args.should_save:
-            self.ema.module.save_pretrained(os.path.join(output_dir or self.args.output_dir, EMA))
+            self.ema.module.save_pretrained(folder / EMA)
+
+    def _is_finite(self) -> bool:
+        averaged = [] if self.ema is None else [*self.ema.module.state_dict().values()]
+        return super()._is_finite() and all(bool(tensor.isfinite().all()) for tensor in averaged)
+
+    def _made_with(self) -> dict[str, Any]:
+        return super()._made_with() | {"averaged weights (ema_decay)": self.args.ema_decay is not None}
 
     def _start_ema(self) -> None:
         self.ema = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=self.args.ema_warmup)
