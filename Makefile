@@ -68,6 +68,10 @@ bench: venv ## Run the benchmarks
 gpu: venv ## Check and measure everything that needs a GPU, in ten minutes; writes runs/gpu.json and .md
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
+.PHONY: performance
+performance: venv ## Measure everything that docs/performance.md shows, and write it there; ARGS="--only WORDS" for a part
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.page $(ARGS)
+
 .PHONY: docs
 docs: venv ## Build the documentation into site/; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
