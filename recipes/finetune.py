@@ -31,7 +31,6 @@ from pgt_hf.analysis import (
     ClassificationMetrics,
     Evaluation,
     calibration_table,
-    examine,
     plot_confusion,
     plot_mistakes,
     require_matplotlib,
@@ -146,6 +145,7 @@ def main() -> None:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
     trainer.save_model()
+    metrics.keep_logits = True
     results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
@@ -159,7 +159,8 @@ def main() -> None:
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
         summary = record.finish(trainer, results, **more)
         with warn_on_failure("the report"):
-            evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
+            evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=metrics.alpha)
+            folder = Path(args.output_dir)
             summary = record.finish(trainer, results, evaluation, **more)
             plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
             plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)

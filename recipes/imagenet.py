@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, examine, require_matplotlib
+from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, require_matplotlib
 from pgt_hf.images import (
     DEFAULT_DATASET,
     DIGITS,
@@ -133,7 +133,8 @@ def main() -> None:
     stop.leave(trainer)
     guard.leave(trainer)
     trainer.save_model()
-    results = trainer.evaluate()
+    metrics.keep_logits = run_args.report
+    results = trainer.evaluate()  # of the averaged model last, if there is one
     results["bad_images"] = trainer.bad_images()
 
     # report
@@ -144,8 +145,8 @@ def main() -> None:
         summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
             with warn_on_failure("the report"):
-                best = model if trainer.ema is None else trainer.ema.module
-                evaluation = examine(best, validation, alpha=args.alpha)
+                names = class_names(splits["validation"])
+                evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=args.alpha)
                 summary = record.finish(trainer, results, evaluation, **more)
                 write_report(args.output_dir)
         say(summary, args, evaluation)
