@@ -44,7 +44,6 @@ from pgt_hf.images import (
     read_image,
     seed_sample,
     shrink,
-    to_raw,
     transforms,
     write_arrow,
 )
@@ -105,7 +104,7 @@ def all_sides(files: list[bytes], setting: Setting, folder: Path, raw: int | Non
     write_folder(files, pictures)
     sides: dict[str, Callable[[], Batches]] = {"ours": lambda: our_batches(files, setting, folder / "ours")}
     if raw is not None:
-        sides["ours, raw"] = lambda: our_batches([to_raw(file, raw) for file in files], setting, folder / "raw")
+        sides["ours, raw"] = lambda: our_batches([shrink(file, raw, None) for file in files], setting, folder / "raw")
     sides["timm"] = lambda: peers.timm_loader(str(pictures), setting)
     sides["torchvision (PIL)"] = lambda: peers.torchvision_loader(str(pictures), setting)
     sides["torchvision (tensor)"] = lambda: peers.torchvision_loader(str(pictures), setting, tensors=True)

@@ -25,17 +25,8 @@ from datasets import Dataset, Image
 from filelock import FileLock, Timeout
 
 from pgt_hf.atomic import replacing
-from pgt_hf.images import (
-    DEFAULT_DATASET,
-    DIGITS,
-    BadImageError,
-    class_names,
-    load_image_dataset,
-    read_image,
-    shrink,
-    to_raw,
-    write_arrow,
-)
+from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
+from pgt_hf.images.raw import write_arrow
 from pgt_hf.programs import errors_in_one_line, parse
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -86,9 +77,8 @@ def prepare(args: PrepareArguments, output: Path) -> None:
     splits = load_image_dataset(args.dataset_name, seed=args.seed)
     if splits["train"] is splits["validation"]:  # one split that serves as both is written once
         splits = {"validation": splits["validation"]}
-    settings = {
-        key: getattr(args, key) for key in ("dataset_name", "size", "format", "quality", "images_per_shard", "seed")
-    }
+    settings = {key: getattr(args, key) for key in ("dataset_name", "size", "quality", "images_per_shard", "seed")}
+    settings["quality"] = None if args.format == "raw" else args.quality
     settings |= {"on_bad_image": args.on_bad_image, "rows": {key: split.num_rows for key, split in splits.items()}}
     if output.exists():
         same_settings(output, read_json(output / MANIFEST), settings)
@@ -112,10 +102,10 @@ def write(splits: dict[str, Dataset], settings: dict[str, Any], folder: Path, nu
     for path in folder.glob(".*.json"):
         if (found := read_record(path)) is not None:
             same_settings(folder, found["settings"], settings)
-    shards, suffix = [], ".arrow" if settings["format"] == "raw" else ".parquet"
+    shards, suffix = [], "parquet" if settings["quality"] else "arrow"
     for key, split in splits.items():
         count = -(-split.num_rows // settings["images_per_shard"])
-        names = [f"{key}-{number:05}-of-{count:05}{suffix}" for number in range(count)]
+        names = [f"{key}-{number:05}-of-{count:05}.{suffix}" for number in range(count)]
         rows = Dataset.from_dict({"shard": range(count), "name": names})
         source = split.cast_column("image", Image(decode=False))
         ensure = partial(ensure_shard, split=source, key=key, folder=folder, settings=settings)
@@ -138,7 +128,7 @@ def ensure_shard(
     row: dict[str, Any], split: Dataset, key: str, folder: Path, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """One file and the record of what is in it, unless both are there and agree."""
-    path, raw = folder / row["name"], settings["format"] == "raw"
+    path, raw = folder / row["name"], settings["quality"] is None
     found = read_record(record(path))
     if found is not None and problem(path, found["shard"]) is None:
         return row
@@ -148,7 +138,7 @@ def ensure_shard(
         example = split[index]
         try:
             before = read_image(example["image"])
-            after = to_raw(before, settings["size"]) if raw else shrink(before, settings["size"], settings["quality"])
+            after = shrink(before, settings["size"], settings["quality"])
         except BadImageError as error:
             if settings["on_bad_image"] != "skip":
                 raise BadImageError(f"image {index} of {key}: {error}; --on-bad-image skip leaves it out") from error

@@ -11,7 +11,7 @@ from pgt_hf.images import (
     decode_rgb,
     load_image_dataset,
     read_upright,
-    to_raw,
+    shrink,
     write_arrow,
 )
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
-        files = [to_raw(jpeg(photo(90, 70, seed=len(name) + number)), 60) for number in range(5)]
+        files = [shrink(jpeg(photo(90, 70, seed=len(name) + number)), 60, None) for number in range(5)]
         cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0, 1, 0]}
         table = Dataset.from_dict(cells, features=features).data.table
         write_arrow(table.cast(features.arrow_schema), tmp_path / f"{name}.arrow", rows_at_once=2)
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 
 def test_the_pixels_are_those_of_the_smaller_image():
-    file = to_raw(jpeg(photo(300, 200)), 100)
+    file = shrink(jpeg(photo(300, 200)), 100, None)
     expected = np.asarray(read_upright(jpeg(photo(300, 200)), 100))
     assert expected.shape == (100, 150, 3)
     np.testing.assert_array_equal(decode_rgb(memoryview(file), whole)[0], expected)
@@ -46,7 +46,7 @@ def test_the_pixels_are_those_of_the_smaller_image():
 
 def test_a_truncated_file_is_noticed():
     with pytest.raises(BadImageError, match="cannot be decoded"):
-        decode_rgb(to_raw(jpeg(photo()), 50)[:-1], whole)
+        decode_rgb(shrink(jpeg(photo()), 50, None)[:-1], whole)
 
 
 def test_a_folder_of_arrow_files_is_mapped_and_not_copied(folder):

@@ -24,7 +24,6 @@ from .decoding import decode as decode
 from .decoding import decode_rgb as decode_rgb
 from .decoding import read_upright as read_upright
 from .decoding import shrink as shrink
-from .decoding import to_raw as to_raw
 from .decoding import to_rgb as to_rgb
 from .device_transforms import augment as augment
 from .finetuning import add_lora as add_lora

@@ -120,15 +120,17 @@ def _decode(
         return source if source.mode == "L" else to_rgb(source), size
 
 
-def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
-    """The image as JPEG with its shorter side at most ``shorter_side`` pixels.
+def shrink(image: bytes, shorter_side: int, quality: int | None) -> bytes:
+    """The image as JPEG with its shorter side at most ``shorter_side`` pixels; as PPM if ``quality`` is None.
 
-    EXIF orientation is applied, other metadata are dropped, grey stays grey. An image that is small enough and upright
-    comes back byte for byte, in whatever format it is.
+    EXIF orientation is applied, other metadata are dropped. For JPEG, grey stays grey, and an image that is small
+    enough and upright comes back byte for byte, in whatever format it is. PPM is RGB, with nothing to decode.
 
     Raises:
         BadImageError: It cannot be decoded: small ones are decoded too, to find out.
     """
+    if quality is None:
+        return ppm(np.asarray(read_upright(image, shorter_side)))
     smaller, size = decode(image, _shorter_side(shorter_side), margin=2)
     assert size is not None
     with _errors():
@@ -138,15 +140,6 @@ def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
     file = BytesIO()
     smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
     return file.getvalue()
-
-
-def to_raw(image: bytes, shorter_side: int) -> bytes:
-    """As ``shrink``, with nothing to decode: RGB pixels as PPM.
-
-    Raises:
-        BadImageError: It cannot be decoded.
-    """
-    return ppm(np.asarray(read_upright(image, shorter_side)))
 
 
 def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
