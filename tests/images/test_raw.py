@@ -6,6 +6,7 @@ from test_transforms import config, difference, jpeg, photo
 from pgt_hf.images import (
     BadImageError,
     ImageDataset,
+    ImageStream,
     ImageTransform,
     decode,
     decode_rgb,
@@ -69,3 +70,11 @@ def test_samples_are_the_same_as_without_arrow(folder):
         assert sample["labels"] == split[number]["label"]
     assert images[0]["pixel_values"].shape == (3, 48, 48)
     assert difference(images[0]["pixel_values"], images[1]["pixel_values"])[0] > 1
+
+
+def test_a_folder_of_arrow_files_can_be_streamed(folder):
+    splits = load_image_dataset(str(folder), streaming=True)
+    transform = ImageTransform(config(48), training=True, normalize=False)
+    stream = ImageStream(splits["train"], transform, batch_size=2, num_samples=10)
+    assert [sample["labels"] for sample in stream].count(0) == 6
+    assert splits["validation"].num_rows == 5
