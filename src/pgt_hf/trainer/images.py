@@ -70,6 +70,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     model: Any
     model_wrapped: Any
     lr_scheduler: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -153,6 +154,11 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if hasattr(dataset, "epoch") and not isinstance(dataset, IterableDataset):
             return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return super()._get_train_sampler(train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "augmentation" not in self._signature_columns:  # it is used up before the model sees the batch
+            self._signature_columns.append("augmentation")
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
