@@ -215,16 +215,17 @@ def name_of(path: str | None) -> str | None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A shard's record; None if it is missing or damaged, and the shard is to be written again."""
     try:
-        return read_json(path)
+        found = read_json(path)
     except (FileNotFoundError, ValueError):
         return None
+    return found if found.keys() == {"settings", "shard"} else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         right = content.pop("checksum", None) in (None, checksum_of(content))
-    except (AttributeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         right = False
     if not right:
         raise ValueError(f"{path} is damaged: delete {path.parent} and prepare it again")

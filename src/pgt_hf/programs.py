@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def parse(
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
-    sys.excepthook = _excepthook
     quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
     parser = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    sys.excepthook = partial(_excepthook, skips=any(action.dest == "on_bad_image" for action in parser._actions))
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     for name in early:
         first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
@@ -213,11 +214,12 @@ def tell(
             print(f"  {what:10} {command}")
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
     """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
-        print(f"error: {error}; --on-bad-image skip leaves such images out and counts them", file=sys.stderr)
+        hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -14,16 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
-
 import torch
-from kill_at_file_events import kill_at, tear
 from safetensors.torch import load_file
-from small import build
 
 from pgt_hf.runs import RunFolder
 from pgt_hf.trainer import DiagnosticsCallback, latest_checkpoint
 from pgt_hf.trainer.checkpoints import STAGING
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
+from kill_at_file_events import kill_at, tear  # noqa: E402
+from small import build  # noqa: E402
 
 STEPS = 8
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {

@@ -234,10 +234,11 @@ def test_a_database_that_goes_away_is_waited_for(postgres, impatient, caplog):
 
 
 @pytest.mark.slow
-def test_a_connection_that_the_server_closes_when_idle_is_opened_again(postgres, monkeypatch):
+def test_a_connection_that_the_server_closes_when_idle_is_opened_again(postgres, monkeypatch, caplog):
     name = postgres.url("idle")
     monkeypatch.setattr(shared_study, "_BEAT_SECONDS", 60)
     work(f"{name}?options=-c%20idle_session_timeout%3D300", Objective(seconds=1), 2, GRID[:2])
+    assert not [record for record in caplog.records if "trying again" in record.message]  # it was noticed in time
 
 
 def test_a_locked_database_is_waited_for_and_given_up_with_one_line(tmp_path, caplog):

@@ -42,7 +42,10 @@ def save(figure: "Figure", path: Target, title: str | None) -> None:
     if title:
         figure.suptitle(title)
     if isinstance(path, BytesIO):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        from matplotlib import rc_context
+
+        with rc_context({"svg.hashsalt": "pgt_hf"}):  # the same bytes for the same figure
+            figure.savefig(path, format="svg", metadata={"Date": None})
     else:
         figure.savefig(path, dpi=150)
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
+from ..manifest import MANIFEST, read_manifest, write_manifest
 from ..runs.record import STATE
 
 _PICKLES = (".pt", ".pth")
@@ -72,6 +73,8 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     target = run / f"checkpoint-{state['global_step']}"
     if target.exists():
         raise FileExistsError(f"{target} is there already")
+    kept = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    kept.pop("files", None)  # the files of the other form
     partial = run / f"_{target.name}"  # a half-written folder is never taken for a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -87,6 +90,7 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     if best := state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = str(run / best)
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    write_manifest(partial, **kept)
     partial.rename(target)
     return target
 

@@ -23,6 +23,7 @@ class ImageDataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, folder of images, CSV or Parquet (file or folder), or 'digits'."}
     )
+    dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
@@ -49,6 +50,7 @@ class ImageDataArguments:
             raise ValueError("--dataset-name must be given: a Hub id, a folder of images, a CSV or Parquet, or digits")
         return load_image_dataset(
             self.dataset_name,
+            self.dataset_config,
             image_column=self.image_column,
             label_column=self.label_column,
             max_train_samples=self.max_train_samples,
