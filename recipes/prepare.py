@@ -29,8 +29,7 @@ from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, l
 from pgt_hf.images.raw import write_arrow
 from pgt_hf.programs import errors_in_one_line, parse
 
-MANIFEST, LOCK = "manifest.json", ".lock"
-ROW_GROUP = 100
+MANIFEST, LOCK, ROW_GROUP = "manifest.json", ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
 
 
@@ -173,7 +172,8 @@ def verify(folder: Path) -> list[str]:
     manifest = read_json(folder / MANIFEST)
     problems = [found for shard in manifest["shards"] if (found := problem(folder / shard["name"], shard))]
     known = {shard["name"] for shard in manifest["shards"]}
-    problems += [f"{file.name} does not belong here" for file in folder.glob("*-of-*") if file.name not in known]
+    tables = [file.name for file in folder.iterdir() if file.suffix in (".parquet", ".arrow")]
+    problems += [f"{name} does not belong here" for name in tables if name not in known]
     for split, rows in manifest["rows"].items():
         found = sum(shard["images"] + len(shard["bad"]) for shard in manifest["shards"] if shard["split"] == split)
         if found != rows:
