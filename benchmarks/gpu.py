@@ -354,8 +354,10 @@ def main() -> None:
         else:
             print(f"{since:5.0f} s  {title}", file=sys.stderr, flush=True)
             rows = []
-            with failures(rows, {}):
+            failed: Rows = []
+            with failures(failed, {}):
                 rows = part(args)
+            rows = rows if failed == [{}] else failed
         results["parts"][title] = rows
         results["seconds"] = time.perf_counter() - start
         args.output.parent.mkdir(parents=True, exist_ok=True)
