@@ -16,6 +16,7 @@ from typing import Any
 
 __all__ = ["outlive_sigterm", "start_worker_server", "use_worker_server", "worker_options"]
 
+_HEAVY = ("torch", "torchvision", "accelerate", "timm", "datasets", "transformers.trainer")
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -51,7 +52,8 @@ def start_worker_server() -> None:
     """
     if _METHOD != "forkserver":
         return
-    multiprocessing.set_forkserver_preload([name for name in sys.modules if name.split(".")[0] in _PRELOADED])
+    ours = [name for name in sys.modules if name.split(".")[0] == "pgt_hf"]
+    multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules] + ours)
     if threading.current_thread() is not threading.main_thread():  # only the main one can set signals
         forkserver.ensure_running()
         return
@@ -78,6 +80,3 @@ def _ignore_sigterm(initialize: Callable[[int], None] | None, worker: int) -> No
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if initialize is not None:
         initialize(worker)
-
-
-_PRELOADED = ("pgt_hf", "datasets")  # with all that they import
