@@ -11,7 +11,7 @@ expect.
 
 import shlex
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,6 +24,7 @@ from transformers import (
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics
+from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
@@ -62,20 +63,22 @@ class TextTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 @dataclass
 class TextArguments:
-    model_name: str = field(
+    model_name: Annotated[str, ModelName(("scratch",))] = field(
         default="distilbert/distilbert-base-uncased",
         metadata={"help": "An encoder: Hub id or folder; 'scratch' is a small BERT with a tokenizer of its own."},
     )
-    dataset_name: str = field(
+    dataset_name: Annotated[str, DataSet((DOCSTRINGS,))] = field(
         default="fancyzhx/ag_news",
         metadata={"help": "Hub id, CSV, JSON or Parquet file, a folder of such, or 'docstrings', which is embedded."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if it is not detected."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of each text that are read."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts only."})
+    max_length: Annotated[int, Whole("[3, 1000000]")] = field(
+        default=128, metadata={"help": "Tokens of each text that are read."}
+    )
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many texts only."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on so many texts only."})
 
 
 def main() -> None:

@@ -22,11 +22,25 @@ from .functional import check_alpha
 from .gate import State
 from .guard import ALPHA_KEY, guard_copies
 from .heads import Head, last_linear
+from .limits import Number
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
 PREFIX = "powergrad_"
 DEFAULT_ALPHA = 0.25
+# Of options that optimizers share; torch and timm take most of what lies outside, and the training goes to nan.
+_RANGES = {
+    "lr": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "momentum": "[0, 1)",
+    "dampening": "[0, 1]",
+    "eps": "[0, inf)",
+    "layer_decay": "(0, 1]",
+    "layer_decay_min_scale": "[0, 1]",
+    "alpha": "[0, 1]",
+    "lr_decay": "[0, inf)",
+    "rho": "[0, 1)",
+}
 INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr", for schedules
 
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
@@ -80,7 +94,11 @@ def create_optimizer(
             "bind_powergrad(optimizer, model)"
         )
     name = _base_name(opt)
-    if kwargs.get("momentum") == 0 and "nesterov" in allowed_options(opt):
+    options = allowed_options(opt)
+    for key, value in {"lr": lr, **kwargs}.items():
+        if key in options:
+            check_option(key, value, options[key].default)
+    if kwargs.get("momentum") == 0 and "nesterov" in options:
         kwargs.setdefault("nesterov", False)  # timm's default, which needs a momentum
     optimizer = create_optimizer_v2(model, opt=name, lr=lr, **kwargs)
     return bind_powergrad(optimizer, model, alpha=alpha, clip_mode=clip_mode, clip_value=clip_value, head=head)
@@ -145,6 +163,26 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
     for name in ("self", "params", "model", "model_or_params", "opt", "kwargs", "args", "param_group_fn"):
         options.pop(name, None)
     return options
+
+
+def check_option(name: str, value: Any, default: Any) -> None:
+    """Raises TypeError or ValueError for an option of the type of another, or out of its range.
+
+    Example:
+        >>> check_option("momentum", 5, default=0.9)
+        Traceback (most recent call last):
+        ValueError: momentum must be a number in [0, 1), got 5
+    """
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or not value:
+            raise TypeError(f"betas must be numbers in [0, 1), such as (0.9, 0.999), got {value!r}")
+        for beta in value:
+            Number("[0, 1)").check("betas", beta)
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
+    elif value is not None and (name in _RANGES or isinstance(default, (int, float))):
+        Number(_RANGES.get(name, "(-inf, inf)")).check(name, value)
 
 
 class AlphaGroup(dict[str, Any]):

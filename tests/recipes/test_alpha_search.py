@@ -130,10 +130,10 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "tpe"], "--sampler tpe needs --trials"),
-        (["--alphas", "0.5", "1"], r"--alphas must lie in \[0, 1\)"),
-        (["--confirm-seeds", "1"], "--confirm-seeds must be at least 2"),
-        (["--seeds", "0"], "--seeds and --lr-points must be at least 1"),
+        (["--sampler", "tpe"], "--trials must be given with --sampler tpe"),
+        (["--alphas", "0.5", "1"], r"--alphas must be a number in \[0, 1\), got 1.0"),
+        (["--confirm-seeds", "1"], "--confirm-seeds must be a whole number of at least 2, got 1"),
+        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):

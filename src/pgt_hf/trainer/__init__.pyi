@@ -14,6 +14,7 @@ from .powergrad import PowerGradTrainer as PowerGradTrainer
 from .registration import TRAINER_OPTIMIZERS as TRAINER_OPTIMIZERS
 from .registration import parse_optim_args as parse_optim_args
 from .shared_study import ReportToStudy as ReportToStudy
+from .shared_study import Storage as Storage
 from .shared_study import become_worker as become_worker
 from .shared_study import completed_points as completed_points
 from .shared_study import open_storage as open_storage

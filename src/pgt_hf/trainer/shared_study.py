@@ -14,11 +14,13 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
+from ..limits import WritableFile, check_type
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SILENT_SECONDS = 1800  # a worker on another machine that has reported nothing for so long is given up
@@ -33,6 +35,30 @@ def become_worker() -> int:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return rank
+
+
+class Storage:
+    """What ``open_storage`` takes: the URL of a database whose driver is installed, or ``journal:FILE``."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless it is one; a file is tried for writing."""
+        check_type(name, value, str)
+        message = f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {value!r}"
+        if value.startswith("journal:"):
+            if not value.removeprefix("journal:"):
+                raise ValueError(message)
+            WritableFile().check(name, value.removeprefix("journal:"))
+            return
+        try:
+            url = make_url(value)
+            url.get_dialect().import_dbapi()
+        except (ArgumentError, ImportError) as error:
+            raise ValueError(f"{message}: {error}") from error
+        if url.get_backend_name() == "sqlite" and url.database:
+            file = Path(url.database)
+            WritableFile().check(name, file)
+            if file.exists() and file.stat().st_size and not file.read_bytes()[:16].startswith(b"SQLite format 3"):
+                raise ValueError(f"{message}: the file is no SQLite database")
 
 
 def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:

@@ -1,0 +1,367 @@
+"""What arguments may be. One set of rules and one wording, for the command line and for Python.
+
+A rule stands in a dataclass field's type, ``alpha: Annotated[float | None, Number("[0, 1]")]``, where whoever reads
+the dataclass sees it and ``HfArgumentParser`` does not mind it. ``check_fields`` holds the values against the rules.
+Errors name the argument, what is allowed and the value: TypeError for a wrong type, ValueError for a wrong value.
+"""
+
+import difflib
+import math
+import operator
+import os
+import re
+import tempfile
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "HUB_ID",
+    "Count",
+    "DataSet",
+    "ExistingPath",
+    "Folder",
+    "ModelName",
+    "Needs",
+    "Number",
+    "OneOf",
+    "Positive",
+    "Rate",
+    "Seed",
+    "Share",
+    "Text",
+    "Whole",
+    "Workers",
+    "WritableFile",
+    "WritableFolder",
+    "check_fields",
+    "check_needs",
+    "check_type",
+    "near",
+]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LISTED = 60  # names in a message; of longer lists only the nearest are shown
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in an interval, ``"[0, 1)"``, or one of a few others that mean something else (``also``).
+
+    Example:
+        >>> Number("(0, 1]").check("layer_decay", 0)
+        Traceback (most recent call last):
+        ValueError: layer_decay must be a number in (0, 1], got 0
+    """
+
+    interval: str = "(-inf, inf)"
+    also: tuple[float, ...] = ()
+
+    kind = "a number"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless ``value`` is allowed."""
+        message = f"{name} must be {self}, got {value!r}"
+        try:
+            number = self.read(value)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"{message} of type {type(value).__name__}") from None
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        above = operator.le if self.interval[0] == "[" else operator.lt
+        below = operator.le if self.interval[-1] == "]" else operator.lt
+        if number not in self.also and not (math.isfinite(number) and above(low, number) and below(number, high)):
+            raise ValueError(message)
+
+    def read(self, value: Any) -> float:
+        """``value`` as a number of Python; numpy's scalars, ``Decimal`` and 0-dim tensors are numbers too."""
+        kind = str(getattr(value, "dtype", type(value).__name__))
+        if isinstance(value, (str, bytes, bytearray)) or "bool" in kind or "complex" in kind or _shape(value):
+            raise TypeError
+        return float(value)
+
+    def __str__(self) -> str:
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        words = f"{self.kind} in {self.interval}"
+        if math.isinf(high):
+            words = f"{self.kind} {'of at least' if self.interval[0] == '[' else 'above'} {low:g}"
+            words = self.kind if math.isinf(low) else words
+        return " or ".join([words, *(f"{number:g}" for number in self.also)])
+
+
+class Whole(Number):
+    """A whole number in an interval."""
+
+    kind = "a whole number"
+
+    def read(self, value: Any) -> float:
+        """As for ``Number``; 3.0 is no whole number here, since it is no index either."""
+        super().read(value)
+        return operator.index(value)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some names, or of those that a function gives when it is asked."""
+
+    names: Sequence[str] | Callable[[], Iterable[str]]
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless ``value`` is among the names."""
+        names = list(self.names() if callable(self.names) else self.names)
+        if isinstance(value, Enum):
+            value = value.value
+        if isinstance(value, str) and value in names:
+            return
+        allowed = f"one of {', '.join(names)}" if len(names) <= _LISTED else f"one of {len(names):,} names"
+        message = f"{name} must be {allowed}, got {value!r}{near(value, names)}"
+        raise ValueError(message) if isinstance(value, str) else TypeError(message)
+
+
+class Text:
+    """A text that is not empty."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless it is one."""
+        check_type(name, value, str)
+        if not value.strip():
+            raise ValueError(f"{name} must not be empty, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """An argument that counts only where another has one of some values; given elsewhere, it would do nothing."""
+
+    other: str
+    values: tuple[Any, ...] = ()  # any that is not None, False or 0, if none is named
+
+    def met(self, values: Mapping[str, Any]) -> bool:
+        """Whether the other argument has such a value."""
+        value = values.get(self.other)
+        if not self.values:
+            return value not in (None, False, 0)
+        return any(item in self.values for item in (value if isinstance(value, list) else [value]))
+
+    def __str__(self) -> str:
+        return f"{self.other}{' ' * bool(self.values)}{' or '.join(str(value).lower() for value in self.values)}"
+
+
+@dataclass(frozen=True)
+class ExistingPath:
+    """A file or folder that must be there, or one of a few words."""
+
+    what: Literal["file", "folder"]
+    words: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError unless it is there."""
+        check_type(name, value, str, Path)
+        if value in self.words:
+            return
+        path, words = Path(value), "".join(f"{word!r} or " for word in self.words)
+        if not value or not (path.is_file() if self.what == "file" else path.is_dir()):
+            found = "" if path.exists() and value else near(str(value), _beside(path))
+            raise ValueError(f"{name} must be {words}a {self.what} that exists, got {str(value)!r}{found}")
+
+
+@dataclass(frozen=True)
+class WritableFolder:
+    """A folder that can be written to, or made; that is tried, and leaves nothing behind."""
+
+    what = "a folder that can be written to"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError unless writing works."""
+        check_type(name, value, str, Path)
+        message = f"{name} must be {self.what}, got {str(value)!r}"
+        if not str(value):
+            raise ValueError(message)
+        try:
+            self.probe(Path(value))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{message}: {getattr(error, 'strerror', None) or error}") from error
+
+    def probe(self, path: Path) -> None:
+        """Writes into the folder, or into the nearest one above it that is there."""
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+        if longest > 255:
+            raise ValueError(f"a name of {longest} bytes is too long")
+        folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tried-for-writing-") as inner:
+            Path(inner, "file").write_bytes(b"0")
+
+
+@dataclass(frozen=True)
+class WritableFile(WritableFolder):
+    """A file that can be written."""
+
+    what = "a file that can be written"
+
+    def probe(self, path: Path) -> None:
+        """Writes beside the file; a file that is there stays as it is."""
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        if path.exists():
+            with path.open("ab"):
+                return
+        super().probe(path.parent)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set's name: a file or folder that is there, an embedded one, or what may be a Hub id."""
+
+    embedded: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError unless it is one of these."""
+        check_type(name, value, str, os.PathLike)
+        place = os.fspath(value)
+        if place in self.embedded or (place and os.path.exists(place)):
+            return
+        is_path = os.path.isabs(place) or place.count("/") > 1 or place.startswith(".") or Path(place).suffix in _FILES
+        if is_path or not HUB_ID.fullmatch(place):
+            words = "".join(f"{word!r}, " for word in self.embedded)
+            raise ValueError(
+                f"{name} must be {words}a file or folder that exists, or a Hub id such as owner/name, got {place!r}"
+                f"{near(place, _beside(Path(place)))}"
+            )
+
+
+_FILES = (".csv", ".parquet", ".json", ".jsonl", ".txt", ".zip", ".tar", ".jpg", ".png")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name: one of a few words, the folder of a saved one, or what may be a Hub id."""
+
+    words: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError unless it is one of these."""
+        check_type(name, value, str, os.PathLike)
+        place = os.fspath(value)
+        folder = Path(place)
+        if place in self.words or (place and any(folder.glob("*config.json")) and any(folder.iterdir())):
+            return
+        words = "".join(f"{word!r}, " for word in self.words)
+        message = f"{name} must be {words}the folder of a saved one with its config, or a Hub id, got {place!r}"
+        if not place or folder.exists() or not HUB_ID.fullmatch(place) or near(place, self.words):
+            raise ValueError(message + near(place, self.words))
+
+
+Count = Annotated[int, Whole("[1, inf)")]
+Folder = Annotated[str, WritableFolder()]
+Positive = Annotated[float, Number("(0, inf)")]
+Rate = Annotated[float, Number("(0, 1e6]")]
+Seed = Annotated[int, Whole("[0, 4294967295]")]
+Share = Annotated[float, Number("[0, 1]")]
+Workers = Annotated[int, Whole("[0, 1024]")]
+
+
+def check_type(name: str, value: Any, *allowed: type) -> None:
+    """Raises TypeError unless ``value`` is of one of these types.
+
+    Example:
+        >>> check_type("model", None, torch.nn.Module)
+        Traceback (most recent call last):
+        TypeError: model must be a Module, got None of type NoneType
+    """
+    if not isinstance(value, allowed):
+        words = " or ".join(f"a {kind.__name__}" for kind in allowed)
+        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        raise TypeError(f"{name} must be {words}, got {shown} of type {type(value).__name__}")
+
+
+def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
+    """Holds values against the rules and types of a dataclass's fields.
+
+    Args:
+        kind: The dataclass.
+        values: The values by field; fields that it lacks are not checked.
+        more: Rules of fields that the dataclass inherits from another library.
+
+    Raises:
+        TypeError, ValueError: One is not allowed; the message names it.
+
+    Example:
+        >>> check_fields(ImageTrainingArguments, {"mixup": -1})
+        Traceback (most recent call last):
+        ValueError: mixup must be a number of at least 0, got -1
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for item in fields(kind):
+        if item.name in values:
+            rule = (more or {}).get(item.name)
+            _check(item.name, values[item.name], Annotated[hints[item.name], rule] if rule else hints[item.name])
+
+
+def check_needs(kind: type, values: Mapping[str, Any], given: Iterable[str]) -> None:
+    """Raises ValueError for an argument that was given, and whose ``Needs`` are not met."""
+    hints = get_type_hints(kind, include_extras=True)
+    for name in sorted(set(given) & set(hints)):
+        for rule in getattr(hints[name], "__metadata__", ()):
+            if isinstance(rule, Needs) and not rule.met(values):
+                now = values.get(rule.other)
+                raise ValueError(f"{name} counts only with {rule}, got {values[name]!r} with {rule.other} {now!r}")
+
+
+def near(value: Any, names: Iterable[str]) -> str:
+    """``; near: ...`` for a message, with the names that ``value`` may have meant; empty if there are none."""
+    close = difflib.get_close_matches(value, list(names), n=3) if isinstance(value, str) else []
+    return f"; near: {', '.join(close)}" if close else ""
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    rules: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, rules = hint.__origin__, hint.__metadata__
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and types.NoneType in kinds:
+        return
+    checks = [rule.check for rule in rules if hasattr(rule, "check")]
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    if get_origin(kinds[0]) is Annotated:
+        _check(name, value, kinds[0])
+    elif get_origin(kinds[0]) is list and len(kinds) == 1:
+        check_type(name, value, list, tuple)
+        if not value and checks + list(get_args(get_args(kinds[0])[0])):
+            raise ValueError(f"{name} must name at least one, got {value!r}")
+        for item in value:
+            _check(name, item, get_args(kinds[0])[0])
+    elif not checks:
+        checks = [rule.check for rule in _rules_of(kinds)]
+    for check in checks:
+        check(name, value)
+
+
+def _rules_of(kinds: tuple[Any, ...]) -> list[Any]:
+    """The rule that a bare type is; none for texts and what transformers reads in ways of its own."""
+    named = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    if named:
+        return [OneOf([str(member.value) for member in named[0]])]
+    if len(kinds) != 1:
+        return []
+    rules: dict[Any, Any] = {float: Number(), int: Whole(), bool: _TrueOrFalse()}
+    with suppress(TypeError):
+        return [rules[kinds[0]]] if kinds[0] in rules else []
+    return []
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
+
+
+class _TrueOrFalse:
+    def check(self, name: str, value: Any) -> None:
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
+
+
+def _beside(path: Path) -> list[str]:
+    with suppress(OSError):
+        return [str(path.parent / found.name) for found in path.parent.iterdir()]
+    return []
