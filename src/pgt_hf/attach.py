@@ -17,11 +17,13 @@ from .functional import check_alpha, is_compiling, is_functorch
 from .gate import State, TracedGate, enter
 from .guard import guard_steps, guard_weights
 from .heads import Head, candidates, find_heads, is_pretrained, untied_layers, unwrap
+from .limits import checked
 from .logits import PowerGradLogits
 
 __all__ = ["PowerGradHandle", "attach_powergrad", "release_powergrad"]
 
 
+@checked
 def attach_powergrad(model: nn.Module, alpha: float, head: Head | None = None) -> "PowerGradHandle":
     """Makes every softmax cross-entropy of ``model``'s logits a PGT one, while it trains.
 

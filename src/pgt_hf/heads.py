@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .functional import check_alpha
+from .limits import checked
 
 __all__ = [
     "Head",
@@ -68,6 +69,7 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
     return [*found[:1], *second]
 
 
+@checked
 @torch.no_grad()
 def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     """Multiplies the head's weight and bias by ``alpha``, in place: same top-1, and ``p'`` as probabilities.

@@ -6,6 +6,8 @@ Errors name the argument, what is allowed and the value: TypeError for a wrong t
 """
 
 import difflib
+import functools
+import inspect
 import math
 import operator
 import os
@@ -17,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "HUB_ID",
@@ -27,6 +29,7 @@ __all__ = [
     "Folder",
     "ModelName",
     "Needs",
+    "NonNegative",
     "Number",
     "OneOf",
     "Positive",
@@ -41,9 +44,12 @@ __all__ = [
     "check_fields",
     "check_needs",
     "check_type",
+    "checked",
     "near",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LISTED = 60  # names in a message; of longer lists only the nearest are shown
 
@@ -65,7 +71,7 @@ class Number:
 
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless ``value`` is allowed."""
-        message = f"{name} must be {self}, got {value!r}"
+        message = f"{name} must be {self}, got {_shown(value)}"
         try:
             number = self.read(value)
         except (TypeError, ValueError, OverflowError):
@@ -116,13 +122,19 @@ class OneOf:
             value = value.value
         if isinstance(value, str) and value in names:
             return
-        allowed = f"one of {', '.join(names)}" if len(names) <= _LISTED else f"one of {len(names):,} names"
-        message = f"{name} must be {allowed}, got {value!r}{near(value, names)}"
+        message = f"{name} must be {self}, got {value!r}{near(value, names)}"
         raise ValueError(message) if isinstance(value, str) else TypeError(message)
+
+    def __str__(self) -> str:
+        names = list(self.names() if callable(self.names) else self.names)
+        return f"one of {', '.join(names)}" if len(names) <= _LISTED else f"one of {len(names):,} names"
 
 
 class Text:
     """A text that is not empty."""
+
+    def __str__(self) -> str:
+        return "a text"
 
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless it is one."""
@@ -255,6 +267,7 @@ class ModelName:
 
 Count = Annotated[int, Whole("[1, inf)")]
 Folder = Annotated[str, WritableFolder()]
+NonNegative = Annotated[float, Number("[0, inf)")]
 Positive = Annotated[float, Number("(0, inf)")]
 Rate = Annotated[float, Number("(0, 1e6]")]
 Seed = Annotated[int, Whole("[0, 4294967295]")]
@@ -272,8 +285,7 @@ def check_type(name: str, value: Any, *allowed: type) -> None:
     """
     if not isinstance(value, allowed):
         words = " or ".join(f"a {kind.__name__}" for kind in allowed)
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
-        raise TypeError(f"{name} must be {words}, got {shown} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be {words}, got {_shown(value)} of type {type(value).__name__}")
 
 
 def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
@@ -294,9 +306,16 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
     """
     hints = get_type_hints(kind, include_extras=True)
     for item in fields(kind):
-        if item.name in values:
-            rule = (more or {}).get(item.name)
-            _check(item.name, values[item.name], Annotated[hints[item.name], rule] if rule else hints[item.name])
+        name, hint = item.name, hints[item.name]
+        optional = types.NoneType in (*get_args(hint), *get_args(getattr(hint, "__origin__", None)))
+        rule = (more or {}).get(name) or _rule(hint)
+        if name not in values or rule is None or (values[name] is None and optional):
+            continue
+        if isinstance(rule, _Kind) and rule.kind is str and more:
+            continue  # Trainer reads some texts in ways of its own
+        rule.check(name, values[name])
+        if isinstance(rule, _Items) and isinstance(rule.rule, (Number, OneOf)) and not values[name]:
+            raise ValueError(f"{name} must name at least one, got {values[name]!r}")
 
 
 def check_needs(kind: type, values: Mapping[str, Any], given: Iterable[str]) -> None:
@@ -315,50 +334,139 @@ def near(value: Any, names: Iterable[str]) -> str:
     return f"; near: {', '.join(close)}" if close else ""
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
-    rules: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, rules = hint.__origin__, hint.__metadata__
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and types.NoneType in kinds:
-        return
-    checks = [rule.check for rule in rules if hasattr(rule, "check")]
-    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
-    if get_origin(kinds[0]) is Annotated:
-        _check(name, value, kinds[0])
-    elif get_origin(kinds[0]) is list and len(kinds) == 1:
-        check_type(name, value, list, tuple)
-        if not value and checks + list(get_args(get_args(kinds[0])[0])):
-            raise ValueError(f"{name} must name at least one, got {value!r}")
-        for item in value:
-            _check(name, item, get_args(kinds[0])[0])
-    elif not checks:
-        checks = [rule.check for rule in _rules_of(kinds)]
-    for check in checks:
-        check(name, value)
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Holds the arguments of every call against the types and rules of the function's annotations.
+
+    Example:
+        >>> @checked
+        ... def fold(model: nn.Module, alpha: Annotated[float, Number("(0, 1]")]) -> None: ...
+        >>> fold(nn.Linear(4, 3), alpha="half")
+        Traceback (most recent call last):
+        TypeError: alpha must be a number in (0, 1], got 'half' of type str
+    """
+    signature = inspect.signature(function)
+    rules: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not rules:
+            hints = get_type_hints(function, include_extras=True)
+            rules.update({name: _rule(hint) for name, hint in hints.items() if name != "return"} or {"": None})
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own message names what is missing or too much
+        for name, value in given.items():
+            variadic = signature.parameters[name].kind in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            )
+            if rules.get(name) is not None and not variadic:
+                rules[name].check(name, value)
+        return function(*args, **kwargs)
+
+    return call
 
 
-def _rules_of(kinds: tuple[Any, ...]) -> list[Any]:
-    """The rule that a bare type is; none for texts and what transformers reads in ways of its own."""
-    named = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
-    if named:
-        return [OneOf([str(member.value) for member in named[0]])]
-    if len(kinds) != 1:
-        return []
-    rules: dict[Any, Any] = {float: Number(), int: Whole(), bool: _TrueOrFalse()}
-    with suppress(TypeError):
-        return [rules[kinds[0]]] if kinds[0] in rules else []
-    return []
+def _rule(hint: Any) -> Any:
+    """The rule that an annotation is; None where it allows anything, or what only the function itself can judge."""
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        hint, own = inner[0], [rule for rule in inner[1:] if hasattr(rule, "check")]
+        if not own:
+            return _rule(hint)
+        return _Either((_Kind(types.NoneType), *own)) if types.NoneType in get_args(hint) else own[0]
+    if origin in (Union, types.UnionType):
+        members = tuple(_rule(each) for each in inner)
+        if any("numpy" in getattr(each, "__module__", "") for each in inner) or None in members:
+            return None
+        return members[0] if len(members) == 1 else _Either(members)
+    if origin is Literal:
+        return OneOf([str(name) for name in inner])
+    if origin in _SIMPLE:
+        return _SIMPLE[origin]
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return OneOf([str(member.value) for member in origin])
+    if origin in (list, Sequence, tuple):
+        length = len(inner) if origin is tuple and Ellipsis not in inner else 0
+        return _Items(_rule(inner[0]) if inner and len(set(inner) - {Ellipsis}) == 1 else None, length)
+    if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
+        return None
+    return _Kind(origin)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(getattr(value, "shape", ()))
+@dataclass(frozen=True)
+class _Kind:
+    kind: type
+
+    def check(self, name: str, value: Any) -> None:
+        check_type(name, value, self.kind)
+
+    def __str__(self) -> str:
+        return "None" if self.kind is types.NoneType else f"a {self.kind.__name__}"
+
+
+@dataclass(frozen=True)
+class _Either:
+    rules: tuple[Any, ...]
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and any(rule == _Kind(types.NoneType) for rule in self.rules):
+            return
+        errors: list[Exception] = []
+        for rule in self.rules:
+            try:
+                rule.check(name, value)
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+            else:
+                return
+        wrong_value = next((error for error in errors if isinstance(error, ValueError)), None)
+        left = [rule for rule in self.rules if rule != _Kind(types.NoneType)]
+        if wrong_value is not None or len(left) == 1:
+            raise wrong_value or errors[self.rules.index(left[0])]
+        words = " or ".join(str(rule) for rule in self.rules)
+        raise TypeError(f"{name} must be {words}, got {_shown(value)} of type {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class _Items:
+    rule: Any
+    length: int = 0
+
+    def check(self, name: str, value: Any) -> None:
+        if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
+            raise TypeError(f"{name} must be {self}, got {_shown(value)} of type {type(value).__name__}")
+        if self.length and len(value) != self.length:
+            raise ValueError(f"{name} must be {self}, got {_shown(value)}")
+        if self.rule is not None:
+            for item in value:
+                self.rule.check(name, item)
+
+    def __str__(self) -> str:
+        return f"{self.length} values" if self.length else "a list"
 
 
 class _TrueOrFalse:
     def check(self, name: str, value: Any) -> None:
         if type(value).__name__ not in ("bool", "bool_"):
-            raise TypeError(f"{name} must be true or false, got {value!r}")
+            raise TypeError(f"{name} must be true or false, got {_shown(value)}")
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
+_SIMPLE: dict[Any, Any] = {float: Number(), int: Whole(), bool: _TrueOrFalse(), types.NoneType: _Kind(types.NoneType)}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, in one line that is not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
 
 
 def _beside(path: Path) -> list[str]:

@@ -4,7 +4,6 @@ PGT acts at the logits, not in the step, so ``powergrad_sgd`` is timm's ``sgd`` 
 lives exactly as long as the optimizer. alpha stands in ``param_groups`` as ``powergrad_alpha``, beside lr.
 """
 
-import difflib
 import inspect
 import warnings
 import weakref
@@ -22,7 +21,7 @@ from .functional import check_alpha
 from .gate import State
 from .guard import ALPHA_KEY, guard_copies
 from .heads import Head, last_linear
-from .limits import Number
+from .limits import Number, check_type, checked, near
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
@@ -93,6 +92,8 @@ def create_optimizer(
             "parameters alone are not enough; make the optimizer with timm or torch, then call "
             "bind_powergrad(optimizer, model)"
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model must have parameters to train, got a {type(model).__name__} with none")
     name = _base_name(opt)
     options = allowed_options(opt)
     for key, value in {"lr": lr, **kwargs}.items():
@@ -116,8 +117,12 @@ def bind_powergrad(
     """Attaches PGT to ``model`` for the life of any ``optimizer``; see ``create_optimizer`` for the rest."""
     check_clipping(clip_mode, clip_value)
     stepped = _stepped(optimizer)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    check_type("model", model, nn.Module)
+    own = {id(parameter) for parameter in model.parameters()}
+    if own and not any(id(each) in own for group in stepped.param_groups for each in group["params"]):
+        raise ValueError(
+            f"optimizer must train parameters of the model, got a {type(stepped).__name__} of others alone"
+        )
     release_powergrad(model)
     handle = attach_powergrad(model, alpha, head)
     handle.state.owned = True
@@ -140,6 +145,7 @@ def bind_powergrad(
     return optimizer
 
 
+@checked
 def list_optimizers(filter: str = "") -> list[str]:
     """The names that ``create_optimizer`` takes, by a wildcard such as ``"powergrad_ada*"``.
 
@@ -337,6 +343,6 @@ def _base_name(opt: str) -> str:
     names = list_optimizers()
     base = opt.removeprefix(PREFIX) if isinstance(opt, str) else ""
     if not isinstance(opt, str) or not opt.startswith(PREFIX) or PREFIX + base.removeprefix("lookahead_") not in names:
-        close = difflib.get_close_matches(f"{PREFIX}{base}", names) or names[:6]
-        raise ValueError(f"opt must be '{PREFIX}' and the name of a timm optimizer, got {opt!r}; near: {close}")
+        close = near(f"{PREFIX}{base}", names) or f"; such as {', '.join(names[:6])}"
+        raise ValueError(f"opt must be '{PREFIX}' and the name of a timm optimizer, got {opt!r}{close}")
     return base

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional import check_alpha
+from ..limits import Count, Seed, checked
 from ..splits import IGNORED
-from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
+from .metrics import BINS, Reliability, check_logits, probability_scores, reliability, score_logits
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class Calibration:
     reliability: Reliability
 
 
+@checked
 def compare_calibration(
-    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: int = BINS, seed: int = 0
+    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: Count = BINS, seed: Seed = 0
 ) -> dict[str, Calibration]:
     """Scores the probabilities of the same logits as they are, folded, and at the temperature that fits best.
 
@@ -63,6 +65,7 @@ def compare_calibration(
         >>> list(compare_calibration(logits, labels, alpha=0.25))
         ['raw', 'folded', 'fitted']
     """
+    check_logits(logits, labels)
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if len(labels) < 2:
@@ -83,6 +86,7 @@ def compare_calibration(
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
+@checked
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
 
@@ -102,6 +106,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     from scipy.optimize import minimize_scalar
 
+    check_logits(logits, labels)
     counted = labels != IGNORED
     logits, labels = logits[counted].double(), labels[counted]
     if not len(labels) or not logits.isfinite().all():

@@ -21,6 +21,7 @@ from ..analysis.diagnostics import (
     recover_target,
     zeroed_filters,
 )
+from ..limits import checked
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
@@ -48,6 +49,7 @@ class DiagnosticsCallback(TrainerCallback):
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[DiagnosticsCallback()])
     """
 
+    @checked
     def __init__(self, interval: int = 100, capacity: int = 256, head: nn.Module | str | None = None) -> None:
         self.interval = check_interval(interval)
         self.history = History(capacity)
