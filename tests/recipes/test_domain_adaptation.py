@@ -133,7 +133,7 @@ def test_entropy_and_confidence_of_a_pgt_network_are_those_of_the_folded_probabi
     sure = folded.amax(-1) >= 0.5
     assert 0 < sure.sum() < 50
     assert torch.equal(labels[sure], logits.argmax(-1)[sure]) and (labels[~sure] == -100).all()
-    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"threshold must be a number in \[0, 1\], got 1.5"):
         confident_labels(logits, 1.5)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..limits import checked
 from .confusion import worst_mistakes
 from .figures import Target, finish, new_figure, save, shorten
 
@@ -77,6 +78,7 @@ def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title:
     save(figure, path, title)
 
 
+@checked
 def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, title: str | None = None) -> None:
     """Draws a sheet of images, PIL's or arrays, each with a caption of a line or two.
 
@@ -96,6 +98,7 @@ def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, ti
     save(figure, path, title)
 
 
+@checked
 def plot_mistakes(
     labels: ArrayLike,
     predicted: ArrayLike,

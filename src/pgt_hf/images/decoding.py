@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from io import BytesIO
+from typing import Annotated
 
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+
+from ..limits import Count, Whole, checked
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
@@ -39,7 +42,8 @@ def decode(
         raise BadImageError(f"the image cannot be decoded: {error}") from error
 
 
-def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
+@checked
+def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1, 95]")]) -> bytes:
     """The image as JPEG with its shorter side at most ``shorter_side`` pixels.
 
     EXIF orientation is applied, other metadata are dropped, grey stays grey. An image that is small enough and upright

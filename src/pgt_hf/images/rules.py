@@ -10,7 +10,6 @@ import timm
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 
 from ..limits import HUB_ID, DataSet, Number, OneOf, Whole, check_type, near
-from .sources import DIGITS
 
 Side = Annotated[int, Whole("[1, 8192]")]
 Crop = Annotated[float, Number("(0, 1]")]
@@ -67,5 +66,5 @@ class AutoAugment:
             raise ValueError(f"{message}: {error}") from error
 
 
-DataSetName = Annotated[str, DataSet((DIGITS,))]
+DataSetName = Annotated[str, DataSet(("digits",))]
 TimmModel = Annotated[str, TimmName()]

@@ -7,7 +7,7 @@ is an error that says what to do.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
@@ -18,6 +18,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
+from ..limits import Count, DataSet, Seed, checked
 from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,15 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _DIGIT_SHARDS = 8
 
 
+@checked
 def load_image_dataset(
-    name: str = DEFAULT_DATASET,
+    name: Annotated[str, DataSet(("digits",))] = DEFAULT_DATASET,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
+    max_train_samples: Count | None = None,
+    max_eval_samples: Count | None = None,
+    seed: Seed = 0,
     streaming: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.

@@ -18,7 +18,9 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torch import Tensor
 from torchvision import transforms
 
+from ..limits import Number, OneOf, checked
 from .decoding import Box, Size, check_pixels, decode, to_rgb
+from .rules import AutoAugment
 
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
@@ -28,6 +30,15 @@ _ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
 # agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
 _TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
 
+_RULES: dict[str, Any] = {
+    "scale": Number("(0, 1]"),
+    "ratio": Number("(0, 100]"),
+    "hflip": Number("[0, 1]"),
+    "vflip": Number("[0, 1]"),
+    "crop_pct": Number("(0, 1]"),
+    "auto_augment": AutoAugment(),
+    "interpolation": OneOf(("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")),
+}
 _ON_TENSORS = (
     MaybePILToTensor,
     transforms.CenterCrop,
@@ -65,6 +76,7 @@ class ImageTransform:
         (torch.Size([3, 32, 32]), torch.uint8)
     """
 
+    @checked
     def __init__(
         self, config: Mapping[str, Any], training: bool, *, normalize: bool = True, **augmentation: Any
     ) -> None:
@@ -72,6 +84,10 @@ class ImageTransform:
             if name in _ERASING + _ELSEWHERE:
                 what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
                 raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
+        check_augmentation({"crop_pct": config.get("crop_pct"), **augmentation})
+        for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):
+            if config.get(name) is not None and len(config[name]) != count:
+                raise ValueError(f"config: {name} must have {count} numbers, got {config[name]!r}")
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
@@ -132,6 +148,18 @@ class ImageTransform:
         return whole, (self._shorter_side, longer_side) if height <= width else (longer_side, self._shorter_side)
 
 
+def check_augmentation(options: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option of timm's ``create_transform`` that is out of its range."""
+    for name, value in options.items():
+        if name in _RULES and value is not None:
+            for item in value if name in ("scale", "ratio") and isinstance(value, (tuple, list)) else (value,):
+                _RULES[name].check(name, item)
+    for name in ("scale", "ratio"):
+        pair = options.get(name) or (0, 1)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] > pair[1]:
+            raise ValueError(f"{name} must be two rising numbers, got {pair!r}")
+
+
 class _Jitter:
     """torchvision's ColorJitter without hue, with the same draws; values differ from PIL's by rounding alone."""
 
@@ -165,6 +193,7 @@ class _Jitter:
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL converts to grey
 
 
+@checked
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
 
