@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
 from pgt_hf.analysis import ClassificationMetrics, confusion_matrix, plot_confusion, plot_mistakes, require_matplotlib
@@ -47,9 +47,9 @@ from pgt_hf.images import (
     replace_head,
     set_image_size,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data
-from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
+from pgt_hf.trainer import CheckpointError, parse_optim_args
 
 SHOWN = ("top1", "top5", "ece", "ece_folded", "loss", "nll", "nll_folded", "best_epoch", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
@@ -79,8 +79,7 @@ def main() -> None:
         FinetuningArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -100,7 +99,7 @@ def main() -> None:
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, {model_args.mode}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop = StopOnSigterm()
+        record.check_resume(resume, run_args.allow_changed_data)
         trainer = ImageTrainer(
             model,
             args,
@@ -118,10 +117,10 @@ def main() -> None:
         )
         if model_args.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
-        resume = find_checkpoint(run_args.resume, args.output_dir)
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from transformers import set_seed
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics, examine, require_matplotlib
@@ -43,15 +42,15 @@ from pgt_hf.limits import Count, ExistingPath, Needs, OneOf, Rate, Share
 from pgt_hf.programs import (
     IMAGE_DEFAULTS,
     RunArguments,
+    begin,
     errors_in_one_line,
     fit_global_batch,
     parse,
-    quiet_other_processes,
     read_config,
     tell,
 )
 from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
-from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint
+from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -121,8 +120,7 @@ def main() -> None:
         ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments, description=__doc__,
         defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_global_batch,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -131,12 +129,12 @@ def main() -> None:
             splits = data_args.load(args.seed, streaming=data_args.streaming)
         model = build_model(model_args, data_args, class_names(splits["validation"]))
         train, validation = build_data(splits, data_args, model.config.pretrained_cfg, args)
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop, guard = StopOnSigterm(), DivergenceCallback()
+        record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -151,11 +149,10 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
-    if guard.verdict:
-        trainer.end()
-        sys.exit(f"error: {guard.message}")
+    guard.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
     results["bad_images"] = trainer.bad_images()

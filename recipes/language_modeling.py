@@ -19,15 +19,15 @@ from itertools import chain
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
+from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
 LARGE_VOCABULARY = 32768
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -116,12 +116,10 @@ def main() -> None:
         LanguageArguments, RunArguments, PowerGradTrainingArguments,
         description=__doc__, defaults=DEFAULTS, smoke=SMOKE, adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_plain_text(
                 language_args.dataset_name,
@@ -145,7 +143,8 @@ def main() -> None:
     model = build(FusedLossLlama if fused else LlamaForCausalLM, language_args, len(tokenizer), args.alpha)
     description = {"arguments": config, "data": describe_data(language_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
-    stop = StopOnSigterm()
+    with errors_in_one_line():
+        record.check_resume(resume, run_args.allow_changed_data)
     trainer = (PlainTrainer if fused else LanguageTrainer)(
         model,
         args,
@@ -157,7 +156,8 @@ def main() -> None:
     )
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     model.__class__ = LlamaForCausalLM  # trained: from here on, and on disk, a Llama as any other
     trainer.save_model()

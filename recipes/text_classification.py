@@ -19,16 +19,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    set_seed,
 )
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
 from pgt_hf.runs import RunFolder, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
+from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
 SCRATCH = "scratch"
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -86,12 +85,10 @@ def main() -> None:
     text_args, run_args, args, config = parse(
         TextArguments, RunArguments, PowerGradTrainingArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
     )
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_labelled_text(
                 text_args.dataset_name,
@@ -116,7 +113,8 @@ def main() -> None:
     metrics = ClassificationMetrics(alpha=args.alpha, top_k=min(5, len(names)))
     description = {"arguments": config, "data": describe_data(text_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{text_args.dataset_name}, alpha = {args.alpha}")
-    stop = StopOnSigterm()
+    with errors_in_one_line():
+        record.check_resume(resume, run_args.allow_changed_data)
     trainer = TextTrainer(
         model,
         args,
@@ -130,7 +128,8 @@ def main() -> None:
     )
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()

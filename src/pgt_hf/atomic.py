@@ -1,11 +1,14 @@
 """Atomic writes: a file is replaced as a whole, even if the program is killed."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "warn_if_unwritten"]
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,3 +26,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def warn_if_unwritten(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError into a warning, for what training can do without, such as a plot on a full disk.
+
+    Example:
+        >>> with warn_if_unwritten("training_curve.png"):
+        ...     figure.savefig("training_curve.png")
+    """
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be written, training goes on: %s", path, error)

@@ -30,7 +30,9 @@ def main() -> int:
         print(report("command lines", found))
         verdicts += found
     if wanted in ("all", "calls"):
-        found = [run_call(call) for call in tqdm([c for c in calls() if pattern.search(str(c))], "calls", mininterval=10)]
+        found = [
+            run_call(call) for call in tqdm([c for c in calls() if pattern.search(str(c))], "calls", mininterval=10)
+        ]
         print(report("calls", found))
         verdicts += found
     wrong = [verdict for verdict in verdicts if verdict.kind not in (CLEAR, "unclear")]

@@ -59,7 +59,11 @@ NAMES = {
     "log_level": "lowd", "ddp_backend": "ncl", "lr_scheduler_type": "cosin", "optim_args": "momentm=0.9",
     "resume": "no-such", "config": "no-such.json", "weights": "no-such.pth", "resume_from_checkpoint": "x",
 }  # fmt: skip
-PATHS = {"output_dir": ("/dev/null/x", "/proc/x"), "output": ("/dev/null/x.json", "/proc/x.json"), "storage": ("journal:",)}
+PATHS = {
+    "output_dir": ("/dev/null/x", "/proc/x"),
+    "output": ("/dev/null/x.json", "/proc/x.json"),
+    "storage": ("journal:",),
+}
 # Trainer reads these in ways of its own, or they cannot be wrong.
 LEFT_OUT = {
     "local_rank", "smoke", "deepspeed", "fsdp", "fsdp_config", "accelerator_config", "debug", "parallelism_config",
@@ -121,7 +125,9 @@ def _wrong_values(name: str, hint: Any, default: Any) -> Iterator[str]:
 def _dataclasses(program: str) -> list[type]:
     """Those that the program gives to ``parse``."""
     names = runpy.run_path(str(RECIPES / program), run_name="recipe")
-    called = re.search(r"parse\(\s*(.*?)(description|\w+=)", (RECIPES / program).read_text(encoding="utf-8"), re.DOTALL)
+    called = re.search(
+        r"parse\(\s*(.*?)(description|\w+=)", (RECIPES / program).read_text(encoding="utf-8"), re.DOTALL
+    )
     assert called is not None
     return [names[name] for name in re.findall(r"\w+", called[1])]
 
@@ -136,7 +142,7 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("imagenet.py", "--optim-args =0.9", "--optim-args"),
         ("imagenet.py", "--optim-args momentum=", "--optim-args"),
         ("imagenet.py", "--optim-args momentum=0.9;nesterov=true", "--optim-args"),
-        ("imagenet.py", "--optim-args {\"momentum\":0.9}", "--optim-args"),
+        ("imagenet.py", '--optim-args {"momentum":0.9}', "--optim-args"),
         ("imagenet.py", "--optim-args momentum=-1", "--optim-args.*momentum"),
         ("imagenet.py", "--optim-args momentum=5", "--optim-args.*momentum"),
         ("imagenet.py", "--optim-args momentum=nan", "--optim-args.*momentum"),
@@ -312,7 +318,17 @@ def _bad_files(folder: Path) -> Path:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("empty", "textonly", "oneclass/only", "broken/a", "broken/b", "brokenmodel", "badstate", "badnpz", "run"):
+    for name in (
+        "empty",
+        "textonly",
+        "oneclass/only",
+        "broken/a",
+        "broken/b",
+        "brokenmodel",
+        "badstate",
+        "badnpz",
+        "run",
+    ):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, text in {
         "afile": "not a folder", "notes.docx": "not a table", "badjson.json": "{'arguments': 1", "noargs.json": "{}",

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = "clear", "unclear", "silent", "traceback", "leaves files", "good refused"
+CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
+    "clear",
+    "unclear",
+    "silent",
+    "traceback",
+    "leaves files",
+    "good refused",
+)
 SECONDS = 120
 # Words that say what is allowed, or what to do.
 _ALLOWED = re.compile(

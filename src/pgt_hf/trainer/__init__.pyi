@@ -1,9 +1,9 @@
 from .alpha_callback import AlphaScheduleCallback as AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments as PowerGradTrainingArguments
+from .checkpoint_folders import find_checkpoint as find_checkpoint
+from .checkpoint_folders import latest_checkpoint as latest_checkpoint
 from .checkpoints import AtomicCheckpoints as AtomicCheckpoints
-from .checkpoints import StopOnSigterm as StopOnSigterm
-from .checkpoints import find_checkpoint as find_checkpoint
-from .checkpoints import latest_checkpoint as latest_checkpoint
+from .checkpoints import CheckpointError as CheckpointError
 from .diagnostics_callback import DiagnosticsCallback as DiagnosticsCallback
 from .divergence_callback import DivergenceCallback as DivergenceCallback
 from .hp_space import PAPER_ALPHAS as PAPER_ALPHAS
@@ -21,3 +21,4 @@ from .shared_study import open_storage as open_storage
 from .shared_study import open_study as open_study
 from .shared_study import paired_points as paired_points
 from .shared_study import run_trials as run_trials
+from .stopping import StopOnSigterm as StopOnSigterm

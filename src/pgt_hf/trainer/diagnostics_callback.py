@@ -21,6 +21,7 @@ from ..analysis.diagnostics import (
     recover_target,
     zeroed_filters,
 )
+from ..atomic import warn_if_unwritten
 from ..limits import checked
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
@@ -86,8 +87,10 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.history.save(Path(args.output_dir, DIAGNOSTICS))
+            path = Path(args.output_dir, DIAGNOSTICS)
+            with warn_if_unwritten(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.history.save(path)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.on_save(args, state, control)

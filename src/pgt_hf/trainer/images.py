@@ -8,6 +8,7 @@ stopped.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..images.dataset import ImageStream
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
 from ..splits import IGNORED
-from .checkpoints import AtomicCheckpoints, latest_checkpoint
+from .checkpoints import AtomicCheckpoints
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
@@ -96,7 +97,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if args.ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("ema_decay needs whole parameters on each process, and FSDP shards them: set it to None")
         self.ema: ModelEmaV3 | None = None
-        self._resumed_from: str | None = None
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
@@ -108,13 +108,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if args.random_erasing > 0:
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
         self.add_callback(_Steps(self))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir) or True  # Trainer has the error message
-        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- data
 
@@ -245,10 +238,16 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         finally:
             self.model, self.model_wrapped = before
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+    def _save_more(self, folder: Path) -> None:
         if self.ema is not None and self.args.should_save:
-            self.ema.module.save_pretrained(os.path.join(output_dir or self.args.output_dir, EMA))
+            self.ema.module.save_pretrained(folder / EMA)
+
+    def _is_finite(self) -> bool:
+        averaged = [] if self.ema is None else [*self.ema.module.state_dict().values()]
+        return super()._is_finite() and all(bool(tensor.isfinite().all()) for tensor in averaged)
+
+    def _made_with(self) -> dict[str, Any]:
+        return super()._made_with() | {"averaged weights (ema_decay)": self.args.ema_decay is not None}
 
     def _start_ema(self) -> None:
         self.ema = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=self.args.ema_warmup)

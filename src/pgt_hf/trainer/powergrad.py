@@ -144,8 +144,8 @@ class PowerGradTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.
-        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
-            broadcast(buffer)
+        if self.args.world_size > 1:
+            _broadcast(list(self.model.buffers()))
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -171,3 +171,12 @@ class PowerGradTrainer(Trainer):
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
         self._logit_rows += norms.numel()
+
+
+def _broadcast(buffers: list[Tensor]) -> None:
+    """The first process's values for all: one call for each dtype, however many buffers there are."""
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):  # in one order on all processes
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        together = broadcast(torch.cat([buffer.flatten() for buffer in same]))
+        for buffer, part in zip(same, together.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(part.view_as(buffer))
