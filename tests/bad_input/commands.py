@@ -32,9 +32,12 @@ SMALL: dict[str, tuple[str, ...]] = {
 NOT_NEGATIVE_IS_FINE = {"max_steps": "-7", "local_rank": ""}
 # 0 is right for these; for other numbers it means nothing, or something that is said in another way.
 ZERO_IS_FINE = {
-    "alpha", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "max_grad_norm",
-    "label_smoothing_factor", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "neftune_noise_alpha", "seeds",
-    "local_rank", "warmup_epochs", "warmup_lr", "min_lr", "decay_rate", "mixup", "cutmix", "random_erasing", "ema_decay",
+    "alpha", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
+    "max_grad_norm",
+    "label_smoothing_factor", "eval_delay", "seed", "data_seed", "dataloader_num_workers",
+    "neftune_noise_alpha", "seeds",
+    "local_rank", "warmup_epochs", "warmup_lr", "min_lr", "decay_rate", "mixup", "cutmix", "random_erasing",
+    "ema_decay",
     "hflip", "color_jitter", "drop_path", "lora_dropout", "num_workers", "threshold", "alphas",
 }  # fmt: skip
 TOO_LARGE = {
@@ -46,7 +49,8 @@ TOO_LARGE = {
 }  # fmt: skip
 # How the small run of a program must be changed for an argument to count at all.
 CONTEXT = {
-    "clip_value": ("--clip-mode", "norm"), "decay_epochs": ("--schedule", "step"), "decay_rate": ("--schedule", "step"),
+    "clip_value": ("--clip-mode", "norm"), "decay_epochs": ("--schedule", "step"),
+    "decay_rate": ("--schedule", "step"),
     "ema_warmup": ("--ema-decay", "0.9"), "train_images": ("--streaming",), "layer_decay": ("--mode", "layer-decay"),
     "lora_rank": ("--mode", "lora"), "lora_scale": ("--mode", "lora"), "lora_dropout": ("--mode", "lora"),
     "trials": ("--sampler", "tpe"), "hub_fold": ("--push-to-hub",),
@@ -55,7 +59,8 @@ NAMES = {
     "optim": "powergrad_sdg", "clip_mode": "nrom", "schedule": "cosin", "preset": "resnet50_cosin", "mode": "lroa",
     "on_bad_image": "skp", "auto_augment": "rand-m9-msdt0.5", "class_weights": "ballanced", "sampler": "gird",
     "pruner": "medain", "methods": "tnet", "targets": "contrats:3", "model_name": "resnet1O", "model": "resnet1O",
-    "metric_for_best_model": "topp1", "storage": "banana://x", "tokenizer_name": "no such", "dataset_name": "no/such/place",
+    "metric_for_best_model": "topp1", "storage": "banana://x", "tokenizer_name": "no such",
+    "dataset_name": "no/such/place",
     "log_level": "lowd", "ddp_backend": "ncl", "lr_scheduler_type": "cosin", "optim_args": "momentm=0.9",
     "resume": "no-such", "config": "no-such.json", "weights": "no-such.pth", "resume_from_checkpoint": "x",
 }  # fmt: skip
@@ -297,7 +302,8 @@ def _typed(bad: Path) -> Iterator[Command]:
         yield Command(program, (*SMALL.get(program, ()), *words), (named,), "")
     tool = [
         ("push {bad}/empty", "empty"), ("push {bad}/run --repo-id -x/y", "repo-id"),
-        ("export {bad}/brokenmodel t", "brokenmodel|config"), ("export {bad}/run t --license not-a-licence", "license"),
+        ("export {bad}/brokenmodel t", "brokenmodel|config"),
+        ("export {bad}/run t --license not-a-licence", "license"),
         ("export {bad}/run t --repo-id a/b/c", "repo"), ("export {bad}/run {bad}/run", "target|run"),
         ("export {bad}/nowhere t", "nowhere"), ("export {bad}/run {bad}/afile", "afile"), ("export", "RUN"),
         ("report {bad}/nowhere", "nowhere"), ("report {bad}/run --mistakes -1", "mistakes"),
@@ -307,7 +313,8 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("predict {bad}/run {bad}/afile --top 0", "top"), ("predict {bad}/run {bad}/empty", "image|empty"),
         ("predict {bad}/nowhere {bad}/afile", "nowhere"), ("nonesuch", "nonesuch"), ("push --flod x", "flod"),
         ("pull", "REPO"), ("pull a/b/c out", "a/b/c"), ("pull nobody/nothing out --checkpoint ../x", "checkpoint"),
-        ("predict {bad}/run {bad}/afile --picture /dev/null/x.png", "picture|afile"), ("info x", "x"), ("presets --x", "--x"),
+        ("predict {bad}/run {bad}/afile --picture /dev/null/x.png", "picture|afile"), ("info x", "x"),
+        ("presets --x", "--x"),
     ]  # fmt: skip
     for text, named in tool:
         yield Command("pgt-hf", tuple(text.replace("{bad}", str(bad)).split()), (named,), "")
