@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from argparse import (
     SUPPRESS,
     Action,
@@ -65,7 +66,7 @@ def parse(
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
     parser = _Parser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
-    with errors_in_one_line():
+    with errors_in_one_line(everywhere=True):
         given = parser.begin(words)
         asked = Namespace(**{name: given.get(name) for name in ("smoke", *early)})
         chosen = dict(defaults(asked) if callable(defaults) else defaults)
@@ -160,7 +161,7 @@ class _Parser(HfArgumentParser):
         if unknown:
             word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1])
             close = near(word.partition("=")[0].replace("_", "-"), _flags.values())
-            message = f"{word} is no argument of this program{close or '; see --help'}"
+            message = f"{word.partition('=')[0]} is no argument of this program{close or '; see --help'}"
         elif flags:
             flag = flags[1].split("/")[-1]
             after = [self.words[i + 1] for i, word in enumerate(self.words[:-1]) if word in flags[1].split("/")]
@@ -171,7 +172,7 @@ class _Parser(HfArgumentParser):
                     if after
                     else (f"{flag} must be followed by a value, got none")
                 )
-        _end(message)
+        _end(message, everywhere=True)
 
     def flag(self, name: str) -> str:
         """The flag of a field."""
@@ -247,11 +248,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+def errors_in_one_line(*kinds: type[Exception], everywhere: bool = False) -> Iterator[None]:
     """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
 
     Args:
         *kinds: The errors; by default those that building a run may raise, which are many.
+        everywhere: All processes are known to meet the same error, so the first one of a machine tells it.
 
     Example:
         >>> with errors_in_one_line():
@@ -262,13 +264,14 @@ def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        _end(str(error))
+        _end(str(error), everywhere)
 
 
+_PATIENCE = 10  # seconds
 _flags: dict[str, str] = {}  # of this program, by argument
 
 
-def _end(message: str) -> NoReturn:
+def _end(message: str, everywhere: bool = False) -> NoReturn:
     """Ends the program with this line, in which arguments have the names that they have on the command line."""
     named = re.compile(r"(?<![\w'\"./-])(\w+)(?![\w'\"=./(-])")
 
@@ -276,7 +279,14 @@ def _end(message: str) -> NoReturn:
         word = found[1]
         return _flags[word] if word in _flags and ("_" in word or found.start() == 0) else word
 
-    sys.exit(f"error: {named.sub(rename, message)}")
+    line = f"error: {named.sub(rename, message)}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's summary, printed after it, shows of us
+        reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
+    if everywhere and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(_PATIENCE)  # the launcher ends us when the first process has told it
+        sys.exit(1)
+    sys.exit(line)
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

@@ -9,13 +9,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 from calls import calls
 from commands import commands
-from judge import CLEAR, Verdict, report, run_call, run_command
+from judge import CLEAR, Verdict, judge, run_call, run_command, score
 
 
 def main() -> int:
@@ -23,17 +21,15 @@ def main() -> int:
     pattern = re.compile(sys.argv[2] if len(sys.argv) > 2 else "")
     warnings.simplefilter("ignore")
     verdicts: list[Verdict] = []
+    if wanted in ("all", "calls"):
+        found = judge([call for call in calls() if pattern.search(str(call))], run_call)
+        print(f"calls: {score(found)}\n", flush=True)
+        verdicts += found
     if wanted in ("all", "commands"):
         with tempfile.TemporaryDirectory() as folder:
             lines = [line for line in commands(Path(folder, "bad")) if pattern.search(str(line))]
-            found = [run_command(line) for line in tqdm(lines, "command lines", mininterval=10)]
-        print(report("command lines", found))
-        verdicts += found
-    if wanted in ("all", "calls"):
-        found = [
-            run_call(call) for call in tqdm([c for c in calls() if pattern.search(str(c))], "calls", mininterval=10)
-        ]
-        print(report("calls", found))
+            found = judge(lines, run_command)
+        print(f"command lines: {score(found)}", flush=True)
         verdicts += found
     wrong = [verdict for verdict in verdicts if verdict.kind not in (CLEAR, "unclear")]
     unclear = [verdict for verdict in verdicts if verdict.kind == "unclear"]

@@ -6,6 +6,7 @@ what is done.
 
 import os
 import random
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +44,8 @@ class Storage:
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless it is one; a file is tried for writing."""
         check_type(name, value, str)
-        message = f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {value!r}"
+        shown = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)  # without a password
+        message = f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {shown!r}"
         if value.startswith("journal:"):
             if not value.removeprefix("journal:"):
                 raise ValueError(message)
