@@ -18,7 +18,6 @@ The model of the best epoch is kept, evaluated and saved, so that pipeline("imag
 its answers. docs/finetune.md explains the rest.
 """
 
-import shlex
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,15 @@ import timm
 from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
-from pgt_hf.analysis import ClassificationMetrics, confusion_matrix, plot_confusion, plot_mistakes, require_matplotlib
+from pgt_hf.analysis import (
+    ClassificationMetrics,
+    Evaluation,
+    calibration_table,
+    examine,
+    plot_confusion,
+    plot_mistakes,
+    require_matplotlib,
+)
 from pgt_hf.images import (
     DIGITS,
     MODES,
@@ -48,10 +55,10 @@ from pgt_hf.images import (
     set_image_size,
 )
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
 from pgt_hf.trainer import CheckpointError, parse_optim_args
 
-SHOWN = ("top1", "top5", "ece", "ece_folded", "loss", "nll", "nll_folded", "best_epoch", "seconds")
+SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
     "output_dir": "runs/finetune",
     "min_crop": 0.35,
@@ -89,11 +96,6 @@ def main() -> None:
             names = class_names(splits["train"])
             model = build_model(model_args, data_args.image_size, names)
         train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args.seed)
-        if len(train) < args.per_device_train_batch_size * args.world_size:
-            raise ValueError(
-                f"--per-device-train-batch-size must be at most {len(train) // args.world_size}, the "
-                f"training images of one process, got {args.per_device_train_batch_size}"
-            )
         model = choose_trained(model, model_args)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
@@ -127,22 +129,26 @@ def main() -> None:
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
-    predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
     trainer.save_model()
+    results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
     # report
     if trainer.is_world_process_zero():
-        truth, best, sure = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
-        counts, folder = confusion_matrix(truth, best, len(names)), Path(args.output_dir)
-        plot_confusion(counts, names, folder / "confusion_matrix.png", title)
-        plot_mistakes(truth, best, sure, splits["validation"], names, folder / "mistakes.png", title)
+        evaluation = None
         top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
-        say(record.finish(trainer, predicted.metrics, **more), args.output_dir, data_args.dataset_name)
+        summary = record.finish(trainer, results, **more)
+        with warn_on_failure("the report"):
+            evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
+            summary = record.finish(trainer, results, evaluation, **more)
+            plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
+            plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
+            write_report(folder)
+        say(summary, args.output_dir, evaluation)
     trainer.end()
 
 
@@ -205,17 +211,17 @@ def optimizer_options(model_args: FinetuningArguments, args: ImageTrainingArgume
     return options | {"opt": name, "lr": args.learning_rate, "param_group_fn": groups}
 
 
-def say(summary: dict[str, Any], folder: str, dataset_name: str) -> None:
-    where, same = shlex.quote(folder), command_line()
+def say(summary: dict[str, Any], folder: str, evaluation: Evaluation) -> None:
     then = {
         "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
-        "predict": f"pgt-hf predict {where} photo.jpg",
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {shlex.quote(dataset_name)}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "predict": command("pgt-hf", "predict", folder, "photo.jpg"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"
-    tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then, files)
+    results = {key: summary.get(key) for key in SHOWN}
+    tell(heading, results, folder, then, files, calibration_table(evaluation.calibration))
     print("\nThe best epoch was chosen on these validation images: a new set's accuracy will be a little lower.")
 
 

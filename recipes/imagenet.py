@@ -11,7 +11,6 @@ A flag wins over --config, --config over --preset, --preset over the defaults be
 those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
 """
 
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 import torch
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, examine, require_matplotlib
+from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, examine, require_matplotlib
 from pgt_hf.images import (
     DEFAULT_DATASET,
     DIGITS,
@@ -49,7 +48,7 @@ from pgt_hf.programs import (
     read_config,
     tell,
 )
-from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
 from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
@@ -72,10 +71,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "dataloader_num_workers": 0,
     },
 }  # fmt: skip
-SHOWN = (
-    "top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded", "nll", "nll_folded", "train_loss", "bad_images",
-    "seconds",
-)  # fmt: skip
+SHOWN = ("top1", "top5", "ema_top1", "ema_top5", "loss", "train_loss", "bad_images", "seconds")
 SMOKE = {"dataset_name": DIGITS, "max_steps": 20, "max_eval_samples": 100}
 
 
@@ -162,12 +158,14 @@ def main() -> None:
         preset = PRESETS.get(run_args.preset or "")
         more = {"model": model_args.model_name, "published_top1": preset.top1 if preset else None}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
-        summary = record.finish(trainer, results, **more)
+        summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
-            best = model if trainer.ema is None else trainer.ema.module
-            write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
-            write_report(args.output_dir)
-        say(summary, args, data_args)
+            with warn_on_failure("the report"):
+                best = model if trainer.ema is None else trainer.ema.module
+                evaluation = examine(best, validation, alpha=args.alpha)
+                summary = record.finish(trainer, results, evaluation, **more)
+                write_report(args.output_dir)
+        say(summary, args, evaluation)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)
     trainer.end()
@@ -227,19 +225,22 @@ def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, A
     return train, data_args.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
 
-def say(summary: dict[str, Any], args: ImageTrainingArguments, data_args: DataArguments) -> None:
+def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evaluation | None) -> None:
     results = {key: summary.get(key) for key in SHOWN}
     if summary["published_top1"]:
         results["published top-1"] = summary["published_top1"] / 100
-    where, data, same = shlex.quote(args.output_dir), shlex.quote(data_args.dataset_name), command_line()
+    folder, longer = args.output_dir, {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
+    if args.max_steps > 0:
+        longer = {"max_steps": f"{2 * args.max_steps}"}
     then = {
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {data}",
-        "go on": f"accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + '-plain')}",
-        "publish": f"pgt-hf push {where} --repo-id <you>/<name of the model>",
+        "predict": command("pgt-hf", "predict", folder, "IMAGE"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "go on": command_line(resume="auto", **longer),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_images']:,} evaluation images"
-    tell(heading, results, args.output_dir, then)
+    tell(heading, results, folder, then, table=evaluation and calibration_table(evaluation.calibration))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ as it is and of the folded one. ``--help`` lists every option; docs/text.md says
 """
 
 import math
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.runs import RunFolder, command, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
 from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
@@ -232,8 +231,8 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['parameters']:,} parameters, {summary['vocabulary']:,} words, on {summary['dataset']}"
     then = {
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of perplexity_folded",
-        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
-        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     tell(heading, {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}, folder, then)
 

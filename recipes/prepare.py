@@ -134,8 +134,8 @@ def write_shard(
     images, labels, bad, resized = [], [], [], 0
     for index in range(start, min(start + images_per_shard, split.num_rows)):
         example = split[index]
-        before = read_image(example["image"])
         try:
+            before = read_image(example["image"])
             after = shrink(before, size, quality)
         except BadImageError as error:
             if not skip_bad:

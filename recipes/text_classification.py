@@ -9,7 +9,6 @@
 expect.
 """
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.runs import RunFolder, command, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
 from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
@@ -170,9 +169,9 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_texts']:,} evaluation texts"
     then = {
         "use": f'transformers.pipeline("text-classification", model={folder!r})("some text")',
-        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of nll_folded and ece_folded",
-        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then)
 

@@ -104,8 +104,10 @@ def report(
     mistakes: Annotated[int, typer.Option(help="How many of the worst mistakes to show.")] = 24,
 ) -> None:
     """Evaluate a run's predictions and write report.html."""
+    from .programs import quiet_libraries
     from .runs import report_run
 
+    quiet_libraries()
     print(report_run(run, dataset_name, mistakes=mistakes, max_images=max_images))
 
 
@@ -129,10 +131,12 @@ def predict(
     from .analysis import plot_images
     from .images import read_upright
     from .limits import WritableFile
+    from .programs import quiet_libraries
     from .runs import predict_images
 
     if picture is not None:
         WritableFile().check("picture", picture)
+    quiet_libraries()
     found = predict_images(run, images, top=top)
     lines = {path: [f"{name}, {share:.1%}" for name, share in classes] for path, classes in found.items()}
     for path, classes in lines.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "warn_if_unwritten"]
+__all__ = ["replacing", "warn_on_failure"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def warn_if_unwritten(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError into a warning, for what training can do without, such as a plot on a full disk.
+def warn_on_failure(what: str) -> Iterator[None]:
+    """For what is drawn or written beside a training: whatever fails there is a warning of one line, no more.
 
     Example:
-        >>> with warn_if_unwritten("training_curve.png"):
-        ...     figure.savefig("training_curve.png")
+        >>> with warn_on_failure("report.html"):
+        ...     write_report("runs/digits")
     """
     try:
         yield
-    except OSError as error:
-        logger.warning("%s could not be written, training goes on: %s", path, error)
+    except Exception as error:  # not the training's
+        logger.warning("%s was not written: %s: %s", what, type(error).__name__, " ".join(str(error).split()))

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from argparse import (
     SUPPRESS,
     Action,
@@ -30,7 +31,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from . import __version__
 from .limits import ExistingPath, OneOf, check_fields, check_needs, near
 
-__all__ = ["errors_in_one_line", "parse", "read_config"]
+__all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
 
 
 def parse(
@@ -62,6 +63,8 @@ def parse(
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
+    sys.excepthook = _excepthook
+    quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
@@ -245,6 +248,26 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"config must be the run.json of a run, got {os.fspath(path)!r}: {error}") from error
     return arguments
+
+
+def quiet_libraries() -> None:
+    """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
+    import transformers.trainer
+
+    from .trainer import Progress
+
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
+    decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
+    if decoding is not None and issubclass(kind, decoding.BadImageError):
+        print(f"error: {error}; --on-bad-image skip leaves such images out and counts them", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager

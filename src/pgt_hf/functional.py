@@ -20,6 +20,8 @@ from .limits import Number, Whole, check_type
 
 __all__ = ["check_alpha", "powergrad_cross_entropy", "powergrad_linear_cross_entropy", "powergrad_log_softmax"]
 
+IGNORED = -100  # the label of what counts nowhere, torch's ignore_index
+
 
 def powergrad_log_softmax(input: Tensor, dim: int = -1, *, alpha: float | Tensor) -> Tensor:
     """Log-softmax with the true value and PGT's gradient, ``g - softmax(alpha z) * sum(g)`` for an upstream ``g``.

@@ -350,7 +350,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not rules:
-            hints = get_type_hints(function, include_extras=True)
+            hints = _hints(function)
             rules.update({name: _rule(hint) for name, hint in hints.items() if name != "return"} or {"": None})
         try:
             given = signature.bind(*args, **kwargs).arguments
@@ -366,6 +366,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations; without those that are texts, names which only type checkers import."""
+    try:
+        return get_type_hints(function, include_extras=True)
+    except NameError:
+        return {name: hint for name, hint in function.__annotations__.items() if not isinstance(hint, str)}
 
 
 def _rule(hint: Any) -> Any:

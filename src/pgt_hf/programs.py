@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from .command_line import errors_in_one_line, parse, read_config
+from .command_line import errors_in_one_line, parse, quiet_libraries, read_config
+from .data_workers import use_worker_server
 from .limits import ExistingPath
 from .runs.folder import claim_folder
 from .runs.record import CONTENTS, METRICS
@@ -26,6 +27,7 @@ __all__ = [
     "errors_in_one_line",
     "fit_global_batch",
     "parse",
+    "quiet_libraries",
     "quiet_other_processes",
     "read_config",
     "tell",
@@ -37,7 +39,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 20,
+    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_first_step": True,
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -83,6 +86,7 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
     """
     set_seed(args.seed)
     quiet_other_processes(args.process_index)
+    use_worker_server(args)
     stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
     with errors_in_one_line():
         if args.process_index == 0 and folder.is_dir():
@@ -114,8 +118,9 @@ def tell(
     heading: str,
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
-    then: Mapping[str, str],
+    then: Mapping[str, str | None],
     files: Mapping[str, str] | None = None,
+    table: str | None = None,
 ) -> None:
     """Prints what a program found, what it wrote where, and what to do next.
 
@@ -123,18 +128,22 @@ def tell(
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do.
+        then: Commands by what they do; None is left out.
         files: What is in the folder beside the usual files of a run.
+        table: Lines to print below the results.
     """
     print(f"\n{heading}")
     for key, value in results.items():
         if value is not None:
             share = METRICS[key][2] if key in METRICS else "top" in key
             print(f"  {key:20}{f'{value:.2%}' if share else f'{value:,.4g}':>10}")
+    if table:
+        print(f"\n{table}")
     print(f"\nWritten to {folder}")
     for name, content in (CONTENTS | dict(files or {})).items():
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
     for what, command in then.items():
-        print(f"  {what:10} {command}")
+        if command is not None:
+            print(f"  {what:10} {command}")

@@ -7,12 +7,11 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-__all__ = ["EVALUATION_SPLITS", "IGNORED", "check_size", "class_names", "draw", "find_column", "train_and_validation"]
+__all__ = ["EVALUATION_SPLITS", "check_size", "class_names", "draw", "find_column", "train_and_validation"]
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "valid", "val", "test")
-IGNORED = -100  # the label of what counts nowhere, torch's ignore_index
 
 _SEEN = "after training on it, the accuracy reported is that of examples seen in training"
 

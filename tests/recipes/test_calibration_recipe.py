@@ -43,8 +43,8 @@ def test_calibration_recipe_scores_what_the_saved_logits_say(recipe):
 
 def test_calibration_recipe_trains_nothing_twice(recipe):
     first, second = recipe[1]
-    assert first.count("train_runtime") == 1
-    assert second.count("train_runtime") == 1  # alpha = 1 alone
+    assert first.count("trained 2 steps") == 1
+    assert second.count("trained 2 steps") == 1  # alpha = 1 alone
 
 
 def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(tmp_path):

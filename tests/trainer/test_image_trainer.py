@@ -89,6 +89,14 @@ def test_accumulated_steps_are_those_of_the_whole_batch_though_some_images_are_m
         torch.testing.assert_close(parts.model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_batch_without_a_readable_image_changes_nothing_that_is_learnt(tmp_path):
+    trainer = build(tmp_path, data=Images(16, bad=tuple(range(16))), max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    assert all(torch.equal(before[key], value) for key, value in weights(trainer).items())
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0, 0.0]
+
+
 def test_average_is_timms_and_is_evaluated_and_saved(tmp_path):
     seen = []
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..functional import IGNORED
 from ..limits import Count, checked
-from ..splits import IGNORED
 
 
 @checked

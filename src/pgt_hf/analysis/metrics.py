@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..extras import require
-from ..functional import check_alpha
+from ..functional import IGNORED, check_alpha
 from ..limits import Count, check_type, checked
-from ..splits import IGNORED
 
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
@@ -27,8 +26,7 @@ BINS = 15  # Guo et al. 2017
 def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1, TOP_K)) -> dict[str, float]:
     """The shares of images whose class is among the k best predictions.
 
-    ``ranked`` has class numbers from best to worst, (N, K). A k above K, as where there are fewer classes, is reported
-    as top-K under that name.
+    ``ranked`` has class numbers from best to worst, (N, K), as ``ranked_classes`` gives them. A k above K is left out.
 
     Raises:
         ValueError: There is nothing to count, or a k is below 1.
@@ -41,8 +39,17 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1
     if not len(truth):
         raise ValueError("top-k accuracy of no images at all is not defined")
     hits = best == truth[:, None]  # (N, K)
-    depths = sorted({min(depth, best.shape[1]) for depth in k})
-    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in depths}
+    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k if depth <= best.shape[1]}
+
+
+def ranked_classes(logits: Tensor, k: int = TOP_K) -> Tensor:
+    """The k best classes of each image, (N, k); the best one alone where there are no more than k classes.
+
+    Example:
+        >>> ranked_classes(torch.tensor([[0.1, 0.7, 0.2]]), k=2)
+        tensor([[1, 2]])
+    """
+    return logits.topk(k if k < logits.size(-1) else 1, dim=-1).indices
 
 
 @checked
@@ -71,7 +78,7 @@ def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -
         raise ValueError("the calibration of no images at all is not defined")
     log_prob, confidence, squares = rows.T
     return {
-        "nll": float(-log_prob.mean()),
+        "nll": float(0.0 - log_prob.mean()),  # not -0.0, which is printed with its sign
         "ece": reliability(confidence, right, bins).ece,
         "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
     }
@@ -177,7 +184,7 @@ class ClassificationMetrics:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
             and ``fold_powergrad`` gives. The attribute may be changed.
-        top_k: The second accuracy to report, next to top-1.
+        top_k: The second accuracy to report, next to top-1; left out where there are no more than ``top_k`` classes.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
             path of your own metric.
@@ -191,7 +198,7 @@ class ClassificationMetrics:
         >>> metrics = ClassificationMetrics(alpha=0.25)
         >>> kept = metrics.preprocess(torch.tensor([[0.0, 4.0, 1.0]]), torch.tensor([1]))
         >>> sorted(metrics(EvalPrediction(tuple(part.numpy() for part in kept), np.array([1]))))
-        ['brier', 'brier_folded', 'ece', 'ece_folded', 'nll', 'nll_folded', 'top1', 'top3']
+        ['brier', 'brier_folded', 'ece', 'ece_folded', 'nll', 'nll_folded', 'top1']
         >>> trainer = Trainer(..., compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess)
     """
 
@@ -218,13 +225,14 @@ class ClassificationMetrics:
             self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
-        """Keeps of each image its best classes, (N, min(top_k, C)), and its scores, (N, 3), raw and folded.
+        """Keeps of each image its best classes, as ``ranked_classes``, and its scores, (N, 3), raw and folded.
 
         ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
         """
         scores = logits[0] if isinstance(logits, tuple) else logits
-        best = torch.topk(scores, min(self.top_k, scores.size(-1)), dim=-1).indices
-        return best, *(score_logits(scores, labels, scale) for scale in self._scales.values())
+        return ranked_classes(scores, self.top_k), *(
+            score_logits(scores, labels, scale) for scale in self._scales.values()
+        )
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         counted = np.asarray(prediction.label_ids) != IGNORED

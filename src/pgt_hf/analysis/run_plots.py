@@ -30,17 +30,21 @@ def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, titl
     if not panels:
         raise ValueError("history has nothing to draw: no entry holds an epoch and a loss, accuracy or learning rate")
 
-    figure, grid = new_figure(len(panels), 1, (7, 0.8 + 2.2 * len(panels)), sharex=True)
+    figure, grid = new_figure(len(panels), 1, (4.8, 0.6 + 1.8 * len(panels)), sharex=True)
     all_axes = grid[:, 0]
     for axes, (label, curves, scale) in zip(all_axes, panels, strict=True):
         for key, (name, style) in curves.items():
             epochs, values = _series(entries, key)
             if epochs:
-                axes.plot(epochs, [scale * value for value in values], style, markersize=3, linewidth=1.4, label=name)
+                marker = "o" if len(epochs) <= _FEW else ""
+                axes.plot(epochs, [scale * v for v in values], style + marker, markersize=3, linewidth=1.4, label=name)
+        values = [value for key in curves for value in _series(entries, key)[1]]
+        if label == "loss" and 0 < 20 * min(values) < max(values):  # one peak would flatten all that comes after it
+            axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
+        if len(curves) > 1:  # above the panel: inside, it may lie on a curve
+            axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0)
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
     save(figure, path, title)
@@ -59,7 +63,7 @@ def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None)
     rows = math.ceil(len(panels) / 3)
     figure, grid = new_figure(rows, 3, (11, 0.6 + 2.5 * rows), sharex=True)
     for axes, (key, label) in zip(grid.flat, panels, strict=False):
-        axes.plot(data["step"], data[key], "C0-", linewidth=1.4)
+        axes.plot(data["step"], data[key], _line(data, "C0"), markersize=3, linewidth=1.4)
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
         if key != "gradient_cosine":  # a norm's zero is worth seeing, and a cosine's is far away
@@ -84,7 +88,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
         norms = norms.astype(np.float32)
         order = np.argsort(norms[-1])
         drawn = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
-        axes.plot(data["step"], norms[:, drawn], "C0-", linewidth=0.7, alpha=0.5)
+        axes.plot(data["step"], norms[:, drawn], _line(data, "C0"), markersize=2, linewidth=0.7, alpha=0.5)
         dead = int((norms[-1] <= ZERO_NORM).sum())
         axes.set_title(f"{shorten(name)}: {dead} of {len(order)} at 0", fontsize=8, color="C3" if dead else "black")
         axes.set_ylim(bottom=0)
@@ -108,7 +112,8 @@ def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = No
     named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
     for number, ((name, norms), colour) in enumerate(zip(layers.items(), colours, strict=True)):
         label = shorten(name) if number in named else None
-        axes.plot(data["step"], np.where(norms > 0, norms, np.nan), color=colour, linewidth=1.1, label=label)
+        values = np.where(norms > 0, norms, np.nan)
+        axes.plot(data["step"], values, _line(data), markersize=3, color=colour, linewidth=1.1, label=label)
     if any((norms > 0).any() for norms in layers.values()):
         axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -187,12 +192,18 @@ def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) ->
     save(figure, path, None)
 
 
+_FEW = 40  # points of a curve that are marked one by one
 _Curves = dict[str, tuple[str, str]]
 _PANELS: list[tuple[str, _Curves, float]] = [
-    ("loss", {"loss": ("training", "C0-"), "eval_loss": ("validation", "C1o-")}, 1.0),
-    ("accuracy (%)", {"eval_top1": ("top-1", "C2o-"), "eval_top5": ("top-5", "C4o-")}, 100.0),
+    ("loss", {"loss": ("training", "C0-"), "eval_loss": ("validation", "C1-")}, 1.0),
+    ("accuracy (%)", {"eval_top1": ("top-1", "C2-"), "eval_top5": ("top-5", "C4-")}, 100.0),
     ("learning rate", {"learning_rate": ("learning rate", "C7-")}, 1.0),
 ]
+
+
+def _line(data: Mapping[str, Any], colour: str = "") -> str:
+    """The style of a line over the recorded steps, with markers if these are few."""
+    return f"{colour}o-" if len(data["step"]) <= _FEW else f"{colour}-"
 
 
 def _series(entries: list[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from ..limits import Whole
+from ..manifest import MANIFEST, read_manifest, write_manifest
 from ..runs.record import STATE
 
 _PICKLES = (".pt", ".pth")
@@ -73,6 +74,8 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     target = run / f"checkpoint-{state['global_step']}"
     if target.exists():
         raise FileExistsError(f"{target} is there already")
+    kept = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    kept.pop("files", None)  # the files of the other form
     partial = run / f"_{target.name}"  # a half-written folder is never taken for a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -88,6 +91,7 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     if best := state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = str(run / Path(best).name)
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    write_manifest(partial, **kept)
     partial.rename(target)
     return target
 

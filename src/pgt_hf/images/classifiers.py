@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..limits import checked, near
 from . import models  # noqa: F401  makes pgt_resnet known to timm
-from .decoding import BadImageError, to_rgb
+from .decoding import BadImageError, read_upright
 from .rules import Side
 from .transforms import ImageTransform
 
@@ -191,11 +190,11 @@ class _Processor:
         self.processor = processor
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
+        pixels = read_upright(image)
         try:
-            pixels = to_rgb(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
-        except Exception as error:  # PIL's decoders raise whatever meets them
-            raise BadImageError(f"the image cannot be decoded: {error}") from error
-        return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+            return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:  # images of a few pixels, whose channels it takes for something else
+            raise BadImageError(f"the model's image processor refuses it: {error}") from error
 
 
 def _load_timm(name: str, pretrained: bool) -> TimmWrapperForImageClassification:

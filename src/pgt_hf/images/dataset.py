@@ -9,23 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import datasets
-import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from datasets import Image
-from datasets.utils.file_utils import xopen
-from PIL import Image as Pictures
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..functional import IGNORED
 from ..limits import Count, OneOf, Seed, Whole, checked
-from ..splits import IGNORED
-from .decoding import BadImageError
+from .decoding import BadImageError, read_upright
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
+
+if TYPE_CHECKING:  # an ImageTrainer of other data sets needs no `datasets`
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         transform: An ``ImageTransform``, or another function of an image or the bytes of its file.
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
-            and the metrics leave out, warns with the index, and counts it in ``bad_images``.
+            and the metrics leave out, warns with the index and the path, and counts it in ``bad_images``.
 
     Raises:
+        TypeError: ``split`` is no data set of `datasets`.
         ValueError: A column is missing, or ``on_bad_image`` is neither of the two.
         BadImageError: From indexing, where ``on_bad_image="error"``.
 
@@ -61,7 +61,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     @checked
     def __init__(
         self,
-        split: datasets.Dataset,
+        split: "datasets.Dataset",
         transform: Callable[[Any], Tensor],
         *,
         seed: Seed = 0,
@@ -147,7 +147,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
     @checked
     def __init__(
         self,
-        split: datasets.IterableDataset,
+        split: "datasets.IterableDataset",
         transform: ImageTransform,
         *,
         batch_size: Count,
@@ -184,6 +184,8 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         if workers > _MOST_WORKERS:
             raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {workers}")
         if info:
+            import fsspec.asyn  # type: ignore[import-untyped]
+
             fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise, as datasets says of its own
         epoch = self.epoch
         passed = int(self._passed[1]) if self._passed[0] == epoch else 0
@@ -216,7 +218,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return int(self._bad[self._bad[:, 0] == self.epoch, 1].sum())
 
     def _iterate(self, epoch: int, worker: int, workers: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        placeholder = {"pixel_values": self.reader.transform.blank(), "labels": IGNORED}
+        placeholder = {"pixel_values": self.reader.blank(), "labels": IGNORED}
         for _ in range(start):
             yield placeholder
         self._bad[worker] = torch.tensor([epoch, 0])
@@ -278,22 +280,46 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return parts
 
 
-def read_image(image: Any) -> bytes | Pictures.Image:
+def read_image(image: Any) -> bytes | Image.Image:
     """The file behind an undecoded cell of an image column (a dict of ``bytes`` and ``path``); else the cell itself.
 
     Raises:
-        FileNotFoundError: The cell names a file that is not there.
+        BadImageError: The cell is empty, or the file that it names cannot be read.
+        OSError: A file elsewhere, which is there, cannot be read now.
 
     Example:
         >>> read_image({"bytes": b"...", "path": None})
         b'...'
     """
-    if not isinstance(image, dict):
-        return image
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with xopen(image["path"], "rb") as file:
-        return file.read()
+    file = image if isinstance(image, dict) else {"bytes": image, "path": None}
+    if file["bytes"] is not None:
+        return file["bytes"]
+    if not file["path"]:
+        raise BadImageError("there is no image, the cell is empty")
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(file["path"], "rb") as opened:
+            return opened.read()
+    except OSError as error:
+        if "://" in file["path"] and not isinstance(error, FileNotFoundError):
+            raise  # the network, which says nothing about the image
+        raise BadImageError(f"the file cannot be read: {error.strerror or error}") from error
+
+
+def thumbnail(split: Any, index: int, side: int) -> Image.Image | None:
+    """A small upright copy of an image of a split; None where there is none, or it cannot be read."""
+    if "image" not in (split.column_names or ()):
+        return None
+    from datasets import Image as ImageFeature
+
+    try:
+        cell = split.cast_column("image", ImageFeature(decode=False)).with_format(None)[int(index)]["image"]
+        image = read_upright(read_image(cell), side)
+    except (BadImageError, OSError):
+        return None
+    image.thumbnail((side, side))
+    return image
 
 
 class _Reader:
@@ -311,17 +337,29 @@ class _Reader:
         seed_sample(self.seed, epoch, index)
         try:
             pixels: Tensor = self.transform(read_image(image))
-        except (BadImageError, FileNotFoundError) as error:
+        except BadImageError as error:
+            path = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
+            place = f"{where} ({path})" if path else where
             if self.on_bad_image == "error":
-                raise BadImageError(f"{where}: {error}") from error
+                raise BadImageError(f"{place}: {error}") from error
             if count():
-                logger.warning("%s is skipped: %s", where, error)
-            return {"pixel_values": self.transform.blank(), "labels": IGNORED}
+                logger.warning("%s is skipped: %s", place, error)
+            return {"pixel_values": self.blank(), "labels": IGNORED}
         return {"pixel_values": pixels, "labels": label}
+
+    def blank(self) -> Tensor:
+        """A black image as the transform gives them."""
+        if hasattr(self.transform, "blank"):
+            return self.transform.blank()
+        return torch.zeros_like(self.transform(Image.new("RGB", (64, 64))))
 
 
 def _undecoded(split: Any) -> Any:
+    if not hasattr(split, "cast_column"):
+        raise TypeError(f"split must be a data set of `datasets`, got a {type(split).__name__}")
+    from datasets import Image as ImageFeature
+
     missing = {"image", "label"} - set(split.column_names or ())
     if missing:
         raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
-    return split.cast_column("image", Image(decode=False))
+    return split.cast_column("image", ImageFeature(decode=False))

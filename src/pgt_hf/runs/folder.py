@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..atomic import replacing, warn_if_unwritten
+from ..atomic import replacing, warn_on_failure
 from .environment import describe_code, describe_environment
 from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
@@ -148,7 +149,7 @@ class RunFolder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            with warn_if_unwritten(self.path / HISTORY):
+            with warn_on_failure(HISTORY):
                 self._write_history(state)
 
     def _write_history(self, state: TrainerState) -> None:
@@ -165,20 +166,36 @@ class RunFolder(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
-            from ..analysis.run_plots import plot_training_curve
+            with warn_on_failure(CURVE):
+                from ..analysis.run_plots import plot_training_curve
 
-            with warn_if_unwritten(self.path / CURVE):
                 plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
-    def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
+    def finish(
+        self, trainer: Any, metrics: Mapping[str, float], evaluation: "Evaluation | None" = None, **more: Any
+    ) -> dict[str, Any]:
         """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
 
         Args:
             trainer: Gives alpha, seed, steps, batch and processes.
             metrics: As ``trainer.evaluate`` gives them; timings are left out.
+            evaluation: What ``examine`` found of the model to use, the averaged one if there is one; is written too,
+                and adds the fitted temperature.
             **more: JSON values to add.
+
+        Raises:
+            RuntimeError: No step was taken, so there is no result.
         """
         args, state = trainer.args, trainer.state
+        if not state.global_step:
+            raise RuntimeError("no step was taken, so nothing was trained; nothing is recorded")
+        if evaluation is not None:
+            write_evaluation(self.path, evaluation)
+            averaged = "ema_" if any(key.startswith("eval_ema_") for key in metrics) else ""
+            more |= {key if key == "temperature" else averaged + key: v for key, v in evaluation.fitted().items()}
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not isinstance(trainer.train_dataset, IterableDataset):
+            batch = min(batch, len(trainer.train_dataset))
         losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
         result = {
             "dataset": self.description.get("data", {}).get("name"),
@@ -189,7 +206,7 @@ class RunFolder(TrainerCallback):
             "epochs": state.epoch,
             "steps": state.global_step,
             "learning_rate": args.learning_rate,
-            "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch": batch,
             "world_size": args.world_size,
             "seconds": round(time.perf_counter() - self._started, 1),
         }

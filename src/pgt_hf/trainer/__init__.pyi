@@ -11,6 +11,7 @@ from .hp_space import powergrad_hp_space as powergrad_hp_space
 from .image_arguments import ImageTrainingArguments as ImageTrainingArguments
 from .images import ImageTrainer as ImageTrainer
 from .powergrad import PowerGradTrainer as PowerGradTrainer
+from .progress import Progress as Progress
 from .registration import TRAINER_OPTIMIZERS as TRAINER_OPTIMIZERS
 from .registration import parse_optim_args as parse_optim_args
 from .shared_study import ReportToStudy as ReportToStudy

@@ -248,6 +248,12 @@ class AtomicCheckpoints(Trainer):
         if before and hasattr(self.lr_scheduler, "base_lrs"):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run: Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # --- evaluation, and the loss of the whole run
 
     def _maybe_log_save_evaluate(

@@ -146,11 +146,12 @@ class DivergenceCallback(TrainerCallback):
         if self.verdict is None:
             return
         good = [path for path in list_checkpoints(trainer.args.output_dir) if not (path / SET_ASIDE).is_file()]
-        again = f"accelerate launch {command_line()} --learning-rate {trainer.args.learning_rate / 4:.3g}"
+        rate = f"{trainer.args.learning_rate / 4:.3g}"
         if good:
-            again = f"The last good checkpoint is {good[-1].name}. Resume from it with: {again} --resume auto"
+            again = command_line(learning_rate=rate, resume="auto")
+            again = f"The last good checkpoint is {good[-1].name}. Resume from it with: {again}"
         else:
-            again = f"There is no good checkpoint to resume from. Start again with: {again}"
+            again = f"There is no good checkpoint. Start again with: {command_line(learning_rate=rate)}"
         trainer.end()
         if not trainer.is_world_process_zero():
             sys.exit(1)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..data_workers import use_worker_server
+from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from ..splits import IGNORED
 from .checkpoints import AtomicCheckpoints
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
@@ -91,6 +92,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             )
         if mixing and not args.dataloader_drop_last:
             raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        use_worker_server(args)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model, args, compute_loss_func=self._cross_entropy, **kwargs)
@@ -116,14 +118,14 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
         # A stream gives each process its own part already: Accelerate only moves the batches to the device.
-        workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
@@ -187,7 +189,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
-        return loss / num_items_in_batch
+        # Of a batch whose images are all unreadable the loss is 0.
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=torch.finfo(loss.dtype).tiny)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
         values = super().set_initial_training_values(args, dataloader)

@@ -1,11 +1,12 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..attach import PowerGradHandle
@@ -26,6 +27,7 @@ class PowerGradTrainer(Trainer):
 
     Raises:
         TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
+        ValueError: There are fewer training examples than a batch, and ``dataloader_drop_last`` would leave out all.
 
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
@@ -70,6 +72,17 @@ class PowerGradTrainer(Trainer):
             optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
         )
+        if (
+            self.args.dataloader_drop_last
+            and isinstance(train_dataset, Sized)
+            and not isinstance(train_dataset, IterableDataset)
+        ):
+            each = len(train_dataset) // self.args.world_size
+            if each < self.args.train_batch_size:
+                raise ValueError(
+                    f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
+                    f"{self.args.train_batch_size}: dataloader_drop_last would leave out all of them"
+                )
         if self.args.world_size > 1:
             end_group_at_exit(self)
 

@@ -44,6 +44,7 @@ class StopOnSigterm(TrainerCallback):
         self._run: str | None = None  # the run's folder, once training has ended
         self._group: Any = None
         self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._commands = "", ""
         self._before: Any = None  # the handler to put back after training, unless listen() was called
 
     def listen(self) -> "StopOnSigterm":
@@ -94,6 +95,7 @@ class StopOnSigterm(TrainerCallback):
     def _start(self) -> None:
         if self._ears is not None or threading.current_thread() is not threading.main_thread():
             return
+        self._commands = command_line(), command_line(resume="auto")  # while the launcher can be asked
         ears, mouth = socket.socketpair()
         mouth.setblocking(False)
         self._ears = ears, mouth
@@ -124,9 +126,9 @@ class StopOnSigterm(TrainerCallback):
             os._exit(_STATUS)
 
     def _say(self, when: str) -> None:
-        saved = self._run is not None and list_checkpoints(self._run)
-        again = f"accelerate launch {command_line()}" + (" --resume auto" if saved else "")
-        print(f"\nStopped by {self._asked or 'SIGTERM'} {when}; {'resume' if saved else 'run it again'} with: {again}")
+        saved = self._run is not None and bool(list_checkpoints(self._run))
+        advice = f"resume with: {self._commands[1]}" if saved else f"run it again with: {self._commands[0]}"
+        print(f"\nStopped by {self._asked or 'SIGTERM'} {when}; {advice}")
         sys.stdout.flush()
 
     def _anyone_asked(self) -> bool:
