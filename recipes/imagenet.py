@@ -7,8 +7,8 @@
     accelerate launch recipes/imagenet.py --config runs/imagenet/run.json       # the same run again
     accelerate launch recipes/imagenet.py --resume auto                         # resume it where it was stopped
 
-A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option;
-those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
+A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists the options,
+``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/imagenet.md explains the run folder.
 """
 
 import sys

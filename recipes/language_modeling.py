@@ -7,7 +7,7 @@
 
 With a large vocabulary the loss comes from ``powergrad_linear_cross_entropy``, which keeps no logits. Its value, the
 ``loss`` of the logs, is that of the folded model, ``CE(alpha z)``; the evaluation reports the perplexity of the model
-as it is and of the folded one. ``--help`` lists every option; docs/text.md says what to expect.
+as it is and of the folded one. ``--help`` lists the options; docs/text.md says what to expect.
 """
 
 import math

@@ -1,11 +1,13 @@
 """How programs read their arguments, end with an error, and say what they did."""
 
+import json
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
 
+from pgt_hf import ImageTrainingArguments
 from pgt_hf.limits import Count, Needs, Share, WritableFolder
 from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
 
@@ -92,6 +94,43 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
 def test_bad_argument_is_one_line(monkeypatch, words, options, message):
     with pytest.raises(SystemExit, match=f"^{message}$"):
         read(monkeypatch, *words, **options)
+
+
+def test_launchers_summary_repeats_the_error_and_other_processes_leave_it_to_the_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit, match="error: --size must be"):
+        read(monkeypatch, "--size", "0")
+    reason = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert reason == "error: --size must be a whole number of at least 1, got 0"
+    monkeypatch.setattr("pgt_hf.command_line._PATIENCE", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as silent:
+        read(monkeypatch, "--size", "0")
+    assert silent.value.code == 1
+
+
+def test_typed_epochs_win_over_the_steps_of_a_smoke_run(monkeypatch):
+    @dataclass
+    class Length:
+        max_steps: int = -1
+        num_train_epochs: float = 3.0
+
+    monkeypatch.setattr(sys, "argv", ["program.py", "--smoke", "--num-train-epochs", "2"])
+    length = parse(Length, RunArguments, description="A program.", defaults={}, smoke={"max_steps": 20})[0]
+    assert (length.max_steps, length.num_train_epochs) == (-1, 2.0)
+
+
+def test_help_shows_ours_first_and_trainers_rest_on_request(monkeypatch, capsys):
+    def shown(flag):
+        monkeypatch.setattr(sys, "argv", ["program.py", flag])
+        with pytest.raises(SystemExit):
+            parse(ImageTrainingArguments, description="program:\n\n    program.py --alpha 1", defaults={"seed": 1})
+        return capsys.readouterr().out
+
+    short, long = shown("--help"), shown("--help-all")
+    assert "\n    program.py --alpha 1\n" in short  # an example keeps its line
+    assert "--mixup" in short and "--seed" in short and "--adam-beta1" not in short
+    assert "--adam-beta1" in long
 
 
 def test_errors_of_the_program_itself_keep_their_traceback():
