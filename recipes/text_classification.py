@@ -5,8 +5,8 @@
     accelerate launch recipes/text_classification.py --model-name path/to/encoder --learning-rate 5e-5 --alpha 0.5
     accelerate launch recipes/text_classification.py --smoke                          # a minute, no download
 
-``--help`` lists the options, ``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/text.md says what
-to expect.
+``--help`` lists the options, ``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/text.md says
+what to expect.
 """
 
 from dataclasses import dataclass, field

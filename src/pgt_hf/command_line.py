@@ -76,6 +76,8 @@ def parse(
         chosen |= dict(smoke or {}) if asked.smoke else {}
         if "num_train_epochs" in given and "max_steps" not in given:
             chosen.pop("max_steps", None)  # which would win over the epochs that were asked for
+        if "lr_scheduler_type" in given and "schedule" not in given:
+            chosen.pop("schedule", None)  # the program's own, in whose place it is asked for
         if "optim" in given and given["optim"] != chosen.get("optim") and "optim_args" not in given:
             chosen.pop("optim_args", None)  # the default ones belong to the default optimizer
         namespace = parser.finish(words, chosen)

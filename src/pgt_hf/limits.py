@@ -51,7 +51,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_LISTED = 60  # names in a message; of longer lists only the nearest are shown
+_LISTED = 100  # names in a message; of longer lists only the nearest are shown
 
 
 @dataclass(frozen=True)
@@ -385,12 +385,14 @@ def _rule(hint: Any) -> Any:
             return _rule(hint)
         return _Either((_Kind(types.NoneType), *own)) if types.NoneType in get_args(hint) else own[0]
     if origin in (Union, types.UnionType):
+        named = [each for each in inner if isinstance(each, type) and issubclass(each, Enum)]
+        inner = tuple(each for each in inner if not named or each is not str)  # the text is one of those names
         members = tuple(_rule(each) for each in inner)
         if any("numpy" in getattr(each, "__module__", "") for each in inner) or None in members:
             return None
         return members[0] if len(members) == 1 else _Either(members)
     if origin is Literal:
-        return OneOf([str(name) for name in inner])
+        return OneOf(inner) if all(isinstance(name, str) for name in inner) else None
     if origin in _SIMPLE:
         return _SIMPLE[origin]
     if isinstance(origin, type) and issubclass(origin, Enum):

@@ -119,7 +119,8 @@ def bind_powergrad(
     stepped = _stepped(optimizer)
     check_type("model", model, nn.Module)
     own = {id(parameter) for parameter in model.parameters()}
-    if own and not any(id(each) in own for group in stepped.param_groups for each in group["params"]):
+    whole = not type(model).__module__.startswith("deepspeed")  # which keeps flat copies of the parameters
+    if own and whole and not any(id(each) in own for group in stepped.param_groups for each in group["params"]):
         raise ValueError(
             f"optimizer must train parameters of the model, got a {type(stepped).__name__} of others alone"
         )

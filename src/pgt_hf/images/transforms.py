@@ -193,7 +193,6 @@ class _Jitter:
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL converts to grey
 
 
-@checked
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
 

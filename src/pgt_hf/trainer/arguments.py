@@ -71,7 +71,7 @@ class PowerGradTrainingArguments(TrainingArguments):
 
     RULES: ClassVar[dict[str, Any]] = RULES
 
-    max_grad_norm: Annotated[float, Number("[0, inf)"), Needs("clip_mode", (None,))] = field(
+    max_grad_norm: Annotated[float | None, Number("[0, inf)"), Needs("clip_mode", (None,))] = field(
         default=1.0, metadata={"help": "Clip gradients to this global norm; 0 is off."}
     )
     alpha: Share | None = field(
@@ -98,7 +98,7 @@ class PowerGradTrainingArguments(TrainingArguments):
         self.alpha_given = self.alpha is not None
         self.alpha = DEFAULT_ALPHA if self.alpha is None else float(check_alpha(self.alpha))
         check_clipping(self.clip_mode, self.clip_value)
-        if self.clip_mode is not None and self.max_grad_norm not in (0, type(self).max_grad_norm):
+        if self.clip_mode is not None and self.max_grad_norm not in (None, 0, type(self).max_grad_norm):
             raise ValueError(
                 f"max_grad_norm must be left out with clip_mode {self.clip_mode!r}, got {self.max_grad_norm}"
             )

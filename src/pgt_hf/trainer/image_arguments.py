@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from transformers import SchedulerType
+
 from ..limits import Count, Needs, Number, OneOf, Share
 from .arguments import PowerGradTrainingArguments
 
@@ -20,6 +22,9 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
         >>> args = ImageTrainingArguments("out", schedule="cosine", warmup_epochs=5, mixup=0.2, ema_decay=0.9998)
     """
 
+    lr_scheduler_type: Annotated[SchedulerType | str, Needs("schedule", (None,))] = field(
+        default="linear", metadata={"help": "transformers' schedule, in place of timm's."}
+    )
     schedule: Annotated[str | None, OneOf(SCHEDULES)] = field(
         default=None, metadata={"help": "timm's 'cosine' or 'step'; else lr_scheduler_type."}
     )
