@@ -111,6 +111,8 @@ def main() -> None:
     quieten()
     with errors_in_one_line():
         data = args.load()
+        if len(data["train"]) < args.batch_size:
+            raise ValueError(f"batch_size must be at most {len(data['train'])}, all the images, got {args.batch_size}")
         storage = open_storage(args.storage, args.output_dir)
         studies = {side: open_side(storage, side, args) for side in SIDES}
 

@@ -144,15 +144,15 @@ def main() -> None:
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
     with errors_in_one_line():
         record.check_resume(resume, run_args.allow_changed_data)
-    trainer = (PlainTrainer if fused else LanguageTrainer)(
-        model,
-        args,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks["validation"],
-        processing_class=tokenizer,
-        data_collator=stack,
-        callbacks=[record, stop],
-    )
+        trainer = (PlainTrainer if fused else LanguageTrainer)(
+            model,
+            args,
+            train_dataset=blocks["train"],
+            eval_dataset=blocks["validation"],
+            processing_class=tokenizer,
+            data_collator=stack,
+            callbacks=[record, stop],
+        )
 
     # train
     with errors_in_one_line(CheckpointError):

@@ -99,32 +99,37 @@ def main() -> None:
                 seed=args.seed,
             )
         names = dataset["train"].features["label"].names
+        if len(names) < 2:
+            raise ValueError(f"dataset_name must have at least 2 classes, got {names} in {text_args.dataset_name!r}")
         model, tokenizer = build(text_args.model_name, names, dataset["train"]["text"])
         # These models take **kwargs and average over their own batch all the same; told otherwise, Trainer would
         # multiply the loss and its gradient by the number of processes, and by the accumulation steps.
         model.accepts_loss_kwargs = False
+        longest = getattr(model.config, "max_position_embeddings", text_args.max_length)
+        if text_args.max_length > longest:
+            raise ValueError(f"max_length must be at most {longest}, what the model reads, got {text_args.max_length}")
 
     def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         return tokenizer(batch["text"], truncation=True, max_length=text_args.max_length) | {"labels": batch["label"]}
 
-    with args.main_process_first(desc="tokenizing"):
+    with errors_in_one_line(), args.main_process_first(desc="tokenizing"):
         tokens = dataset.map(tokenize, batched=True, remove_columns=["text", "label"])
     metrics = ClassificationMetrics(alpha=args.alpha, top_k=min(5, len(names)))
     description = {"arguments": config, "data": describe_data(text_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{text_args.dataset_name}, alpha = {args.alpha}")
     with errors_in_one_line():
         record.check_resume(resume, run_args.allow_changed_data)
-    trainer = TextTrainer(
-        model,
-        args,
-        train_dataset=tokens["train"],
-        eval_dataset=tokens["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.preprocess,
-        callbacks=[record, stop],
-    )
+        trainer = TextTrainer(
+            model,
+            args,
+            train_dataset=tokens["train"],
+            eval_dataset=tokens["validation"],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=metrics.preprocess,
+            callbacks=[record, stop],
+        )
 
     # train
     with errors_in_one_line(CheckpointError):

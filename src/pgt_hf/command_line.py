@@ -304,6 +304,8 @@ def _end(message: str, everywhere: bool = False) -> NoReturn:
         word = found[1]
         return _flags[word] if word in _flags and ("_" in word or found.start() == 0) else word
 
+    if "\n  1. " not in message:  # steps to take have lines of their own
+        message = " ".join(message.split())
     line = f"error: {named.sub(rename, message)}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's summary, printed after it, shows of us
         reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}

@@ -1,6 +1,7 @@
 """Judges how the package meets wrong input: with one clear error, an unclear one, silence, or a traceback."""
 
 import contextlib
+import io
 import os
 import re
 import runpy
@@ -52,6 +53,7 @@ class Command:
     words: tuple[str, ...]
     named: tuple[str, ...] = ()
     value: str = ""
+    late: bool = False  # found only by doing the work, as that an image cannot be decoded
 
     def __str__(self) -> str:
         return f"{self.program} {' '.join(word or repr(word) for word in self.words)}"
@@ -69,7 +71,7 @@ def run_command(command: Command) -> Verdict:
         finally:
             sys.argv = argv
             os.chdir(before)
-        if kind == CLEAR and any(Path(folder).rglob("*")):
+        if kind == CLEAR and not command.late and any(Path(folder).rglob("*")):
             kind = LEFT
     if kind == CLEAR and not _is_clear(message, command.named, command.value):
         kind = UNCLEAR
@@ -87,6 +89,11 @@ def _message(main: Callable[[], Any]) -> tuple[str, str]:
         message = str(end.code)
         return message, CLEAR if message.startswith("error: ") and len(message.splitlines()) == 1 else UNCLEAR
     except BaseException as error:
+        with contextlib.redirect_stderr(io.StringIO()) as told:  # what Python would print
+            sys.excepthook(type(error), error, error.__traceback__)
+        lines = told.getvalue().splitlines()
+        if len(lines) == 1 and lines[0].startswith("error: "):
+            return lines[0], CLEAR
         return f"{type(error).__name__}: {error}", TRACEBACK
     return "", SILENT
 

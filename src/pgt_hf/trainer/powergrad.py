@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..attach import PowerGradHandle
+from ..heads import find_heads
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -54,6 +55,8 @@ class PowerGradTrainer(Trainer):
     ) -> None:
         if args is not None and not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
+        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+            find_heads(model, args.powergrad_head)  # an error before training, not at its first step
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
