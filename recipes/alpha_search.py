@@ -111,8 +111,7 @@ def main() -> None:
     quieten()
     with errors_in_one_line():
         data = args.load()
-        if len(data["train"]) < args.batch_size:
-            raise ValueError(f"batch_size must be at most {len(data['train'])}, all the images, got {args.batch_size}")
+        Whole(f"[1, {len(data['train'])}]").check("batch_size", args.batch_size)  # a step takes no more than there are
         storage = open_storage(args.storage, args.output_dir)
         studies = {side: open_side(storage, side, args) for side in SIDES}
 
