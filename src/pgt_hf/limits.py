@@ -51,7 +51,6 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_LISTED = 100  # names in a message; of longer lists only the nearest are shown
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,16 @@ class Number:
 
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless ``value`` is allowed."""
-        message = f"{name} must be {self}, got {_shown(value)}"
         try:
             number = self.read(value)
         except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"{message} of type {type(value).__name__}") from None
+            shown = f"{_shown(value)} of type {type(value).__name__}"
+            raise TypeError(f"{name} must be {self}, got {shown}") from None
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = operator.le if self.interval[0] == "[" else operator.lt
         below = operator.le if self.interval[-1] == "]" else operator.lt
         if number not in self.also and not (math.isfinite(number) and above(low, number) and below(number, high)):
-            raise ValueError(message)
+            raise ValueError(f"{name} must be {self}, got {_shown(value)}")
 
     def read(self, value: Any) -> float:
         """``value`` as a number of Python; numpy's scalars, ``Decimal`` and 0-dim tensors are numbers too."""
@@ -111,23 +110,21 @@ class Whole(Number):
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some names, or of those that a function gives when it is asked."""
+    """One of some names."""
 
-    names: Sequence[str] | Callable[[], Iterable[str]]
+    names: Iterable[str]
 
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless ``value`` is among the names."""
-        names = list(self.names() if callable(self.names) else self.names)
         if isinstance(value, Enum):
             value = value.value
-        if isinstance(value, str) and value in names:
+        if isinstance(value, str) and value in self.names:
             return
-        message = f"{name} must be {self}, got {value!r}{near(value, names)}"
+        message = f"{name} must be {self}, got {value!r}{near(value, self.names)}"
         raise ValueError(message) if isinstance(value, str) else TypeError(message)
 
     def __str__(self) -> str:
-        names = list(self.names() if callable(self.names) else self.names)
-        return f"one of {', '.join(names)}" if len(names) <= _LISTED else f"one of {len(names):,} names"
+        return f"one of {', '.join(self.names)}"
 
 
 class Text:
