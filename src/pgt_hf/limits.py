@@ -308,8 +308,8 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
         rule = (more or {}).get(name) or _rule(hint)
         if name not in values or rule is None or (values[name] is None and optional):
             continue
-        if isinstance(rule, _Kind) and rule.kind is str and more:
-            continue  # Trainer reads some texts in ways of its own
+        if more and name not in more and get_origin(hint) is not Annotated and not _is_plain(rule):
+            continue  # what another library reads, and keeps, in ways of its own
         rule.check(name, values[name])
         if isinstance(rule, _Items) and isinstance(rule.rule, (Number, OneOf)) and not values[name]:
             raise ValueError(f"{name} must name at least one, got {values[name]!r}")
@@ -434,6 +434,13 @@ class _Either:
             raise wrong_value or errors[self.rules.index(left[0])]
         words = " or ".join(str(rule) for rule in self.rules)
         raise TypeError(f"{name} must be {words}, got {_shown(value)} of type {type(value).__name__}")
+
+
+def _is_plain(rule: Any) -> bool:
+    """Whether it is of numbers, names and flags alone."""
+    if isinstance(rule, _Either):
+        return all(_is_plain(each) or each == _Kind(types.NoneType) for each in rule.rules)
+    return isinstance(rule, (Number, OneOf, _TrueOrFalse))
 
 
 @dataclass(frozen=True)
