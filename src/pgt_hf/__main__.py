@@ -1,5 +1,6 @@
 """Publish, report, plot and use trained runs; list presets and installed versions."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,8 @@ def export(
     from .hub import prepare_release
 
     release = _release(fold, ema, license, base_model, pictures)
-    print(prepare_release(run, target, repo_id or f"you/{run.resolve().name}", **release))
+    name = re.sub(r"[^\w.]+", "-", run.resolve().name).strip("-.") or "model"
+    print(prepare_release(run, target, repo_id or f"you/{name}", **release))
 
 
 @app.command()

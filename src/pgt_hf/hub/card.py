@@ -61,11 +61,13 @@ def model_card(
         files: What lies beside the card; the curve and the report are shown if they are among them.
 
     Raises:
-        ValueError: huggingface_hub does not accept the metadata.
+        ValueError: ``license`` is none of the Hub's, or huggingface_hub does not accept the metadata.
 
     Example:
         >>> print(model_card(read_run("runs/digits"), "alice/digits"))
     """
+    if license is not None:
+        check_license(license)
     task, terms, files = _task(run.config), dataset_terms(run.dataset), set(files)
     data = ModelCardData(
         license=license,
