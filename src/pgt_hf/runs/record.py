@@ -110,7 +110,8 @@ class Run:
         name = self.settings.get("dataset_name") or self.settings.get("dataset")
         if not isinstance(name, str) or not name:
             return None
-        return name if is_hub_id(name) else Path(name).name
+        local = self.settings.get("local_data") or not is_hub_id(name)
+        return Path(name).name if local else name
 
 
 @checked
