@@ -25,7 +25,7 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-lowest lint format typecheck bad-input audit bench clean
+.PHONY: help venv demo test test-fast test-lowest faults lint format typecheck bad-input audit bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,12 @@ test-fast: venv ## Run the tests that take no more than seconds, in less than tw
 test-lowest: ## Run the test suite with the oldest versions that pyproject.toml allows
 	@"$(PYTHON)" .ci/make_venv.py --lowest
 	$(MAKE) test VENV="$$("$(PYTHON)" .ci/make_venv.py --lowest --where)"
+
+faults: venv ## Kill, damage and resume trainings and prepared data, for an hour or so; the score is printed
+	$(RUN) tests/faults/checkpoints.py $(ARGS)
+	$(RUN) tests/faults/prepare_faults.py $(ARGS)
+	$(RUN) tests/faults/runs.py
+	$(RUN) tests/faults/data_workers.py
 
 lint: venv ## Check format, style and types
 	$(RUN) -m ruff format --check .

@@ -51,6 +51,7 @@ class EvaluationArguments:
     dataset_name: DataSetName | None = field(
         default=None, metadata={"help": f"Hub id, folder of images, or 'digits'; the run's, else {DEFAULT_DATASET}."}
     )
+    dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
     max_eval_samples: Count | None = field(
@@ -89,6 +90,7 @@ def main() -> None:
             split = load_validation(
                 args.model,
                 dataset_name,
+                args.dataset_config,
                 image_column=args.image_column,
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,

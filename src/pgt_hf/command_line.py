@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,12 +64,12 @@ def parse(
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
     """
-    sys.excepthook = _excepthook
     quiet_libraries()
     words = sys.argv[1:]
     if positional and words and not words[0].startswith("-"):
         words = [f"--{positional}", *words]
     parser = _Parser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    sys.excepthook = partial(_excepthook, skips="on_bad_image" in _flags)
     with errors_in_one_line(everywhere=True):
         given = parser.begin(words)
         asked = Namespace(**{name: given.get(name) for name in ("smoke", *early)})
@@ -263,11 +264,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
     """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
-        print(f"error: {error}; --on-bad-image skip leaves such images out and counts them", file=sys.stderr)
+        hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -9,11 +9,14 @@ import multiprocessing
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from multiprocessing import forkserver
 from typing import Any
 
-__all__ = ["start_worker_server", "use_worker_server", "worker_options"]
+__all__ = ["outlive_sigterm", "start_worker_server", "use_worker_server", "worker_options"]
 
+_HEAVY = ("torch", "torchvision", "accelerate", "timm", "datasets", "transformers.trainer")
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -42,25 +45,38 @@ def use_worker_server(args: Any) -> None:
 
 
 def start_worker_server() -> None:
-    """Starts the server, unless it runs, and returns at once.
-
-    It and its workers ignore SIGTERM: a signal to all processes of a run must leave the training process the data for
-    its last step. They end with the training process.
+    """Starts the server, unless it runs, and returns at once. It ends with this process.
 
     Example:
         >>> start_worker_server()
     """
     if _METHOD != "forkserver":
         return
-    multiprocessing.set_forkserver_preload([name for name in sys.modules if name.split(".")[0] in _PRELOADED])
+    ours = [name for name in sys.modules if name.split(".")[0] == "pgt_hf"]
+    multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules] + ours)
     if threading.current_thread() is not threading.main_thread():  # only the main one can set signals
         forkserver.ensure_running()
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited: its workers end with it
     try:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-_PRELOADED = ("pgt_hf", "datasets")  # with all that they import
+def outlive_sigterm(loader: Any) -> Any:
+    """Lets a loader's workers ignore SIGTERM: sent to a whole run, it must leave training the data of its last step.
+
+    Example:
+        >>> loader = outlive_sigterm(DataLoader(dataset, batch_size=64, **worker_options(4)))
+    """
+    initialize = partial(_ignore_sigterm, loader.worker_init_fn)
+    for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one that it holds
+        part.worker_init_fn = initialize
+    return loader
+
+
+def _ignore_sigterm(initialize: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -80,19 +81,19 @@ def kills(folder: Path, expected: dict[str, torch.Tensor], every: int) -> Iterat
             shutil.rmtree(run, ignore_errors=True)
 
 
-def damages(folder: Path, expected: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+def damages(folder: Path, expected: dict[str, torch.Tensor], every: int) -> Iterator[tuple[str, str]]:
     """Damages each file of the newest checkpoint in each way."""
     stopped = folder / "stopped"
     kill_at(None, lambda: train(stopped), stopped)
     newest = Path(str(latest_checkpoint(stopped)))
-    for file in sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file()):
-        for name, damage in DAMAGE.items():
-            run = Path(shutil.copytree(stopped, folder / "damaged"))
-            path = run / newest.name / file
-            content = damage(path.read_bytes())
-            path.unlink() if content is None else path.write_bytes(content)
-            yield f"{file} {name}", resumes(run, expected)
-            shutil.rmtree(run)
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    for file, name in list(product(files, DAMAGE))[::every]:
+        run = Path(shutil.copytree(stopped, folder / "damaged"))
+        path = run / newest.name / file
+        content = DAMAGE[name](path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        yield f"{file} {name}", resumes(run, expected)
+        shutil.rmtree(run)
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
         folder = Path(name)
         kill_at(None, lambda: train(folder / "whole"), folder / "whole")
         expected = weights(folder / "whole")
-        for kind, faults in (("kills", kills(folder, expected, every)), ("damage", damages(folder, expected))):
+        for kind, faults in (("kills", kills(folder, expected, every)), ("damage", damages(folder, expected, every))):
             score: Counter[str] = Counter()
             for fault, result in faults:
                 score[result.partition(":")[0]] += 1

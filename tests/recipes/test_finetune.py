@@ -291,14 +291,18 @@ def test_run_leaves_a_plain_model_and_its_pictures(launched):
     assert read(launched / "config.json")["powergrad_alpha"] == 0.25
 
 
-def test_transformers_model_on_a_csv_of_photos_with_everything_switched_on(here, tmp_path, capsys):
+def test_transformers_model_on_a_csv_of_photos_with_everything_switched_on(here, tmp_path, capsys, monkeypatch):
     start = tmp_path / "pretrained"
     tiny_vit().save_pretrained(start)
     ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(start)
     files = photos(tmp_path / "set", 24)
     table(tmp_path / "set" / "train.csv", [*files, *files[::3], *files[::3]], NEW)  # three times as many cats
-    table(tmp_path / "set" / "validation.csv", files, NEW)
+    Image.new("RGB", (500, 500)).save(tmp_path / "set" / "photos" / "giant.jpg", progressive=True)
+    (tmp_path / "set" / "photos" / "cut.png").write_bytes((tmp_path / "set" / files[0]).read_bytes()[:-90])
+    table(tmp_path / "set" / "validation.csv", [*files, "photos/giant.jpg", "photos/cut.png"], NEW)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 400)
     here(
+        *["--on-bad-image", "skip"],
         *["--model-name", str(start), "--dataset-name", str(tmp_path / "set"), "--mode", "layer-decay"],
         *["--head-lr-scale", "5", "--class-weights", "balanced", "--patience", "1", "--fold", "--mixup", "0.1"],
         *["--learning-rate", "0.01", "--num-train-epochs", "20", "--per-device-train-batch-size", "8"],
@@ -306,7 +310,8 @@ def test_transformers_model_on_a_csv_of_photos_with_everything_switched_on(here,
     )
     folder = tmp_path / "runs" / "finetune"
     metrics = read(folder / "metrics.json")
-    validation = load_image_dataset(str(tmp_path / "set"))["validation"]
+    assert metrics["skipped"] == 2
+    validation = load_image_dataset(str(tmp_path / "set"))["validation"].select(range(24))
     said = answers(folder, validation["image"][:])
     names = class_names(validation)
     right = sum(names.index(label) == number for label, number in zip(said, validation["label"], strict=True))

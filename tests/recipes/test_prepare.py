@@ -14,7 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from launch import ROOT
+from filelock import FileLock
+from launch import PYTHON, ROOT
+from launch import run as start
 from PIL import Image as Pictures
 
 from pgt_hf.images import class_names, load_image_dataset, read_image
@@ -164,6 +166,23 @@ def test_killed_run_goes_on_where_it_stopped(prepared, tmp_path):
     assert contents(output) == contents(tmp_path / "whole")
 
 
+def test_kills_and_damage_are_survived(tmp_path):
+    """A few of the faults; ``python tests/faults/prepare_faults.py`` tries all of them."""
+    printed = start(
+        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "29", cwd=tmp_path
+    ).stdout
+    assert ", 0 lost" in printed
+
+
+def test_two_runs_do_not_write_into_the_same_folder(prepared, tmp_path):
+    incomplete = tmp_path / "out.incomplete"
+    incomplete.mkdir()
+    with FileLock(incomplete / ".lock"):
+        error = run(options(prepared[0], tmp_path / "out"), check=False)[1]
+    assert f"error: {incomplete} is still being written by another run" in error
+    run(options(prepared[0], tmp_path / "out"))
+
+
 def test_full_disk_leaves_no_half_shard_and_the_run_goes_on_later(prepared, tmp_path):
     name, folder, _ = prepared
     largest = max(path.stat().st_size for path in folder.glob("*.parquet"))
@@ -205,7 +224,9 @@ def test_smoke_prepares_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = run(["--smoke", "--num-proc", "1"])[0]
     assert "1,437 images, 1,437 resized" in printed
-    assert "runs/prepared-digits is there already" in run(["--smoke"], check=False)[1]
+    assert "every checksum is right" in run(["--smoke", "--num-proc", "1"])[0]  # there is nothing left to do
+    error = run(["--smoke", "--quality", "80"], check=False)[1]
+    assert "runs/prepared-digits was begun with other settings (quality=90, now 80)" in error
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the ImageNet sample is not on this machine")

@@ -8,6 +8,7 @@ from .comparison import Comparison as Comparison
 from .comparison import Point as Point
 from .comparison import compare as compare
 from .comparison import interval as interval
+from .comparison import verdict as verdict
 from .confusion import confusion_matrix as confusion_matrix
 from .confusion import worst_mistakes as worst_mistakes
 from .diagnostics import CURVE_ALPHAS as CURVE_ALPHAS

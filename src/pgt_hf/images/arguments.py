@@ -28,6 +28,9 @@ class ImageDataArguments:
     dataset_name: DataSetName | None = field(
         default=None, metadata={"help": "Hub id, folder of images, CSV or Parquet (file or folder), or 'digits'."}
     )
+    dataset_config: Annotated[str | None, Text()] = field(
+        default=None, metadata={"help": "The Hub data set's configuration, if any."}
+    )
     image_column: Annotated[str | None, Text()] = field(
         default=None, metadata={"help": "Column of the images, if it is not detected."}
     )
@@ -58,6 +61,7 @@ class ImageDataArguments:
             raise ValueError("--dataset-name must be given: a Hub id, a folder of images, a CSV or Parquet, or digits")
         return load_image_dataset(
             self.dataset_name,
+            self.dataset_config,
             image_column=self.image_column,
             label_column=self.label_column,
             max_train_samples=self.max_train_samples,

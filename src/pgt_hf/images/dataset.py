@@ -334,6 +334,8 @@ class _Reader:
         self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
     ) -> dict[str, Any]:
         """Seeds the random numbers and leaves them so. ``count`` says whether a bad image is a new one."""
+        if not isinstance(label, int) or (label < 0 and label != IGNORED):
+            raise ValueError(f"{where} must have the number of a class as its label, got {label!r}")
         seed_sample(self.seed, epoch, index)
         try:
             pixels: Tensor = self.transform(read_image(image))

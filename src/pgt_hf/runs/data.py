@@ -39,6 +39,7 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
 def load_validation(
     model: str | os.PathLike[str],
     dataset_name: str | None = None,
+    config: str | None = None,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -53,7 +54,8 @@ def load_validation(
     Args:
         model: The run's folder, or that of one of its checkpoints; any other model has no split of its own.
         dataset_name: As ``load_image_dataset`` takes it; by default the run's.
-        image_column: The same; by default as the run was told.
+        config: The same; by default as the run was told.
+        image_column: The same.
         label_column: The same.
         max_eval_samples: The same.
         seed: For every draw; by default the run's, else 0.
@@ -71,8 +73,10 @@ def load_validation(
     name = dataset_name or arguments.get("dataset_name")
     if name is None:
         raise ValueError(f"dataset_name must be given: {os.fspath(model)} does not say what it was trained on")
-    given = {"image_column": image_column, "label_column": label_column, "max_eval_samples": max_eval_samples}
-    own = {key: arguments.get(key) for key in given} if name == arguments.get("dataset_name") else {}
+    given: dict[str, Any] = {"config": config, "image_column": image_column, "label_column": label_column}
+    given |= {"max_eval_samples": max_eval_samples}
+    known = arguments | {"config": arguments.get("dataset_config")}
+    own = {key: known.get(key) for key in given} if name == arguments.get("dataset_name") else {}
     chosen = {key: value for key, value in given.items() if value is not None}
     drawn = record.get("seed", 0) if seed is None else seed
     splits = load_image_dataset(name, seed=drawn, **own | {**chosen, "max_eval_samples": own.get("max_eval_samples")})

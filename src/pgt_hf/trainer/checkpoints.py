@@ -14,10 +14,12 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from ..data_workers import outlive_sigterm
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from .checkpoint_folders import SET_ASIDE, find_checkpoint, list_checkpoints, rotate, set_aside, step_of
@@ -69,6 +71,9 @@ class AtomicCheckpoints(Trainer):
             self.add_callback(_Resume(self))
         output = super().train(found, *args, **kwargs)
         return output._replace(training_loss=self._mean_loss())
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        return outlive_sigterm(super()._get_dataloader(*args, **kwargs))
 
     # --- saving
 
