@@ -81,9 +81,7 @@ class SearchArguments(ImageDataArguments):
         default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."}
     )
     seeds: Count = field(default=2, metadata={"help": "Trainings of each setting in the search."})
-    confirm_seeds: Annotated[int, Whole("[2, inf)")] = field(
-        default=5, metadata={"help": "New seeds of the best two."}
-    )
+    confirm_seeds: Annotated[int, Whole("[2, inf)")] = field(default=5, metadata={"help": "New seeds, for the best."})
     pruner: Annotated[str, OneOf(PRUNERS)] = field(default="none", metadata={"help": "Or 'median'; see the docs."})
     epochs: Positive = field(default=4, metadata={"help": "Length of a training."})
     batch_size: Count = field(default=64, metadata={"help": "Images per step."})
