@@ -166,7 +166,7 @@ def powergrad_linear_cross_entropy(
     return scaled + (loss - scaled).detach()  # the value of the one, the gradient of the other
 
 
-def check_alpha(alpha: float | Tensor) -> float | Tensor:
+def check_alpha(alpha: float | Tensor, name: str = "alpha") -> float | Tensor:
     """Returns ``alpha`` as a float if it is a number >= 0 (with a warning above 1).
 
     A 0-dim tensor that cannot be read without breaking a graph or waiting for a device is returned as it is.
@@ -178,19 +178,19 @@ def check_alpha(alpha: float | Tensor) -> float | Tensor:
     number: Any = alpha
     if isinstance(alpha, Tensor):
         if alpha.dim() != 0:
-            raise ValueError(f"alpha must be a number or a 0-dim tensor, got a tensor of shape {tuple(alpha.shape)}")
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got a tensor of shape {tuple(alpha.shape)}")
         if not alpha.is_floating_point():
-            raise TypeError(f"alpha must be a number in [0, 1], got a tensor of dtype {alpha.dtype}")
+            raise TypeError(f"{name} must be a number in [0, 1], got a tensor of dtype {alpha.dtype}")
         if is_compiling() or alpha.device.type != "cpu" or is_functorch():
             return alpha
         number = alpha.item()
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        Number().check("alpha", alpha)
+        Number("[0, inf)").check(name, alpha)
     if not math.isfinite(number) or number < 0:
-        raise ValueError(f"alpha must lie in [0, 1], got {number!r}")
+        raise ValueError(f"{name} must lie in [0, 1], got {number!r}")
     if number > 1:
         warnings.warn(
-            f"alpha = {number} lies above 1: this sharpens p', the opposite of the paper's use", stacklevel=3
+            f"{name} = {number} lies above 1: this sharpens p', the opposite of the paper's use", stacklevel=3
         )
     return float(number)
 

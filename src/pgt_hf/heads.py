@@ -48,7 +48,7 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
         return [head]
     if isinstance(head, str):
         names = dict(unwrap(model).named_modules())
-        if head not in names:
+        if not head or head not in names:
             raise ValueError(f"head={head!r} names no module of the model; candidates: {candidates(model)}")
         return [names[head]]
     if isinstance(head, Sequence) and head:
@@ -94,7 +94,7 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     Example:
         >>> model = fold_powergrad(nn.Linear(4, 3), alpha=0.25)
     """
-    check_alpha(alpha)
+    alpha = float(check_alpha(alpha))
     advice = "; divide the logits by a temperature of 1/alpha instead"
     if alpha == 0:
         raise ValueError("alpha must be above 0 to be folded into the head: 0 would make every probability 1/C")

@@ -97,7 +97,7 @@ class AlphaScheduler:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.shape = shape
-        self.end_alpha = end_alpha
+        self.end_alpha = float(end_alpha)
         self.warmup_steps = warmup_steps
         for group in optimizer.param_groups:
             group.setdefault(INITIAL_KEY, group[ALPHA_KEY])
@@ -143,5 +143,5 @@ def check_schedule(shape: str | Shape, end_alpha: float, warmup_steps: float) ->
     """Raises TypeError or ValueError for what no schedule can be made of."""
     if not callable(shape) and shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)} or a function, got {shape!r}")
-    check_alpha(end_alpha)
+    check_alpha(end_alpha, "end_alpha")
     Number("[0, inf)").check("warmup_steps", warmup_steps)

@@ -28,9 +28,11 @@ WRONG: dict[str, list[Any]] = {
         *NOT_NUMBERS, None, NAN, INF, -0.1, torch.tensor(NAN), torch.tensor(-1.0), torch.tensor(True), torch.tensor(1j)
     ],
     "share": [*NOT_NUMBERS, NAN, -0.1, 1.5, INF],
+    "fraction": [*NOT_NUMBERS, NAN, -0.1, 1, INF],
     "positive": [*NOT_NUMBERS, NAN, 0, -1, INF],
     "nonnegative": [*NOT_NUMBERS, NAN, -1, INF],
     "count": ["3", True, [3], {}, 1j, 2.5, NAN, 0, -1],
+    "many": ["3", True, [3], {}, 2.5, NAN, 0, -1],
     "at_least_2": ["3", True, [3], 2.5, NAN, 0, 1, -1],
     "index": ["3", True, [3], {}, 2.5, -1],
     "integer": ["3", True, [3], {}, 2.5, None],
@@ -47,13 +49,15 @@ WRONG: dict[str, list[Any]] = {
     "names": [None, 5, "ab", [], ["a"], ["a", "a"], [1, 2]],
     "mapping": [None, 5, "ab", [1]],
     "scores": [None, 5, "ab", [], ["a"], [NAN, 1.0], [True, 0.5]],
+    "pair_or_none": [0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
     "pair": [None, 0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
     "shape": ["cosin", "", 5, None, ["step"]],
 }  # fmt: skip
 # Values that are right although their types are unusual.
 FINE: dict[str, list[Any]] = {
     "alpha": [1, np.float32(0.5), np.float64(0.5), np.int64(1), np.array(0.5), Decimal("0.5"), torch.tensor(0.5)],
-    "share": [0, 1, np.float32(0.5), np.int64(1), Decimal("0.5")],
+    "share": [0, 1, np.float32(0.5), np.int64(1)],
+    "fraction": [0, np.float32(0.5)],
     "positive": [1, np.float32(0.5)],
     "nonnegative": [0, np.float32(0.5)],
     "count": [np.int64(3), np.uint8(3)],
@@ -154,7 +158,7 @@ def _rows() -> Iterator[Row]:
     }  # fmt: skip
     yield "create_optimizer", sgd, dict, {
         "model": "module", "opt": "name", "lr": "nonnegative", "alpha": "alpha", "clip_mode": "name_or_none",
-        "head": "name_or_none", "momentum": "share", "weight_decay": "nonnegative", "nesterov": "flag",
+        "head": "name_or_none", "momentum": "fraction", "weight_decay": "nonnegative", "nesterov": "flag",
         "layer_decay": "positive",
     }  # fmt: skip
     yield (
@@ -181,9 +185,9 @@ def _rows() -> Iterator[Row]:
         "per_device_train_batch_size": "count", "per_device_eval_batch_size": "count", "warmup_steps": "nonnegative",
         "gradient_accumulation_steps": "count", "max_grad_norm": "nonnegative", "label_smoothing_factor": "share",
         "seed": "seed", "dataloader_num_workers": "index", "optim": "name", "schedule": "name_or_none",
-        "warmup_epochs": "nonnegative", "warmup_lr": "share", "min_lr": "nonnegative", "decay_rate": "share",
-        "mixup": "nonnegative", "cutmix": "nonnegative", "random_erasing": "share", "ema_decay": "share",
-        "channels_last": "flag", "save_total_limit": "count", "logging_steps": "positive", "adam_beta1": "share",
+        "warmup_epochs": "nonnegative", "warmup_lr": "share", "decay_rate": "share",
+        "mixup": "nonnegative", "cutmix": "nonnegative", "random_erasing": "share", "ema_decay": "fraction",
+        "channels_last": "flag", "save_total_limit": "count", "logging_steps": "positive", "adam_beta1": "fraction",
     }  # fmt: skip
     yield "ImageDataArguments", images.ImageDataArguments, dict, {
         "max_train_samples": "count", "max_eval_samples": "count", "image_size": "count", "hflip": "share",
@@ -209,7 +213,7 @@ def _rows() -> Iterator[Row]:
     }  # fmt: skip
     yield "ImageTransform", transform, dict, {
         "training": "flag", "normalize": "flag", "hflip": "share", "color_jitter": "nonnegative",
-        "auto_augment": "name_or_none", "interpolation": "name", "scale": "pair",
+        "auto_augment": "name_or_none", "interpolation": "name", "scale": "pair_or_none",
     }  # fmt: skip
     yield "load_image_dataset", images.load_image_dataset, lambda: {"name": "digits"}, {
         "name": "path", "image_column": "column", "label_column": "column", "max_train_samples": "count",
@@ -222,7 +226,7 @@ def _rows() -> Iterator[Row]:
         "epoch": "integer",
     }  # fmt: skip
     yield "ImageStream", _stream, dict, {
-        "batch_size": "count", "num_samples": "count", "rank": "index", "world_size": "count", "seed": "seed",
+        "batch_size": "count", "num_samples": "many", "rank": "index", "world_size": "count", "seed": "seed",
         "block_size": "count", "on_bad_image": "name",
     }  # fmt: skip
     yield "replace_head", images.replace_head, lambda: {"model": network(), "label_names": ["x", "y"]}, {
@@ -237,7 +241,7 @@ def _rows() -> Iterator[Row]:
         "head_lr_scale": "positive",
     }  # fmt: skip
     yield "add_lora", images.add_lora, lambda: {"model": network()}, {
-        "model": "module", "rank": "count", "scale": "positive", "dropout": "share",
+        "model": "module", "rank": "count", "scale": "positive", "dropout": "fraction",
     }  # fmt: skip
     yield "class_weights", images.class_weights, lambda: {"labels": [0, 1, 1], "classes": 2}, {"classes": "count"}
     yield "entropy", images.entropy, lambda: {"logits": z()}, {"logits": "tensor", "scale": "positive"}

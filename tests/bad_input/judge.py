@@ -184,6 +184,8 @@ def _shows(message: str, value: Any) -> bool:
     shape = getattr(value, "shape", None)
     shown = [repr(value)[:20], str(value)[:20], type(value).__name__, getattr(value, "__name__", "\0")]
     shown += [str(tuple(shape)), str(getattr(value, "dtype", "\0"))] if shape is not None else []
+    if shape == ():
+        shown.append(str(value.item()))
     if isinstance(value, (list, tuple)) and value:
         shown += [repr(item) for item in value]
     return any(text and text in message for text in shown)

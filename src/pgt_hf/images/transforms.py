@@ -33,6 +33,7 @@ _TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
 _RULES: dict[str, Any] = {
     "scale": Number("(0, 1]"),
     "ratio": Number("(0, 100]"),
+    "color_jitter": Number("[0, 10]"),
     "hflip": Number("[0, 1]"),
     "vflip": Number("[0, 1]"),
     "crop_pct": Number("(0, 1]"),
@@ -151,8 +152,9 @@ class ImageTransform:
 def check_augmentation(options: Mapping[str, Any]) -> None:
     """Raises TypeError or ValueError for an option of timm's ``create_transform`` that is out of its range."""
     for name, value in options.items():
-        if name in _RULES and value is not None:
-            for item in value if name in ("scale", "ratio") and isinstance(value, (tuple, list)) else (value,):
+        if name in _RULES and (value is not None or name == "interpolation"):
+            several = name in ("scale", "ratio", "color_jitter") and isinstance(value, (tuple, list))
+            for item in value if several else (value,):
                 _RULES[name].check(name, item)
     for name in ("scale", "ratio"):
         pair = options.get(name) or (0, 1)
