@@ -37,7 +37,7 @@ from pgt_hf.images import (
     preset_table,
 )
 from pgt_hf.images.rules import Crop, Side, TimmName
-from pgt_hf.limits import Count, ExistingPath, Needs, OneOf, Rate, Share
+from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate
 from pgt_hf.programs import (
     IMAGE_DEFAULTS,
     RunArguments,
@@ -83,7 +83,9 @@ class ModelArguments:
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
     norm_free: bool = field(default=False, metadata={"help": "Remove the normalisation layers (ResNets)."})
     small_images: bool = field(default=False, metadata={"help": "A stem that keeps the image's size (ResNets)."})
-    drop_path: Share = field(default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."})
+    drop_path: Annotated[float, Number("[0, 1)")] = field(
+        default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."}
+    )
 
 
 @dataclass

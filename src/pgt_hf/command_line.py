@@ -143,7 +143,10 @@ class _Parser(HfArgumentParser):
     def check(self, values: Mapping[str, Any], given: set[str]) -> None:
         """Raises TypeError or ValueError for the first argument that its rule does not allow."""
         if "resume_from_checkpoint" in given:
-            raise ValueError("--resume-from-checkpoint is --resume here, which takes a checkpoint or 'auto'")
+            value = values["resume_from_checkpoint"]
+            raise ValueError(
+                f"--resume-from-checkpoint must be given as --resume, a checkpoint or 'auto', got {value!r}"
+            )
         for name in sorted(given):
             if isinstance(values[name], str) and not values[name].strip():
                 raise ValueError(f"{name} must not be empty, got {values[name]!r}")

@@ -291,7 +291,8 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
     Args:
         kind: The dataclass.
         values: The values by field; fields that it lacks are not checked.
-        more: Rules of fields that the dataclass inherits from another library.
+        more: Rules that are not in the fields' types, such as those of a dataclass's ``RULES``: of fields that it
+            inherits from another library.
 
     Raises:
         TypeError, ValueError: One is not allowed; the message names it.
@@ -308,7 +309,12 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
         rule = (more or {}).get(name) or _rule(hint)
         if name not in values or rule is None or (values[name] is None and optional):
             continue
-        if more and name not in more and get_origin(hint) is not Annotated and not _is_plain(rule):
+        if (
+            hasattr(kind, "RULES")
+            and name not in kind.RULES
+            and get_origin(hint) is not Annotated
+            and not _is_plain(rule)
+        ):
             continue  # what another library reads, and keeps, in ways of its own
         rule.check(name, values[name])
         if isinstance(rule, _Items) and isinstance(rule.rule, (Number, OneOf)) and not values[name]:
@@ -376,6 +382,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _rule(hint: Any) -> Any:
     """The rule that an annotation is; None where it allows anything, or what only the function itself can judge."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:  # a class, as Python sees it
+        return None
     if origin is Annotated:
         hint, own = inner[0], [rule for rule in inner[1:] if hasattr(rule, "check")]
         if not own:

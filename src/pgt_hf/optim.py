@@ -99,6 +99,9 @@ def create_optimizer(
     for key, value in {"lr": lr, **kwargs}.items():
         if key in options:
             check_option(key, value, options[key].default)
+        elif key != "param_group_fn":
+            known = ", ".join(sorted(options))
+            raise TypeError(f"{key} must be an option of {opt!r}, got {value!r}{near(key, options)}; it takes {known}")
     if kwargs.get("momentum") == 0 and "nesterov" in options:
         kwargs.setdefault("nesterov", False)  # timm's default, which needs a momentum
     optimizer = create_optimizer_v2(model, opt=name, lr=lr, **kwargs)

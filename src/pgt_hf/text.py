@@ -307,5 +307,5 @@ def _sources(root: Path, seed: int) -> list[Path]:
     """The modules below ``root`` in an order drawn by ``seed``, without tests and installed packages."""
     left_out = {"test", "tests", "site-packages", "dist-packages"}
     found = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
-    random.Random(seed).shuffle(found)
+    random.Random(int(seed)).shuffle(found)
     return found

@@ -48,6 +48,7 @@ WRONG: dict[str, list[Any]] = {
     "path_or_none": [5, ["a"], {}, 0.5],
     "names": [None, 5, "ab", [], ["a"], ["a", "a"], [1, 2]],
     "mapping": [None, 5, "ab", [1]],
+    "counts": [None, 5, "ab", [0], [1.5], ["a"]],
     "scores": [None, 5, "ab", [], ["a"], [NAN, 1.0], [True, 0.5]],
     "pair_or_none": [0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
     "pair": [None, 0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
@@ -116,7 +117,9 @@ def config(**wrong: Any) -> images.ImageTransform:
 
 
 def training(**options: Any) -> Any:
-    return pgt_hf.ImageTrainingArguments(**{"output_dir": "out", "report_to": "none", "use_cpu": True} | options)
+    return pgt_hf.ImageTrainingArguments(
+        **{"output_dir": "out", "report_to": "none", "use_cpu": True, "optim": "powergrad_sgd"} | options
+    )
 
 
 def sgd(**options: Any) -> Any:
@@ -258,7 +261,7 @@ def _rows() -> Iterator[Row]:
     yield "shrink", images.shrink, lambda: {"image": _png(), "shorter_side": 4, "quality": 90}, {
         "shorter_side": "count", "quality": "count",
     }  # fmt: skip
-    yield "top_k_accuracy", analysis.top_k_accuracy, lambda: {"ranked": [[2, 0]], "labels": [2]}, {"k": "mapping"}
+    yield "top_k_accuracy", analysis.top_k_accuracy, lambda: {"ranked": [[2, 0]], "labels": [2]}, {"k": "counts"}
     yield "reliability", analysis.reliability, lambda: {"confidence": [0.9, 0.8], "hits": [1, 0]}, {"bins": "count"}
     yield "score_logits", analysis.score_logits, lambda: {"logits": z(), "labels": y()}, {
         "logits": "tensor", "labels": "tensor",
@@ -334,16 +337,16 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
         ("last_epoch", -9),
     ]  # fmt: skip
     yield "fold_powergrad", pgt_hf.fold_powergrad, lambda: {"model": nn.Linear(4, 3), "alpha": 0.5}, [
-        ("alpha", 0), ("model", _folded()), ("model", _attached()), ("model", nn.ReLU()),
-        ("model", _alpha_in_config()),
+        ("alpha", 0), ("model", _folded()), ("model", nn.ReLU()),
     ]  # fmt: skip
+    yield "fold_powergrad", pgt_hf.fold_powergrad, lambda: {"model": _alpha_in_config()}, [("alpha", 0.5)]
     yield "ImageTransform", config, dict, [
         ("crop_pct", 0.0), ("crop_pct", 5), ("mean", (0.5,)), ("std", (0.5,)), ("interpolation", "cubicc"),
         ("input_size", (32, 32)),
     ]  # fmt: skip
     yield "create_model", images.create_model, lambda: {
         "name": "vit_tiny_patch16_224", "label_names": ["a", "b"],
-    }, [("image_size", 33), ("norm_free", True), ("name", "resnet18.fake_tag")]  # fmt: skip
+    }, [("image_size", 33), ("name", "resnet18.fake_tag")]  # fmt: skip
     yield "class_weights", images.class_weights, lambda: {"labels": [0, 1], "classes": 2}, [
         ("labels", [0.5, 1.0]), ("labels", [[0], [1]]), ("labels", ["a"]), ("labels", [True, False]), ("labels", [2]),
         ("labels", []),
@@ -404,12 +407,6 @@ def _alpha_in_config(alpha: float = 0.25) -> Any:
     return model
 
 
-def _attached() -> Any:
-    model = nn.Linear(4, 3)
-    pgt_hf.attach_powergrad(model, 0.5)
-    return model
-
-
 def _stream(**options: Any) -> Any:
     split = images.load_image_dataset("digits", max_train_samples=64, streaming=True)["train"]
     return images.ImageStream(split, transform(), **{"batch_size": 4, "num_samples": 64} | options)
@@ -432,5 +429,7 @@ def _png() -> bytes:
 def _history() -> Path:
     path = folder().with_name("history")
     path.mkdir()
-    (path / "history.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n', encoding="utf-8")
+    (path / "history.jsonl").write_text(
+        '{"epoch": 1, "step": 1, "loss": 1.0}\n{"epoch": 2, "step": 2, "loss": 0.5}\n', encoding="utf-8"
+    )
     return path

@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
     "clear",
@@ -182,12 +185,22 @@ def run_call(call: Call) -> Verdict:
 
 def _shows(message: str, value: Any) -> bool:
     shape = getattr(value, "shape", None)
-    shown = [repr(value)[:20], str(value)[:20], type(value).__name__, getattr(value, "__name__", "\0")]
+    if isinstance(value, (list, tuple)) and not value:
+        return re.search(r"none|\b0\b|\[\]|\(\)", message) is not None
+    shown = [
+        str(value).lower(),
+        repr(value)[:20],
+        str(value)[:20],
+        type(value).__name__,
+        getattr(value, "__name__", "\0"),
+    ]
     shown += [str(tuple(shape)), str(getattr(value, "dtype", "\0"))] if shape is not None else []
-    if shape == ():
-        shown.append(str(value.item()))
+    if shape is not None and value.dtype not in (torch.bool, torch.complex64):
+        shown += [str(value.min().item()), str(value.max().item())]
     if isinstance(value, (list, tuple)) and value:
         shown += [repr(item) for item in value]
+        with contextlib.suppress(ValueError):
+            shown += [str(np.asarray(value)), f"{np.asarray(value).dtype}"]
     return any(text and text in message for text in shown)
 
 

@@ -81,7 +81,7 @@ def compare_calibration(
         rows["folded"] = ((1 / alpha,), score_logits(logits, labels, alpha))
 
     right = logits.argmax(dim=1) == labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed))).to(labels.device)
     halves = order.tensor_split(2)
     if not any(right[half].all() for half in halves):
         temperatures = tuple(_fit(logits[half], labels[half]) for half in halves)
@@ -159,8 +159,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def _fit(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
-    if not len(labels) or not logits.isfinite().all():
-        raise ValueError(f"logits must be finite and at least one image labelled, got {len(labels)} labelled images")
+    if not len(labels):
+        raise ValueError("labels must leave at least one image to fit on, got none")
+    if not logits.isfinite().all():
+        raise ValueError("logits must be finite, got nan or infinity among them")
     logits = logits.double()
 
     def nll(log_temperature: float) -> float:

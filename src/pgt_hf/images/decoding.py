@@ -99,7 +99,7 @@ def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1,
         if source.size == size[::-1] and _orientation(source) == 1:
             return image
     file = BytesIO()
-    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=int(quality))
     return file.getvalue()
 
 

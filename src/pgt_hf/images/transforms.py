@@ -85,7 +85,8 @@ class ImageTransform:
             if name in _ERASING + _ELSEWHERE:
                 what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
                 raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
-        check_augmentation({"crop_pct": config.get("crop_pct"), **augmentation})
+        own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
+        check_augmentation(own | augmentation)
         for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):
             if config.get(name) is not None and len(config[name]) != count:
                 raise ValueError(f"config: {name} must have {count} numbers, got {config[name]!r}")

@@ -70,7 +70,9 @@ def parse_optim_args(
             raise ValueError(f"optim_args must leave out {key}, which {elsewhere[key]} sets, got {key}={text}")
         if key not in allowed:
             known = ", ".join(sorted(set(allowed) - set(elsewhere)))
-            raise ValueError(f"optim_args: {opt!r} has no option {key!r}{near(key, allowed)}; it takes {known}")
+            raise ValueError(
+                f"optim_args: {opt!r} has no option {key!r}, got {key}={text}{near(key, allowed)}; it takes {known}"
+            )
         values[key] = value = _parse_value(text)
         try:
             check_option(key, value, allowed[key].default)
