@@ -128,7 +128,10 @@ def main() -> None:
         needed = args.batch * accelerator.num_processes
         for name, domain in {args.dataset_name: source, **targets}.items():
             if len(domain["train"]) < needed:
-                raise ValueError(f"--batch: {name} has {len(domain['train'])} training images, a step takes {needed}")
+                raise ValueError(
+                    f"batch must be at most {len(domain['train']) // accelerator.num_processes}, the training images "
+                    f"of {name} for each process, got {args.batch}"
+                )
         build_network(args, len(names))
 
     folder, rows = Path(args.output_dir), []
@@ -178,7 +181,10 @@ def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple
 
 
 def build_network(args: AdaptationArguments, classes: int) -> nn.Module:
-    return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
+    try:
+        return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
+    except OSError as error:
+        raise OSError(f"pretrained: timm's weights of {args.model_name!r} are not available: {error}") from error
 
 
 def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments) -> None:

@@ -130,7 +130,11 @@ def main() -> None:
             for split, limit in limits.items():
                 dataset[split] = dataset[split].select(range(min(limit or sys.maxsize, dataset[split].num_rows)))
             if language_args.tokenizer_name:
-                tokenizer = AutoTokenizer.from_pretrained(language_args.tokenizer_name)
+                name = language_args.tokenizer_name
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(name)
+                except (OSError, ValueError) as error:
+                    raise OSError(f"tokenizer_name must be one that can be read, got {name!r}: {error}") from error
             else:
                 tokenizer = train_tokenizer(dataset["train"]["text"], language_args.vocab_size)
             blocks = cut(dataset, tokenizer, language_args.block_size)
@@ -180,6 +184,8 @@ def main() -> None:
 
 
 def check(settings: Namespace, given: set[str]) -> None:
+    if settings.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(f"metric_for_best_model must be loss, got {settings.metric_for_best_model!r}")
     heads = max(1, settings.hidden_size // 32)
     if settings.hidden_size % (2 * heads):
         raise ValueError(

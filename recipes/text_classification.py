@@ -151,10 +151,13 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
     """The classifier and its tokenizer; the names of the classes go into the config, for pipelines."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     if model_name != SCRATCH:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            model_name, num_labels=len(names), ignore_mismatched_sizes=True, **labels
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_name, num_labels=len(names), ignore_mismatched_sizes=True, **labels
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(f"model_name must be an encoder that can be read, got {model_name!r}: {error}") from error
         return model, tokenizer
     tokenizer = train_tokenizer(texts, vocab_size=4096)
     config = BertConfig(

@@ -31,7 +31,8 @@ CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
 SECONDS = 60
 # Words that say what is allowed, or what to do.
 _ALLOWED = re.compile(
-    r"\b(must|needs?|counts only|one of|near|see|give|neither|not|no|only|is missing|are missing|for|cannot)\b"
+    r"(must|needs?|requires|counts only|one of|near|see|give|choose|neither|not|no|only|missing|for|cannot|unexpected)",
+    re.IGNORECASE,
 )
 
 
@@ -83,12 +84,15 @@ def run_command(command: Command) -> Verdict:
 
 def _message(main: Callable[[], Any]) -> tuple[str, str]:
     try:
-        main()
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            main()
     except _TooLongError:
         return "", SILENT
     except SystemExit as end:
         if end.code in (None, 0):
             return "", SILENT
+        if isinstance(end.code, int):  # of argparse itself: usage, then the error
+            return told.getvalue().splitlines()[-1], CLEAR if "error: " in told.getvalue() else UNCLEAR
         message = str(end.code)
         return message, CLEAR if message.startswith("error: ") and len(message.splitlines()) == 1 else UNCLEAR
     except BaseException as error:
@@ -103,7 +107,7 @@ def _message(main: Callable[[], Any]) -> tuple[str, str]:
 
 def _is_clear(message: str, named: Iterable[str], value: str) -> bool:
     return (
-        any(re.search(name, message) for name in named)
+        any(re.search(name.replace("_", "-"), message.replace("_", "-"), re.IGNORECASE) for name in named)
         and (not value or value.strip("-") in message or repr(value) in message)
         and _ALLOWED.search(message) is not None
     )

@@ -225,7 +225,7 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         (["--methods", "magic"], "--methods must be one of source-only, bn, tent, pseudo-labels, dann, got 'magic'"),
         (["--alphas", "0"], "--alphas must be a number in (0, 1], got 0.0"),
         (["--targets", "contrast:9"], "with a level from 1 to 5, or a data set, got 'contrast:9'"),
-        (["--batch", "200"], "--batch: digits has 192 training images, a step takes 200"),
+        (["--batch", "200"], "--batch must be at most 192, the training images of digits for each process, got 200"),
         (["--model-name", "resnet_10"], "--model-name must be a timm model, got 'resnet_10'"),
     ],
 )

@@ -111,6 +111,8 @@ class PowerGradTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         if optim.startswith(PREFIX):
             parse_optim_args(optim, self.optim_args, SET_ELSEWHERE)
+        elif self.optim_args and optim in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"optim_args must be left out with {optim!r}, which takes none, got {self.optim_args!r}")
         lower_is_better = _LOWER_IS_BETTER.fullmatch(self.metric_for_best_model or "")
         if getattr(self, "greater_is_better", None) is None and lower_is_better:
             self.greater_is_better = False

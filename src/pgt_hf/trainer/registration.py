@@ -146,6 +146,6 @@ def _split(optim_args: str | None) -> dict[str, str]:
         if len(rest) != 1 or not key or not rest[0]:
             raise ValueError(f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}")
         if key in values:
-            raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
+            raise ValueError(f"optim_args must name each option once, got {key!r} twice: {optim_args!r}")
         values[key] = rest[0]
     return values
