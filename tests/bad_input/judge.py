@@ -31,7 +31,7 @@ CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
 SECONDS = 60
 # Words that say what is allowed, or what to do.
 _ALLOWED = re.compile(
-    r"(must|needs?|requires|counts only|one of|near|see|give|choose|neither|not|no|only|missing|for|cannot|unexpected)",
+    r"\b(must|needs?|requires|counts only|one of|near|see|give|choose|neither|no|not|only|missing|for|cannot)\b",
     re.IGNORECASE,
 )
 
