@@ -190,7 +190,7 @@ def run_call(call: Call) -> Verdict:
 def _shows(message: str, value: Any) -> bool:
     shape = getattr(value, "shape", None)
     if isinstance(value, (list, tuple)) and not value:
-        return re.search(r"none|\b0\b|\[\]|\(\)", message) is not None
+        return re.search(r"none|list|\b0\b|\[\]|\(\)", message) is not None
     shown = [
         str(value).lower(),
         repr(value)[:20],

@@ -157,6 +157,9 @@ def check_augmentation(options: Mapping[str, Any]) -> None:
             several = name in ("scale", "ratio", "color_jitter") and isinstance(value, (tuple, list))
             for item in value if several else (value,):
                 _RULES[name].check(name, item)
+    jitter = options.get("color_jitter")
+    if isinstance(jitter, (tuple, list)) and len(jitter) not in (3, 4):
+        raise ValueError(f"color_jitter must be a number, or 3 or 4 of them, got {jitter!r}")
     for name in ("scale", "ratio"):
         pair = options.get(name) or (0, 1)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] > pair[1]:
