@@ -25,7 +25,7 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-lowest faults lint format typecheck bench clean
+.PHONY: help venv demo test test-fast test-lowest faults lint format typecheck bad-input audit bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,14 @@ format: venv ## Rewrite the files in the project's format
 
 typecheck: venv ## Check the types alone
 	$(RUN) -m mypy
+
+bad-input: venv ## Try every wrong command line and call, and print the score
+	$(RUN) -W ignore tests/bad_input $(ARGS)
+
+audit: venv ## Look for known vulnerabilities and dangerous calls; installs bandit and pip-audit beside the environment
+	$(RUN) -m pip install --quiet --target .audit bandit pip-audit
+	PYTHONPATH=.audit "$(VENV)/bin/python" -m bandit -q -r -c pyproject.toml src recipes
+	PYTHONPATH=.audit "$(VENV)/bin/python" -m pip_audit --path "$$("$(VENV)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 bench: venv ## Run the benchmarks
 	$(RUN) -m benchmarks $(ARGS)

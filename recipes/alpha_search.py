@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import optuna
 from transformers import PrinterCallback, set_seed
@@ -29,10 +29,13 @@ from transformers.utils import logging as transformers_logging
 from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics, Point, plot_heat_map, verdict
 from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
+from pgt_hf.images.rules import TimmModel
+from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Whole
 from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse
 from pgt_hf.trainer import (
     PAPER_ALPHAS,
     ReportToStudy,
+    Storage,
     become_worker,
     completed_points,
     open_storage,
@@ -46,7 +49,7 @@ SIDES = ("baseline", "pgt")
 FIRST_CONFIRM_SEED = 1000
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
-SAMPLERS = ("grid", "random", "tpe")
+SAMPLERS, PRUNERS = ("grid", "random", "tpe"), ("median", "none")
 SMOKE: dict[str, Any] = {
     "dataset_name": DIGITS, "alphas": [0.1, 0.5], "lr_low": 0.05, "lr_high": 0.2, "lr_points": 1, "seeds": 1,
     "confirm_seeds": 2, "epochs": 1, "max_train_samples": 320, "max_eval_samples": 100, "image_size": 16,
@@ -60,42 +63,40 @@ IDENTITY = (
 
 @dataclass
 class SearchArguments(ImageDataArguments):
-    model_name: str = field(default="resnet10t", metadata={"help": "A timm model."})
-    output_dir: str = field(default="runs/alpha_search", metadata={"help": "Tables, picture, the default storage."})
-    storage: str | None = field(default=None, metadata={"help": "Any RDB URL, or journal:FILE; else sqlite here."})
-    sampler: str = field(default="grid", metadata={"help": f"How settings are chosen: {', '.join(SAMPLERS)}."})
-    trials: int | None = field(default=None, metadata={"help": "Settings per side, for random and tpe."})
-    alphas: list[float] = field(
+    model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm model."})
+    output_dir: Folder = field(default="runs/alpha_search", metadata={"help": "Tables, picture, the default storage."})
+    storage: Annotated[str | None, Storage()] = field(
+        default=None, metadata={"help": "Any RDB URL, or journal:FILE; else sqlite here."}
+    )
+    sampler: Annotated[str, OneOf(SAMPLERS)] = field(default="grid", metadata={"help": "grid, random or tpe."})
+    trials: Annotated[Count | None, Needs("sampler", ("random", "tpe"))] = field(
+        default=None, metadata={"help": "Settings per side, for random and tpe."}
+    )
+    alphas: list[Annotated[float, Number("[0, 1)")]] = field(
         default_factory=lambda: list(PAPER_ALPHAS), metadata={"help": "The grid; its ends bound random and tpe."}
     )
-    lr_low: float = field(default=0.003, metadata={"help": "Lowest learning rate."})
-    lr_high: float = field(default=1.0, metadata={"help": "Highest learning rate."})
-    lr_points: int = field(default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."})
-    seeds: int = field(default=2, metadata={"help": "Trainings of each setting in the search."})
-    confirm_seeds: int = field(default=5, metadata={"help": "Trainings of the two best settings, with new seeds."})
-    pruner: str = field(default="none", metadata={"help": "'median' stops settings that are behind; see the docs."})
-    epochs: float = field(default=4, metadata={"help": "Length of a training."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step."})
+    lr_low: Rate = field(default=0.003, metadata={"help": "Lowest learning rate."})
+    lr_high: Rate = field(default=1.0, metadata={"help": "Highest learning rate."})
+    lr_points: Annotated[Count, Needs("sampler", ("grid",))] = field(
+        default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."}
+    )
+    seeds: Count = field(default=2, metadata={"help": "Trainings of each setting in the search."})
+    confirm_seeds: Annotated[int, Whole("[2, inf)")] = field(default=5, metadata={"help": "New seeds, for the best."})
+    pruner: Annotated[str, OneOf(PRUNERS)] = field(default="none", metadata={"help": "Or 'median'; see the docs."})
+    epochs: Positive = field(default=4, metadata={"help": "Length of a training."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per step."})
     smoke: bool = field(default=False, metadata={"help": "A tiny search on digits, to see that everything works."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("sampler", SAMPLERS), ("pruner", ("median", "none"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.sampler == "grid":
             self.trials = len(self.alphas) * self.lr_points
         if self.trials is None:
-            raise ValueError(f"--sampler {self.sampler} needs --trials")
-        for name, least in {"trials": 1, "seeds": 1, "lr_points": 1, "batch_size": 1, "confirm_seeds": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if not all(0 <= alpha < 1 for alpha in self.alphas) or len(set(self.alphas)) < len(self.alphas):
-            raise ValueError(f"--alphas must be different and in [0, 1), 1 is the baseline's; got {self.alphas}")
-        if not 0 < self.lr_low < self.lr_high:
-            raise ValueError(f"--lr-low and --lr-high must rise from above 0, got {self.lr_low} and {self.lr_high}")
-        if not 0 < self.epochs < float("inf"):
-            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
+            raise ValueError(f"trials must be given with --sampler {self.sampler}, got none")
+        if len(set(self.alphas)) < len(self.alphas):
+            raise ValueError(f"alphas must differ from each other, got {self.alphas}")
+        if self.lr_high <= self.lr_low:
+            raise ValueError(f"lr_high must be above lr_low, {self.lr_low}, got {self.lr_high}")
 
 
 def main() -> None:
@@ -104,8 +105,7 @@ def main() -> None:
     quieten()
     with errors_in_one_line():
         data = args.load()
-        if len(data["train"]) < args.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data['train'])} training images")
+        Whole(f"[1, {len(data['train'])}]").check("batch_size", args.batch_size)  # a step takes no more than there are
         create_model(args.model_name, class_names(data["validation"]), image_size=args.image_size)
         storage = open_storage(args.storage, args.output_dir)
         studies = {side: open_side(storage, side, args) for side in SIDES}

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from pgt_hf.analysis import BINS, IGNORED, calibration_table, compare_calibration, ranked_classes, top_k_accuracy
 from pgt_hf.data_workers import worker_options
-from pgt_hf.functional import check_alpha
 from pgt_hf.images import (
     DEFAULT_DATASET,
     ImageDataset,
@@ -35,40 +34,46 @@ from pgt_hf.images import (
     match_labels,
     preprocessing,
 )
+from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
+from pgt_hf.limits import Count, ExistingPath, Seed, Share, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import load_validation, package_versions, read_record, run_folder
 
 
 @dataclass
 class EvaluationArguments:
-    model: str = field(metadata={"help": "Folder of a trained model or checkpoint, timm name, or Hub id."})
-    weights: str | None = field(default=None, metadata={"help": "Local file of weights: safetensors or a state dict."})
-    dataset_name: str | None = field(
+    model: Annotated[str, TimmName(folder=True, hub=True)] = field(
+        metadata={"help": "Folder of a trained model or checkpoint, timm name, or Hub id."}
+    )
+    weights: Annotated[str | None, ExistingPath("file")] = field(
+        default=None, metadata={"help": "Local file of weights: safetensors or a state dict."}
+    )
+    dataset_name: DataSetName | None = field(
         default=None, metadata={"help": f"Hub id, folder of images, or 'digits'; the run's, else {DEFAULT_DATASET}."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
-    max_eval_samples: int | None = field(
+    max_eval_samples: Count | None = field(
         default=None, metadata={"help": "So many images; default: the run's, or all."}
     )
-    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
-    alpha: float | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
-    bins: int = field(default=BINS, metadata={"help": "Bins of the ECE."})
-    batch_size: int = field(default=64, metadata={"help": "Images per process and batch."})
-    num_workers: int = field(default=workers_per_process(), metadata={"help": "Processes that decode, per process."})
+    on_bad_image: OnBadImage = field(
+        default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
+    )
+    image_size: Side | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
+    alpha: Share | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
+    bins: Count = field(default=BINS, metadata={"help": "Bins of the ECE."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per process and batch."})
+    num_workers: Workers = field(
+        default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Run the network in bfloat16 autocast."})
-    seed: int | None = field(
+    seed: Seed | None = field(
         default=None, metadata={"help": "Draws images; default: the run's, so that none is known."}
     )
-    output: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
-
-    def __post_init__(self) -> None:
-        check_alpha(0.0 if self.alpha is None else self.alpha)
-        for name in ("bins", "batch_size", "image_size", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+    output: Annotated[str | None, WritableFile()] = field(
+        default=None, metadata={"help": "File to write all figures to, as JSON."}
+    )
 
 
 def main() -> None:

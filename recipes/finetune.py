@@ -19,11 +19,11 @@ its answers. docs/finetune.md explains the rest.
 """
 
 from argparse import Namespace
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
@@ -37,6 +37,8 @@ from pgt_hf.analysis import (
 )
 from pgt_hf.images import (
     DIGITS,
+    MODES,
+    FinetuningArguments,
     ImageDataArguments,
     ImageDataset,
     add_lora,
@@ -56,8 +58,6 @@ from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe,
 from pgt_hf.trainer import CheckpointError, parse_optim_args
 
 SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
-# What is trained, and the learning rate (AdamW) where none is given.
-MODES = {"linear": 1e-3, "full": 1e-4, "layer-decay": 5e-4, "lora": 1e-3}
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
     "output_dir": "runs/finetune",
     "min_crop": 0.35,
@@ -79,26 +79,10 @@ SMOKE: dict[str, Any] = {  # hflip: a mirrored 2 is no 2
 }  # fmt: skip
 
 
-@dataclass
-class ModelArguments:
-    model_name: str = field(default="resnet50.a1_in1k", metadata={"help": "timm name, Hub id, or a model's folder."})
-    weights: str | None = field(default=None, metadata={"help": "Local file of the model's pretrained weights."})
-    pretrained: bool = field(default=True, metadata={"help": "Begin with trained weights; else timm's random ones."})
-    mode: str = field(default="full", metadata={"help": f"What is trained: {', '.join(MODES)}."})
-    layer_decay: float = field(default=0.75, metadata={"help": "Learning rate of a layer / that of the one above it."})
-    head_lr_scale: float = field(default=1.0, metadata={"help": "Learning rate of the new head, as a multiple."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's updates."})
-    lora_scale: float = field(default=2.0, metadata={"help": "What LoRA's updates are multiplied by."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of LoRA's updates."})
-    class_weights: str | None = field(default=None, metadata={"help": "'balanced': all classes count the same."})
-    patience: int | None = field(default=None, metadata={"help": "Stop after so many epochs without a better top-1."})
-    fold: bool = field(default=False, metadata={"help": "Multiply the saved head by alpha."})
-
-
 def main() -> None:
     # parse
     model_args, data_args, run_args, args, config = parse(
-        ModelArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
+        FinetuningArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
     stop, resume = begin(args, run_args.resume)
@@ -170,24 +154,23 @@ def main() -> None:
 
 
 def choose_defaults(early: Namespace) -> dict[str, Any]:
-    mode = early.mode or ModelArguments.mode
-    if mode not in MODES:
-        raise ValueError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    return DEFAULTS | {"learning_rate": MODES[mode]}
+    return DEFAULTS | {"learning_rate": MODES.get(early.mode or FinetuningArguments.mode)}
 
 
-def check(given: Namespace) -> None:
-    if given.class_weights not in (None, "balanced"):
-        raise ValueError(f"--class-weights must be 'balanced' or left out, got {given.class_weights!r}")
-    if not given.optim.startswith("powergrad_"):
-        raise ValueError(f"--optim must begin with 'powergrad_', as powergrad_adamw, got {given.optim!r}")
-    if given.mode == "lora" and given.ema_decay is not None:
-        raise ValueError(f"--ema-decay must be left out with --mode lora, got {given.ema_decay}")
-    if given.fold and given.alpha == 0:
-        raise ValueError("--fold must be left out with --alpha 0: every probability would be 1/C")
+def check(settings: Namespace, given: set[str]) -> None:
+    if not settings.optim.startswith("powergrad_"):
+        raise ValueError(f"optim must begin with 'powergrad_', as powergrad_adamw, got {settings.optim!r}")
+    if settings.mode == "lora" and settings.ema_decay is not None:
+        raise ValueError(f"ema_decay must be left out with --mode lora, got {settings.ema_decay}")
+    if settings.fold and settings.alpha == 0:
+        raise ValueError("fold must be left out with --alpha 0, where every probability would be 1/C, got true")
+    if not settings.pretrained and not timm.is_model(settings.model_name):
+        raise ValueError(f"model_name must be a timm model with --pretrained false, got {settings.model_name!r}")
+    if "layer_decay" in (settings.optim_args or ""):  # the layers are grouped here
+        raise ValueError(f"optim_args must leave layer_decay to --layer-decay, got {settings.optim_args!r}")
 
 
-def build_model(model_args: ModelArguments, image_size: int | None, names: list[str]) -> Any:
+def build_model(model_args: FinetuningArguments, image_size: int | None, names: list[str]) -> Any:
     if not model_args.pretrained:
         return create_model(model_args.model_name, names, image_size=image_size or 224)
     model = replace_head(load_classifier(model_args.model_name, model_args.weights), names)
@@ -211,13 +194,13 @@ def build_data(
     return train, data_args.evaluation(splits, evaluate), processor
 
 
-def choose_trained(model: Any, model_args: ModelArguments) -> Any:
+def choose_trained(model: Any, model_args: FinetuningArguments) -> Any:
     if model_args.mode == "lora":
         return add_lora(model, model_args.lora_rank, scale=model_args.lora_scale, dropout=model_args.lora_dropout)
     return freeze_backbone(model) if model_args.mode == "linear" else model
 
 
-def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) -> dict[str, Any]:
+def optimizer_options(model_args: FinetuningArguments, args: ImageTrainingArguments) -> dict[str, Any]:
     name = str(getattr(args.optim, "value", args.optim))
     groups = partial(
         parameter_groups,

@@ -7,17 +7,15 @@
     accelerate launch recipes/imagenet.py --config runs/imagenet/run.json       # the same run again
     accelerate launch recipes/imagenet.py --resume auto                         # resume it where it was stopped
 
-A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option;
-those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
+A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists the options,
+``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/imagenet.md explains the run folder.
 """
 
-import json
-import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -38,7 +36,18 @@ from pgt_hf.images import (
     num_images,
     preset_table,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.images.rules import Crop, Side, TimmName
+from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate
+from pgt_hf.programs import (
+    IMAGE_DEFAULTS,
+    RunArguments,
+    begin,
+    errors_in_one_line,
+    fit_global_batch,
+    parse,
+    read_config,
+    tell,
+)
 from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
 from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
@@ -51,7 +60,6 @@ DEFAULTS |= {
     "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 256,
     "save_total_limit": 2,
-    "logging_steps": 50,
     "channels_last": True,
     "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # the paper's runs were in mixed precision
 }
@@ -68,27 +76,37 @@ SMOKE = {"dataset_name": DIGITS, "max_steps": 20, "max_eval_samples": 100}
 
 @dataclass
 class ModelArguments:
-    model_name: str = field(default="resnet50", metadata={"help": "A timm model, or the folder of a trained one."})
+    model_name: Annotated[str, TimmName(folder=True)] = field(
+        default="resnet50", metadata={"help": "A timm model, or the folder of a trained one."}
+    )
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
     norm_free: bool = field(default=False, metadata={"help": "Remove the normalisation layers (ResNets)."})
     small_images: bool = field(default=False, metadata={"help": "A stem that keeps the image's size (ResNets)."})
-    drop_path: float = field(default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."})
+    drop_path: Annotated[float, Number("[0, 1)")] = field(
+        default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."}
+    )
 
 
 @dataclass
 class DataArguments(ImageDataArguments):
     streaming: bool = field(default=False, metadata={"help": "Read the training images without downloading them."})
-    train_images: int | None = field(default=None, metadata={"help": "Images per epoch, where a stream cannot tell."})
-    eval_image_size: int | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
-    crop_pct: float | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
+    train_images: Annotated[Count | None, Needs("streaming")] = field(
+        default=None, metadata={"help": "Images per epoch, where a stream cannot tell."}
+    )
+    eval_image_size: Side | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
+    crop_pct: Crop | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
 
 
 @dataclass
 class RecipeArguments(RunArguments):
-    preset: str | None = field(default=None, metadata={"help": "A published run by name; 'list' prints them."})
-    config: str | None = field(default=None, metadata={"help": "The run.json of a run to repeat."})
-    global_batch: int = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
-    base_lr: float = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
+    preset: Annotated[str | None, OneOf(("list", *PRESETS))] = field(
+        default=None, metadata={"help": "A published run by name; 'list' prints them."}
+    )
+    config: Annotated[str | None, ExistingPath("file")] = field(
+        default=None, metadata={"help": "The run.json of a run to repeat."}
+    )
+    global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
+    base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
     diagnostics: bool = field(default=True, metadata={"help": "Record logits, filters, gradients (whole parameters)."})
     report: bool = field(default=True, metadata={"help": "Write report.html, after one more look at the images."})
 
@@ -96,8 +114,8 @@ class RecipeArguments(RunArguments):
 def main() -> None:
     # parse
     model_args, data_args, run_args, args, config = parse(
-        ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments,
-        description=__doc__, defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_batch,
+        ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments, description=__doc__,
+        defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_global_batch,
     )  # fmt: skip
     stop, resume = begin(args, run_args.resume)
 
@@ -160,28 +178,13 @@ def choose_defaults(early: Namespace) -> dict[str, Any]:
     if early.preset == "list":
         print(preset_table())
         sys.exit()
-    saved = json.loads(Path(early.config).read_text(encoding="utf-8"))["arguments"] if early.config else {}
-    preset = early.preset or saved.get("preset")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"--preset must be 'list' or one of {', '.join(PRESETS)}, got {preset!r}")
+    saved = read_config(early.config) if early.config is not None else {}
+    preset = saved.get("preset") if early.preset is None else early.preset
     if early.smoke:
         saved |= SMOKE
     dataset_name = early.dataset_name or saved.get("dataset_name", DEFAULT_DATASET)
-    chosen = PRESETS[preset].settings if preset else {}
+    chosen = PRESETS[preset].settings if preset in PRESETS else {}
     return DEFAULTS | DATASET_DEFAULTS.get(dataset_name, {}) | chosen | saved | {"dataset_name": dataset_name}
-
-
-def fit_batch(settings: Namespace) -> None:
-    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    each, rest = divmod(settings.global_batch, processes)
-    if rest or each < 1:
-        raise ValueError(f"--global-batch {settings.global_batch} cannot be divided over {processes} processes")
-    largest = settings.per_device_train_batch_size
-    steps = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= largest)
-    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = each // steps, steps
-    if settings.learning_rate is None:
-        settings.learning_rate = settings.base_lr * settings.global_batch / 1024
 
 
 def build_model(model_args: ModelArguments, data_args: DataArguments, names: list[str]) -> Any:

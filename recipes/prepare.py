@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
@@ -27,6 +27,8 @@ from filelock import FileLock, Timeout
 from pgt_hf.atomic import replacing
 from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
 from pgt_hf.images.raw import write_arrow
+from pgt_hf.images.rules import DataSetName, OnBadImage
+from pgt_hf.limits import Folder, OneOf, Seed, Whole
 from pgt_hf.programs import errors_in_one_line, parse
 
 MANIFEST, LOCK, ROW_GROUP = "manifest.json", ".lock", 100
@@ -35,28 +37,25 @@ SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6
 
 @dataclass
 class PrepareArguments:
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
-    output_dir: str = field(default="data/prepared", metadata={"help": "The folder to write."})
-    size: int = field(default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."})
-    format: str = field(default="jpeg", metadata={"help": "'jpeg', or 'raw': pixels, which cost no decoding."})
-    quality: int = field(default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."})
-    images_per_shard: int = field(default=1000, metadata={"help": "Images in one file."})
-    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
-    on_bad_image: str = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
-    seed: int = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
+    dataset_name: DataSetName = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
+    output_dir: Folder = field(default="data/prepared", metadata={"help": "The folder to write."})
+    size: Annotated[int, Whole("[1, 65500]")] = field(
+        default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."}
+    )
+    format: Annotated[str, OneOf(("jpeg", "raw"))] = field(
+        default="jpeg", metadata={"help": "'jpeg', or 'raw': pixels, which cost no decoding."}
+    )
+    quality: Annotated[int, Whole("[1, 95]")] = field(
+        default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."}
+    )
+    images_per_shard: Annotated[int, Whole("[1, 1000000]")] = field(
+        default=1000, metadata={"help": "Images in one file."}
+    )
+    num_proc: Annotated[int, Whole("[1, 10000]")] = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
+    on_bad_image: OnBadImage = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
+    seed: Seed = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
     verify: bool = field(default=False, metadata={"help": "Only check what is in --output-dir."})
     smoke: bool = field(default=False, metadata={"help": f"Set {SMOKE}"})
-
-    def __post_init__(self) -> None:
-        for name, most in {"size": 65500, "quality": 95, "images_per_shard": 10**6, "num_proc": 10**4}.items():
-            if not 1 <= getattr(self, name) <= most:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be from 1 to {most}, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
-        for name, allowed in {"format": ("jpeg", "raw"), "on_bad_image": ("error", "skip")}.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"--{name.replace('_', '-')} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
 
 
 def main() -> None:

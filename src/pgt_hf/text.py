@@ -12,12 +12,13 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
 from .extras import missing
+from .limits import Count, Seed, Whole, checked
 
 try:
     import datasets
@@ -45,15 +46,16 @@ _TEXT_COLUMNS = ("text", "sentence", "content", "review")
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
+@checked
 def load_labelled_text(
     name: str,
     config: str | None = None,
     *,
     text_column: str | None = None,
     label_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
+    max_train_samples: Count | None = None,
+    max_eval_samples: Count | None = None,
+    seed: Seed = 0,
 ) -> DatasetDict:
     """Loads text with one class each.
 
@@ -94,8 +96,9 @@ def load_labelled_text(
     return DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
 
 
+@checked
 def load_plain_text(
-    name: str, config: str | None = None, *, text_column: str | None = None, seed: int = 0
+    name: str, config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
 ) -> DatasetDict:
     """Loads documents to model: ``train`` and ``validation``, with the column ``text``.
 
@@ -122,7 +125,10 @@ def load_plain_text(
     return DatasetDict({key: _in_pieces(split) for key, split in both.items()})
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+@checked
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: Annotated[int, Whole("[257, 10000000]")]
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer like GPT-2's, of at most ``vocab_size`` tokens, with those of a classifier.
 
     Raises:
@@ -301,5 +307,5 @@ def _sources(root: Path, seed: int) -> list[Path]:
     """The modules below ``root`` in an order drawn by ``seed``, without tests and installed packages."""
     left_out = {"test", "tests", "site-packages", "dist-packages"}
     found = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
-    random.Random(seed).shuffle(found)
+    random.Random(int(seed)).shuffle(found)
     return found

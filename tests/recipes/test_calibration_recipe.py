@@ -51,5 +51,5 @@ def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(t
     command = [*PYTHON, str(ROOT / "recipes" / "calibration.py"), "--alphas", "1", "-1"]
     stopped = run(*command, cwd=tmp_path, check=False)
     assert stopped.returncode == 1
-    assert "error: --alphas: alpha must lie in [0, 1], got -1.0" in stopped.stderr
+    assert "error: --alphas must be a number in [0, 1], got -1.0" in stopped.stderr
     assert not list(tmp_path.iterdir())

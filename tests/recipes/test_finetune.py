@@ -353,17 +353,23 @@ def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
     [
         ([], "--dataset-name must be given"),
         (["--smoke", "--mode", "half"], "--mode must be one of linear, full, layer-decay, lora, got 'half'"),
-        (["--smoke", "--class-weights", "mine"], "--class-weights must be 'balanced' or left out, got 'mine'"),
+        (["--smoke", "--class-weights", "mine"], "--class-weights must be one of balanced, got 'mine'"),
         (["--smoke", "--optim", "adamw_torch"], "--optim must begin with 'powergrad_'"),
         (["--smoke", "--mode", "lora", "--ema-decay", "0.9"], "--ema-decay must be left out with --mode lora"),
-        (["--smoke", "--mode", "lora", "--lora-rank", "0"], "rank must be at least 1, got 0"),
-        (["--smoke", "--per-device-train-batch-size", "321"], "per_device_train_batch_size must be at most 320"),
-        (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
-        (["--dataset-name", "digits", "--model-name", "resnet_18"], "'resnet_18' is not a folder, a timm model"),
+        (
+            ["--smoke", "--mode", "lora", "--lora-rank", "0"],
+            r"--lora-rank must be a whole number in \[1, 1024\], got 0",
+        ),
+        (["--smoke", "--per-device-train-batch-size", "321"], "--per-device-train-batch-size must be at most 320"),
+        (["--smoke", "--resume", "nowhere"], "--resume must be 'auto' or a folder that exists"),
+        (
+            ["--dataset-name", "digits", "--model-name", "resnet_18"],
+            "--model-name must be a timm model .*, got 'resnet_18'",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_an_error_before_training(here, arguments, message, tmp_path):
-    with pytest.raises(SystemExit, match=f"^error: .*{message}" if "'resnet" in message else f"error: {message}"):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
         here(*arguments)
     assert not (tmp_path / "runs" / "finetune" / "run.json").exists()
 

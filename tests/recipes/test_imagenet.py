@@ -218,10 +218,13 @@ def test_sigterm_saves_a_checkpoint_and_stops_all_processes_and_no_other_run_may
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "resnet51"], "--preset must be 'list' or one of"),
-        (["--dataset-name", "digits", "--global-batch", "0"], "--global-batch 0 cannot be divided over 1 processes"),
-        (["--dataset-name", "digits", "--resume", "nowhere"], "--resume must be 'auto' or the folder of a checkpoint"),
-        (["--dataset-name", "digits", "--alpha", "-1"], r"alpha must lie in [0, 1], got -1.0"),
+        (["--preset", "resnet51"], "--preset must be one of list, "),
+        (
+            ["--dataset-name", "digits", "--global-batch", "0"],
+            "--global-batch must be a whole number of at least 1, got 0",
+        ),
+        (["--dataset-name", "digits", "--resume", "nowhere"], "--resume must be 'auto' or a folder that exists"),
+        (["--dataset-name", "digits", "--alpha", "-1"], "--alpha must be a number in [0, 1], got -1.0"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_before_anything_is_written(tmp_path, arguments, message):

@@ -229,10 +229,10 @@ def test_bad_image_stops_the_run_or_is_left_out_and_named(tmp_path):
     assert labels == [number % 3 for number in range(20) if number not in (4, 17)]
 
 
-@pytest.mark.parametrize(("option", "says"), [("--size", "from 1 to 65500"), ("--quality", "from 1 to 95")])
+@pytest.mark.parametrize(("option", "says"), [("--size", "in [1, 65500]"), ("--quality", "in [1, 95]")])
 def test_option_out_of_range_stops_the_program_before_anything_is_written(option, says, tmp_path):
     error = run(options("digits", tmp_path / "out", option, "0"), check=False)[1]
-    assert f"{option} must be {says}, got 0" in error
+    assert f"{option} must be a whole number {says}, got 0" in error
     assert not list(tmp_path.iterdir())
 
 

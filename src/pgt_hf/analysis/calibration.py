@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional import IGNORED, check_alpha
-from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
+from ..limits import Count, Seed, checked
+from .metrics import BINS, Reliability, check_logits, probability_scores, reliability, score_logits
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ class Calibration:
         return math.prod(self.temperatures) ** (1 / len(self.temperatures))
 
 
+@checked
 def compare_calibration(
-    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: int = BINS, seed: int = 0
+    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: Count = BINS, seed: Seed = 0
 ) -> dict[str, Calibration]:
     """Scores the probabilities of the same logits as they are, folded, and at the temperature that fits best.
 
@@ -69,6 +71,7 @@ def compare_calibration(
         >>> list(compare_calibration(logits, labels, alpha=0.25))
         ['raw', 'folded', 'fitted']
     """
+    check_logits(logits, labels)
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if not len(labels):
@@ -78,7 +81,7 @@ def compare_calibration(
         rows["folded"] = ((1 / alpha,), score_logits(logits, labels, alpha))
 
     right = logits.argmax(dim=1) == labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed))).to(labels.device)
     halves = order.tensor_split(2)
     if not any(right[half].all() for half in halves):
         temperatures = tuple(_fit(logits[half], labels[half]) for half in halves)
@@ -127,6 +130,7 @@ def scaled_logits(temperature: float) -> str:
     return "z" if temperature == 1 else f"z / {temperature:.3g}"
 
 
+@checked
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
 
@@ -144,6 +148,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])), 2)
         2.73
     """
+    check_logits(logits, labels)
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if bool((logits.argmax(dim=1) == labels).all()):
@@ -154,8 +159,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def _fit(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
-    if not len(labels) or not logits.isfinite().all():
-        raise ValueError(f"logits must be finite and at least one image labelled, got {len(labels)} labelled images")
+    if not len(labels):
+        raise ValueError("labels must leave at least one image to fit on, got none")
+    if not logits.isfinite().all():
+        raise ValueError("logits must be finite, got nan or infinity among them")
     logits = logits.double()
 
     def nll(log_temperature: float) -> float:

@@ -5,6 +5,11 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from ..limits import Number, checked
+
+_Score = Annotated[float, Number()]
 
 _EQUAL = 1e-9  # scores that differ by less differ by rounding
 
@@ -28,7 +33,8 @@ class Point:
         return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+@checked
+def interval(values: Sequence[_Score]) -> tuple[float, float]:
     """Mean and half the width of Student's 95% interval; the half width of a single value is infinite.
 
     Example:
@@ -38,6 +44,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     from scipy.stats import t
 
+    if not len(values):
+        raise ValueError("values must hold at least one number, got none")
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.inf
@@ -80,7 +88,8 @@ class Comparison:
         return f"PGT is {verdict} by {100 * abs(self.difference):.2f} +- {half_width} points ({where})."
 
 
-def compare(method: Sequence[float], baseline: Sequence[float]) -> Comparison:
+@checked
+def compare(method: Sequence[_Score], baseline: Sequence[_Score]) -> Comparison:
     """The paired difference, method minus baseline, of scores of the same seeds in the same order.
 
     Raises:

@@ -16,12 +16,14 @@ from transformers import EvalPrediction
 
 from ..extras import require
 from ..functional import IGNORED, check_alpha
+from ..limits import Count, check_type, checked
 
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
 
 
-def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
+@checked
+def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1, TOP_K)) -> dict[str, float]:
     """The shares of images whose class is among the k best predictions.
 
     ``ranked`` has class numbers from best to worst, (N, K), as ``ranked_classes`` gives them. A k above K is left out.
@@ -36,8 +38,6 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, 
     best, truth = np.asarray(ranked), np.asarray(labels)
     if not len(truth):
         raise ValueError("top-k accuracy of no images at all is not defined")
-    if min(k) < 1:
-        raise ValueError(f"k must be at least 1, got {tuple(k)}")
     hits = best == truth[:, None]  # (N, K)
     return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k if depth <= best.shape[1]}
 
@@ -52,7 +52,8 @@ def ranked_classes(logits: Tensor, k: int = TOP_K) -> Tensor:
     return logits.topk(k if k < logits.size(-1) else 1, dim=-1).indices
 
 
-def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: int = BINS) -> dict[str, float]:
+@checked
+def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> dict[str, float]:
     """How good the probabilities are: NLL, ECE and Brier score.
 
     With p the probabilities, y the class and q its one-hot vector, over N images:
@@ -100,7 +101,8 @@ class Reliability:
         return float((self.count[filled] * gap).sum() / self.count.sum())
 
 
-def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Reliability:
+@checked
+def reliability(confidence: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> Reliability:
     """Sorts predictions into ``bins`` of equal width by their confidence, as in Guo et al. 2017.
 
     Args:
@@ -115,11 +117,11 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Rel
         >>> reliability([0.9, 0.8, 0.3], [1, 0, 0], bins=2).count
         array([1, 2])
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     certain, right = np.asarray(confidence, dtype=np.float64), np.asarray(hits, dtype=np.float64)
     if certain.shape != right.shape or certain.ndim != 1:
         raise ValueError(f"confidence and hits must both have shape (N,), got {certain.shape} and {right.shape}")
+    if not certain.size or not ((certain >= 0) & (certain <= 1 + 1e-6)).all():
+        raise ValueError(f"confidence must hold at least one number, all in [0, 1], got {certain}")
     edges = np.linspace(0.0, 1.0, bins + 1)
     number = np.searchsorted(edges[1:], certain, side="left").clip(max=bins - 1)
     count = np.bincount(number, minlength=bins)
@@ -128,6 +130,7 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Rel
     return Reliability(edges, count, accuracy, mean)
 
 
+@checked
 def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     """What ``probability_scores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
 
@@ -146,10 +149,7 @@ def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
         >>> score_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).exp()[0, 0]
         tensor(0.5000)
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits and labels must have shapes (N, C) and (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+    check_logits(logits, labels)
     counted = labels != IGNORED
     if not ((labels >= 0) & (labels < logits.size(1)) | ~counted).all():
         raise ValueError(
@@ -159,6 +159,18 @@ def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     log_prob = log_probs.gather(1, labels.where(counted, 0)[:, None])[:, 0]
     probs = log_probs.exp()
     return torch.stack([log_prob, probs.amax(dim=1), probs.square().sum(dim=1)], dim=1)
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Raises TypeError or ValueError unless they are logits (N, C) and class numbers (N)."""
+    check_type("logits", logits, Tensor)
+    check_type("labels", labels, Tensor)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must hold class numbers, got dtype {labels.dtype}")
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits and labels must have shapes (N, C) and (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
 
 
 class ClassificationMetrics:
@@ -192,20 +204,18 @@ class ClassificationMetrics:
         >>> trainer = Trainer(..., compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess)
     """
 
+    @checked
     def __init__(
         self,
         alpha: float | None = None,
-        top_k: int = TOP_K,
-        bins: int = BINS,
+        top_k: Count = TOP_K,
+        bins: Count = BINS,
         also: Sequence[str] = (),
         keep_logits: bool = False,
         **options: Any,
     ) -> None:
         if alpha is not None:
             check_alpha(alpha)
-        for name, value in (("top_k", top_k), ("bins", bins)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.alpha = alpha
         self.keep_logits = keep_logits
         self.kept: tuple[Tensor, Tensor] | None = None

@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..functional import IGNORED
 from ..images.dataset import thumbnail
 from ..images.transforms import collate, normalize
+from ..limits import Count, NonNegative, Whole, checked
 from .calibration import Calibration, best_calibrated, compare_calibration, scaled_logits
 from .confusion import confusion_matrix, worst_mistakes
 from .metrics import Reliability
@@ -137,14 +138,15 @@ class Evaluation:
         return cls(content["names"], confusion, calibration, [Mistake(**entry) for entry in content["mistakes"]])
 
 
+@checked
 def examine(
     model: Any,
     dataset: Any,
     *,
-    alpha: float | None = None,
-    mistakes: int = 24,
-    max_images: int | None = None,
-    batch_size: int = 64,
+    alpha: NonNegative | None = None,
+    mistakes: Annotated[int, Whole("[0, inf)")] = 24,
+    max_images: Count | None = None,
+    batch_size: Count = 64,
 ) -> Evaluation:
     """Runs a classifier over an evaluation set once, in one process, and keeps what the report needs.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..limits import checked
 from .figures import Target, finish, new_figure, require_matplotlib, save, shorten
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title:
     save(figure, path, title)
 
 
+@checked
 def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, title: str | None = None) -> None:
     """Draws a sheet of images, PIL's or arrays, each with a caption of a line or two.
 
@@ -100,6 +102,7 @@ def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, ti
     save(figure, path, title)
 
 
+@checked
 def plot_mistakes(
     evaluation: "Evaluation", images: Any, path: Target, title: str | None = None, most: int = 36
 ) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..limits import checked
 from .diagnostics import CURVE_ALPHAS, ZERO_NORM, lemma_threshold
 from .figures import Target, finish, new_figure, save, shorten
 
 
+@checked
 def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, title: str | None = None) -> None:
     """Draws loss, top-1 accuracy and learning rate over the epochs, one below the other.
 
@@ -48,6 +50,7 @@ def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, titl
     save(figure, path, title)
 
 
+@checked
 def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws logit statistics, pooled-feature norm and gradient direction over the steps of a run.
 
@@ -69,6 +72,7 @@ def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None)
     save(figure, path, title)
 
 
+@checked
 def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws each filter's L2 norm over the steps, one panel per layer, with the number that has zeroed out.
 
@@ -94,6 +98,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
     save(figure, path, title)
 
 
+@checked
 def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light)."""
     layers = _layers(data, "gradient/")
@@ -118,6 +123,7 @@ def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = No
     save(figure, path, title)
 
 
+@checked
 def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws p' against p for several alpha with Lemma 1's thresholds, and how probabilities are distributed.
 
@@ -164,6 +170,7 @@ def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None 
     save(figure, path, title)
 
 
+@checked
 def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) -> None:
     """Draws the final values of at least two runs against the alpha that each was trained with.
 

@@ -7,6 +7,8 @@ from .adaptation import reverse_gradient as reverse_gradient
 from .adaptation import train_norms_alone as train_norms_alone
 from .adaptation_run import METHODS as METHODS
 from .adaptation_run import AdaptationRun as AdaptationRun
+from .arguments import MODES as MODES
+from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
 from .classifiers import load_classifier as load_classifier
 from .classifiers import load_weights as load_weights

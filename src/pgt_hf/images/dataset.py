@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..functional import IGNORED
+from ..limits import Count, OneOf, Seed, Whole, checked
 from .decoding import BadImageError, read_upright
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
@@ -57,13 +58,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         torch.Size([3, 32, 32])
     """
 
+    @checked
     def __init__(
         self,
         split: "datasets.Dataset",
         transform: Callable[[Any], Tensor],
         *,
-        seed: int = 0,
-        on_bad_image: str = "error",
+        seed: Seed = 0,
+        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
     ) -> None:
         self.split = _undecoded(split).with_format(None)
         self._rows = self.split.with_format("arrow")
@@ -94,6 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The epoch whose augmentation is drawn."""
         return int(self._epoch)
 
+    @checked
     def set_epoch(self, epoch: int) -> None:
         """Draws other augmentations from the next batch on, in running workers too."""
         self._epoch.fill_(epoch)
@@ -144,23 +147,21 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         44
     """
 
+    @checked
     def __init__(
         self,
         split: "datasets.IterableDataset",
         transform: ImageTransform,
         *,
-        batch_size: int,
-        num_samples: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        block_size: int = 1000,
-        on_bad_image: str = "error",
+        batch_size: Count,
+        num_samples: Count,
+        rank: Annotated[int, Whole("[0, inf)")] = 0,
+        world_size: Count = 1,
+        seed: Seed = 0,
+        block_size: Count = 1000,
+        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("block_size", block_size), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size - 1), got {rank}")
         self.batches = num_samples // world_size // batch_size
         if self.batches < 1:
@@ -200,6 +201,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         """The epoch that the next iteration is of."""
         return int(self._epoch)
 
+    @checked
     def set_epoch(self, epoch: int) -> None:
         """Other shards, order and augmentation from the next iteration on, in running workers too."""
         self._epoch.fill_(epoch)

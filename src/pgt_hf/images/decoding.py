@@ -4,11 +4,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Annotated
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from ..limits import Count, Whole, checked
 from .jpeg import decode_rows
 from .raw import ppm, ppm_pixels
 
@@ -120,7 +122,8 @@ def _decode(
         return source if source.mode == "L" else to_rgb(source), size
 
 
-def shrink(image: bytes, shorter_side: int, quality: int | None) -> bytes:
+@checked
+def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1, 95]")] | None) -> bytes:
     """The image as JPEG with its shorter side at most ``shorter_side`` pixels; as PPM if ``quality`` is None.
 
     EXIF orientation is applied, other metadata are dropped. For JPEG, grey stays grey, and an image that is small
@@ -138,7 +141,7 @@ def shrink(image: bytes, shorter_side: int, quality: int | None) -> bytes:
         if source.size == size[::-1] and _orientation(source) == 1:
             return image
     file = BytesIO()
-    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=int(quality))
     return file.getvalue()
 
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
@@ -20,6 +20,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
+from ..limits import Count, DataSet, Seed, checked
 from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
 from ..tables import in_words
 from .dataset import read_image
@@ -39,15 +40,16 @@ _DIGIT_SHARDS = 8
 _TRIED = 64  # images or labels, before a split is said to have none that can be read
 
 
+@checked
 def load_image_dataset(
-    name: str = DEFAULT_DATASET,
+    name: Annotated[str, DataSet(("digits",))] = DEFAULT_DATASET,
     config: str | None = None,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
+    max_train_samples: Count | None = None,
+    max_eval_samples: Count | None = None,
+    seed: Seed = 0,
     streaming: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.

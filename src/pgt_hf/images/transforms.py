@@ -18,8 +18,10 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torch import Tensor
 from torchvision import transforms
 
+from ..limits import Number, OneOf, checked
 from .decoding import Box, Size, check_pixels, decode_rgb
 from .device_transforms import LUMA
+from .rules import AutoAugment
 
 # What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
 _ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
@@ -32,6 +34,16 @@ _TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
 _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 _ON_TENSORS = (MaybePILToTensor, transforms.CenterCrop, *_FLIPS)
 _STACKED = ("pixel_values", "augmentation")
+_RULES: dict[str, Any] = {
+    "scale": Number("(0, 1]"),
+    "ratio": Number("(0, 100]"),
+    "color_jitter": Number("[0, 10]"),
+    "hflip": Number("[0, 1]"),
+    "vflip": Number("[0, 1]"),
+    "crop_pct": Number("(0, 1]"),
+    "auto_augment": AutoAugment(),
+    "interpolation": OneOf(("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")),
+}
 _IN_TORCH = (transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC)
 
 
@@ -66,6 +78,7 @@ class ImageTransform:
         (torch.Size([3, 32, 32]), torch.uint8)
     """
 
+    @checked
     def __init__(
         self,
         config: Mapping[str, Any],
@@ -79,6 +92,11 @@ class ImageTransform:
             if name in _ERASING + _ELSEWHERE:
                 what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
                 raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
+        own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
+        check_augmentation(own | augmentation)
+        for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):
+            if config.get(name) is not None and len(config[name]) != count:
+                raise ValueError(f"config: {name} must have {count} numbers, got {config[name]!r}")
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize and not on_device
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
@@ -149,6 +167,22 @@ class ImageTransform:
         longer_side = int(self._shorter_side * long / short)
         check_pixels(self._shorter_side * longer_side, f"{width} x {height} pixels, too long and thin to resize")
         return whole, (self._shorter_side, longer_side) if height <= width else (longer_side, self._shorter_side)
+
+
+def check_augmentation(options: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option of timm's ``create_transform`` that is out of its range."""
+    for name, value in options.items():
+        if name in _RULES and (value is not None or name == "interpolation"):
+            several = name in ("scale", "ratio", "color_jitter") and isinstance(value, (tuple, list))
+            for item in value if several else (value,):
+                _RULES[name].check(name, item)
+    jitter = options.get("color_jitter")
+    if isinstance(jitter, (tuple, list)) and len(jitter) not in (3, 4):
+        raise ValueError(f"color_jitter must be a number, or 3 or 4 of them, got {jitter!r}")
+    for name in ("scale", "ratio"):
+        pair = options.get(name) or (0, 1)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] > pair[1]:
+            raise ValueError(f"{name} must be two rising numbers, got {pair!r}")
 
 
 class _Jitter:

@@ -24,6 +24,8 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     the same.
     """
     described: dict[str, Any] = {"name": name}
+    if Path(name).exists():
+        described["local_data"] = True  # elsewhere, data/flowers might be taken for a Hub id
     for split, dataset in splits.items():
         rows = getattr(dataset, "num_rows", None)
         described[split] = {"images": rows, "fingerprint": _fingerprint(dataset)}

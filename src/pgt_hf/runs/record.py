@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..limits import checked
+
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
@@ -108,9 +110,11 @@ class Run:
         name = self.settings.get("dataset_name") or self.settings.get("dataset")
         if not isinstance(name, str) or not name:
             return None
-        return name if is_hub_id(name) else Path(name).name
+        local = self.settings.get("local_data") or not is_hub_id(name)
+        return Path(name).name if local else name
 
 
+@checked
 def read_run(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool | None = None
 ) -> Run:
@@ -148,11 +152,13 @@ def read_run(
     return Run(config, settings, {key: found[key] for key in METRICS if _is_number(found.get(key))}, history)
 
 
+@checked
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """``run.json``: arguments, code, data, seed, environment; empty if there is none."""
     return _json(Path(folder, RECORD)) or {}
 
 
+@checked
 def read_history(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
@@ -179,6 +185,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
     return Evaluation.from_json(content) if content else None
 
 
+@checked
 def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder of the model to use: that of the averaged weights if there are any, else the run's own."""
     averaged = Path(folder, EMA)
@@ -221,7 +228,15 @@ def _public(value: Any) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} must hold JSON, but cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{os.fspath(path)!r} must hold an object of JSON, got a {type(found).__name__}")
+    return found
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

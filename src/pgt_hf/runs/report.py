@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from ..analysis.run_plots import plot_training_curve
 from ..atomic import replacing
 from ..images.classifiers import load_classifier, match_labels, preprocessing
 from ..images.dataset import ImageDataset
+from ..limits import Count, Whole, checked
 from ..splits import class_names
 from .data import load_validation
 from .dataset_terms import dataset_terms
@@ -33,12 +34,13 @@ _MATRIX = 25  # up to so many classes, the confusion matrix is a table of number
 _PIXELS = 720  # side of the picture that it is otherwise
 
 
+@checked
 def report_run(
     folder: str | os.PathLike[str],
     dataset_name: str | None = None,
     *,
-    mistakes: int = 24,
-    max_images: int | None = None,
+    mistakes: Annotated[int, Whole("[0, inf)")] = 24,
+    max_images: Count | None = None,
 ) -> Path:
     """Looks at the predictions of a run's model, writes its report, and returns the report's path.
 
@@ -69,6 +71,7 @@ def report_run(
     return write_report(folder, run=run)
 
 
+@checked
 def write_report(
     folder: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,

@@ -14,6 +14,7 @@ from .powergrad import PowerGradTrainer as PowerGradTrainer
 from .progress import Progress as Progress
 from .registration import TRAINER_OPTIMIZERS as TRAINER_OPTIMIZERS
 from .registration import parse_optim_args as parse_optim_args
+from .search_storage import Storage as Storage
 from .search_storage import open_storage as open_storage
 from .shared_study import ReportToStudy as ReportToStudy
 from .shared_study import become_worker as become_worker

@@ -22,6 +22,7 @@ from ..analysis.diagnostics import (
     zeroed_filters,
 )
 from ..atomic import warn_on_failure
+from ..limits import checked
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
@@ -49,6 +50,7 @@ class DiagnosticsCallback(TrainerCallback):
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[DiagnosticsCallback()])
     """
 
+    @checked
     def __init__(self, interval: int | None = None, capacity: int = 256, head: nn.Module | str | None = None) -> None:
         self.interval = None if interval is None else check_interval(interval)
         self.history = History(capacity)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.diagnostics import recover_target
+from ..limits import Count, checked
 from ..runs.environment import command_line
 from .checkpoint_folders import SET_ASIDE, list_checkpoints, set_aside
 from .logit_probe import LogitProbe, alpha_of, check_interval
@@ -53,18 +54,17 @@ class DivergenceCallback(TrainerCallback):
         True
     """
 
+    @checked
     def __init__(
         self,
         interval: int = 10,
         factor: float = 5.0,
-        max_skipped: int = 12,
+        max_skipped: Count = 12,
         head: nn.Module | str | None = None,
     ) -> None:
         self.interval = check_interval(interval)
         if not factor > 1:
             raise ValueError(f"factor must be above 1, got {factor}")
-        if max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {max_skipped}")
         self.factor = factor
         self.max_skipped = max_skipped
         self.verdict: str | None = None

@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..attach import PowerGradHandle
+from ..heads import find_heads
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -54,12 +55,26 @@ class PowerGradTrainer(Trainer):
     ) -> None:
         if args is not None and not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
+        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+            find_heads(model, args.powergrad_head)  # an error before training, not at its first step
+        arguments = args or PowerGradTrainingArguments("trainer_output")
+        if (
+            arguments.dataloader_drop_last
+            and isinstance(train_dataset, Sized)
+            and not isinstance(train_dataset, IterableDataset)
+        ):
+            each = len(train_dataset) // arguments.world_size
+            if each < arguments.train_batch_size:
+                raise ValueError(
+                    f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
+                    f"{arguments.train_batch_size}: dataloader_drop_last would leave out all of them"
+                )
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
         super().__init__(
             model,
-            args or PowerGradTrainingArguments("trainer_output"),
+            arguments,
             data_collator,
             train_dataset,
             eval_dataset,
@@ -72,17 +87,6 @@ class PowerGradTrainer(Trainer):
             optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
         )
-        if (
-            self.args.dataloader_drop_last
-            and isinstance(train_dataset, Sized)
-            and not isinstance(train_dataset, IterableDataset)
-        ):
-            each = len(train_dataset) // self.args.world_size
-            if each < self.args.train_batch_size:
-                raise ValueError(
-                    f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
-                    f"{self.args.train_batch_size}: dataloader_drop_last would leave out all of them"
-                )
         if self.args.world_size > 1:
             end_group_at_exit(self)
 

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,40 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+
+from ..limits import WritableFile, check_type
 
 _log = logging.getLogger("pgt_hf.search")
 _OPENING_SECONDS = 5.0  # how long a storage is waited for while it is opened
 _AWAY_SECONDS = 600.0  # and once a search has begun in it
+
+
+class Storage:
+    """What ``open_storage`` takes: the URL of a database whose driver is installed, or ``journal:FILE``."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless it is one; a file is tried for writing."""
+        check_type(name, value, str)
+        shown = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)  # without a password
+        message = f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {shown!r}"
+        if value.startswith("journal:"):
+            if not value.removeprefix("journal:"):
+                raise ValueError(message)
+            WritableFile().check(name, value.removeprefix("journal:"))
+            return
+        try:
+            url = make_url(value)
+            if url.drivername == "postgresql":
+                url = url.set(drivername="postgresql+psycopg")
+            url.get_dialect().import_dbapi()
+        except (ArgumentError, ImportError) as error:
+            raise ValueError(f"{message}: {error}") from error
+        if url.get_backend_name() == "sqlite" and url.database:
+            file = Path(url.database)
+            WritableFile().check(name, file)
+            if file.exists() and file.stat().st_size and not file.read_bytes()[:16].startswith(b"SQLite format 3"):
+                raise ValueError(f"{message}: the file is no SQLite database")
 
 
 def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
