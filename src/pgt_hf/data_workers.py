@@ -5,6 +5,7 @@ at that moment, without the threads. The server never joins a process group. It 
 worker starts as fast as by a plain fork, and it is started while the program still loads its data.
 """
 
+import atexit
 import multiprocessing
 import signal
 import sys
@@ -70,10 +71,18 @@ def outlive_sigterm(loader: Any) -> Any:
     Example:
         >>> loader = outlive_sigterm(DataLoader(dataset, batch_size=64, **worker_options(4)))
     """
+    atexit.register(_kill_workers)
     initialize = partial(_ignore_sigterm, loader.worker_init_fn)
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one that it holds
         part.worker_init_fn = initialize
     return loader
+
+
+def _kill_workers() -> None:
+    """At the end of a program that failed: multiprocessing would terminate its workers, in vain, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_sigterm(initialize: Callable[[int], None] | None, worker: int) -> None:
