@@ -7,6 +7,7 @@ worker starts as fast as by a plain fork, and it is started while the program st
 
 import atexit
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from functools import partial
 from multiprocessing import forkserver
 from typing import Any
 
-__all__ = ["outlive_sigterm", "start_worker_server", "use_worker_server", "worker_options"]
+__all__ = ["guard_workers", "start_worker_server", "use_worker_server", "worker_options"]
 
 _HEAVY = ("torch", "torchvision", "accelerate", "timm", "datasets", "transformers.trainer")
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -30,7 +31,12 @@ def worker_options(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {"num_workers": 0}
     start_worker_server()
-    return {"num_workers": workers, "multiprocessing_context": _METHOD}
+    atexit.register(_kill_workers)
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": _METHOD,
+        "worker_init_fn": partial(_start_worker, None),
+    }
 
 
 def use_worker_server(args: Any) -> None:
@@ -65,14 +71,14 @@ def start_worker_server() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def outlive_sigterm(loader: Any) -> Any:
-    """Lets a loader's workers ignore SIGTERM: sent to a whole run, it must leave training the data of its last step.
+def guard_workers(loader: Any) -> Any:
+    """Lets a loader's workers outlive SIGTERM, which leaves training the data of its last step, but not their program.
 
     Example:
-        >>> loader = outlive_sigterm(DataLoader(dataset, batch_size=64, **worker_options(4)))
+        >>> loader = guard_workers(DataLoader(dataset, batch_size=64, num_workers=4, multiprocessing_context="spawn"))
     """
     atexit.register(_kill_workers)
-    initialize = partial(_ignore_sigterm, loader.worker_init_fn)
+    initialize = partial(_start_worker, loader.worker_init_fn)
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one that it holds
         part.worker_init_fn = initialize
     return loader
@@ -85,7 +91,15 @@ def _kill_workers() -> None:
             child.kill()
 
 
-def _ignore_sigterm(initialize: Callable[[int], None] | None, worker: int) -> None:
+def _start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # torch watches the process that forked the worker, the server, which stays as long as it has workers.
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if initialize is not None:
         initialize(worker)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from ..data_workers import outlive_sigterm
+from ..data_workers import guard_workers
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from .checkpoint_folders import SET_ASIDE, find_checkpoint, list_checkpoints, rotate, set_aside, step_of
@@ -73,7 +73,7 @@ class AtomicCheckpoints(Trainer):
         return output._replace(training_loss=self._mean_loss())
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        return outlive_sigterm(super()._get_dataloader(*args, **kwargs))
+        return guard_workers(super()._get_dataloader(*args, **kwargs))
 
     # --- saving
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from ..data_workers import outlive_sigterm, use_worker_server
+from ..data_workers import guard_workers, use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
@@ -133,7 +133,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             drop_last=True,
         )
         return prepare_data_loader(
-            outlive_sigterm(loader),
+            guard_workers(loader),
             self.accelerator.device,
             num_processes=1,
             process_index=0,
