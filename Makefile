@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter to build the environment with
 #   VENV=path           an environment of your own, used as it is instead of the one built here
-#   ARGS="-k agc -x"    passed on by `test`, `demo` and `bench`
+#   ARGS="-k agc -x"    passed on by `test`, `demo`, `bench` and `gpu`
 
 SHELL  := /bin/sh
 # The first interpreter that can build an environment; plain python3 where there is none, for its error message.
@@ -77,6 +77,14 @@ audit: venv ## Look for known vulnerabilities and dangerous calls; installs band
 
 bench: venv ## Run the benchmarks
 	$(RUN) -m benchmarks $(ARGS)
+
+.PHONY: gpu
+gpu: venv ## Check and measure everything that needs a GPU, in ten minutes; writes runs/gpu.json and .md
+	$(RUN) -m benchmarks.gpu $(ARGS)
+
+.PHONY: performance
+performance: venv ## Measure everything that docs/performance.md shows, and write it there; ARGS="--only WORDS" for a part
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.page $(ARGS)
 
 .PHONY: docs
 docs: venv ## Build the documentation into site/; broken links are errors

@@ -31,7 +31,6 @@ from pgt_hf.analysis import (
     ClassificationMetrics,
     Evaluation,
     calibration_table,
-    examine,
     plot_confusion,
     plot_mistakes,
     require_matplotlib,
@@ -95,7 +94,7 @@ def main() -> None:
             splits = data_args.load(args.seed)
             names = class_names(splits["train"])
             model = build_model(model_args, data_args.image_size, names)
-        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args.seed)
+        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args)
         model = choose_trained(model, model_args)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
@@ -130,6 +129,7 @@ def main() -> None:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
     trainer.save_model()
+    metrics.keep_logits = True
     results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
@@ -143,7 +143,8 @@ def main() -> None:
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
         summary = record.finish(trainer, results, **more)
         with warn_on_failure("the report"):
-            evaluation, folder = examine(trainer.model, validation, alpha=metrics.alpha), Path(args.output_dir)
+            evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=metrics.alpha)
+            folder = Path(args.output_dir)
             summary = record.finish(trainer, results, evaluation, **more)
             plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
             plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
@@ -177,18 +178,19 @@ def build_model(model_args: FinetuningArguments, image_size: int | None, names: 
 
 
 def build_data(
-    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, seed: int
+    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, args: Any
 ) -> tuple[ImageDataset, ImageDataset, Any]:
     """Training and evaluation images; and the image processor, to be saved with a model that is not timm's."""
     config = getattr(model.config, "pretrained_cfg", None)
+    on_device = args.device.type == "cuda"
     if config is not None:
-        return *data_args.datasets(splits, config, seed), None
+        return *data_args.datasets(splits, config, args.seed, on_device=on_device), None
     evaluate = preprocessing(model, model_name)
     processor = evaluate.processor
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     side = size.get("height") or size["shortest_edge"]
     config = {"input_size": (3, side, side), "mean": processor.image_mean, "std": processor.image_std}
-    train, _ = data_args.datasets(splits, config, seed)
+    train, _ = data_args.datasets(splits, config, args.seed, on_device=on_device)
     return train, data_args.evaluation(splits, evaluate), processor
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, examine, require_matplotlib
+from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, require_matplotlib
 from pgt_hf.images import (
     DEFAULT_DATASET,
     DIGITS,
@@ -104,7 +104,7 @@ class RecipeArguments(RunArguments):
         default=None, metadata={"help": "A published run by name; 'list' prints them."}
     )
     config: Annotated[str | None, ExistingPath("file")] = field(
-        default=None, metadata={"help": "The run.json of a run to repeat."}
+        default=None, metadata={"help": "A run.json to repeat."}
     )
     global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
     base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
@@ -152,7 +152,8 @@ def main() -> None:
     stop.leave(trainer)
     guard.leave(trainer)
     trainer.save_model()
-    results = trainer.evaluate()
+    metrics.keep_logits = run_args.report
+    results = trainer.evaluate()  # of the averaged model last, if there is one
     results["bad_images"] = trainer.bad_images()
 
     # report
@@ -163,8 +164,8 @@ def main() -> None:
         summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
             with warn_on_failure("the report"):
-                best = model if trainer.ema is None else trainer.ema.module
-                evaluation = examine(best, validation, alpha=args.alpha)
+                names = class_names(splits["validation"])
+                evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=args.alpha)
                 summary = record.finish(trainer, results, evaluation, **more)
                 write_report(args.output_dir)
         say(summary, args, evaluation)
@@ -208,15 +209,16 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, names: lis
 
 
 def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, Any], args: Any) -> tuple[Any, Any]:
-    """Training and evaluation images, uint8: the trainer normalises them on the device."""
+    """Training and evaluation images, uint8: the rest is done on the device."""
+    on_device = args.device.type == "cuda"
     if not data_args.streaming:
-        return data_args.datasets(splits, preprocessing, args.seed)
+        return data_args.datasets(splits, preprocessing, args.seed, on_device=on_device)
     images = data_args.train_images or data_args.max_train_samples or num_images(splits["train"])
     if images is None:
         raise ValueError("this stream does not say how many images it has; give --train-images")
     train = ImageStream(
         splits["train"],
-        data_args.augmentation(preprocessing),
+        data_args.augmentation(preprocessing, on_device=on_device),
         batch_size=args.per_device_train_batch_size,
         num_samples=images,
         rank=args.process_index,

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -265,6 +266,10 @@ def quiet_libraries() -> None:
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
+    if "datasets" in sys.modules and not sys.stderr.isatty():
+        sys.modules["datasets"].disable_progress_bars()
+    processors = logging.getLogger("transformers.models.auto.image_processing_auto")
+    processors.addFilter(lambda record: "backend is not available" not in record.getMessage())  # another one is
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:

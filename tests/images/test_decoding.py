@@ -4,6 +4,7 @@ import io
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from pgt_hf.analysis import plot_mistakes
+from pgt_hf.analysis import Mistake, plot_mistakes
 from pgt_hf.images import BadImageError, ImageDataset, ImageTransform, collate, preprocessing, read_upright
 from pgt_hf.images.dataset import thumbnail
 
@@ -217,5 +218,8 @@ def test_mistakes_are_drawn_whatever_the_images_are(tmp_path, monkeypatch):
     assert [thumbnail(split, i, 32) and thumbnail(split, i, 32).size for i in range(5)] == [
         (32, 26), None, None, None, (32, 21),
     ]  # fmt: skip
-    plot_mistakes([0] * 5, [1] * 5, [0.9] * 5, split, ["cat", "dog"], tmp_path / "mistakes.png")
+    evaluation = SimpleNamespace(
+        names=["cat", "dog"], probabilities="softmax(z)", mistakes=[Mistake(i, 0, 1, 0.9) for i in range(5)]
+    )
+    plot_mistakes(evaluation, split, tmp_path / "mistakes.png")
     assert (tmp_path / "mistakes.png").is_file()

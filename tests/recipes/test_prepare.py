@@ -19,7 +19,7 @@ from launch import PYTHON, ROOT
 from launch import run as start
 from PIL import Image as Pictures
 
-from pgt_hf.images import class_names, load_image_dataset, read_image
+from pgt_hf.images import class_names, load_image_dataset, read_image, read_upright
 
 pytestmark = pytest.mark.slow
 PREPARE = str(ROOT / "recipes" / "prepare.py")
@@ -106,6 +106,22 @@ def test_several_processes_write_the_same_bytes(prepared, tmp_path):
     assert contents(tmp_path / "again") == contents(folder)
 
 
+def test_raw_pixels_are_mapped_verified_and_the_same_as_the_smaller_images(prepared, tmp_path):
+    name, _, _ = prepared
+    folder = tmp_path / "raw"
+    printed, _ = run(options(name, folder, "--format", "raw"))
+    assert "every checksum is right" in printed
+    splits = load_image_dataset(str(folder))
+    assert class_names(splits["train"]) == ["cat", "dog", "newt"] and splits["train"].num_rows == 50
+    assert all(str(file["filename"]).startswith(str(folder)) for file in splits["train"].cache_files)
+    images = splits["validation"]["image"]
+    for number in range(12):
+        expected = read_upright(file_of(number), 30)
+        assert np.array_equal(np.asarray(images[number]), np.asarray(expected)), number
+    (folder / "train-00001-of-00007.arrow").write_bytes(b"")
+    assert "train-00001-of-00007.arrow has changed" in run(["--output-dir", str(folder), "--verify"], check=False)[1]
+
+
 def test_manifest_counts_and_the_program_says_what_it_wrote(prepared):
     _, folder, printed = prepared
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -169,7 +185,7 @@ def test_killed_run_goes_on_where_it_stopped(prepared, tmp_path):
 def test_kills_and_damage_are_survived(tmp_path):
     """A few of the faults; ``python tests/faults/prepare_faults.py`` tries all of them."""
     printed = start(
-        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "29", cwd=tmp_path
+        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "53", cwd=tmp_path
     ).stdout
     assert ", 0 lost" in printed
 

@@ -91,7 +91,7 @@ def test_run_that_is_resumed_with_other_settings_says_which(tmp_path, caplog):
 
     assert not begin(0) and not begin(4)
     assert "workers was 2, is 3; processes was 1, is 2" in begin(4, processes=2, workers=3)
-    assert not begin(0, workers=5)  # a new run in an old folder
+    assert "other settings" not in begin(0, workers=5)  # a new run in an old folder
 
 
 def test_progress_is_a_line_for_each_evaluation_and_says_how_long_it_takes(tmp_path, capsys):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.__main__ import main
-from pgt_hf.analysis import IGNORED, Evaluation, best_calibrated, examine
-from pgt_hf.images import ImageDataset, ImageTransform, create_model, load_image_dataset
+from pgt_hf.analysis import IGNORED, ClassificationMetrics, Evaluation, best_calibrated, examine
+from pgt_hf.images import ImageDataset, ImageTransform, collate, create_model, load_image_dataset
 from pgt_hf.runs import Run, read_evaluation, write_evaluation, write_report
 from pgt_hf.runs.record import shown_settings
 
@@ -205,3 +206,37 @@ def test_browser_shows_the_page(run, tmp_path):
     assert shown.shape == (3000, 1000, 3)
     blue = (np.abs(shown.astype(int) - (37, 99, 235)).sum(-1) < 200).sum()
     assert blue > 500  # the diagonal of the confusion matrix, and the curves
+
+
+class PartlyLabelled(ImageDataset):
+    def __getitems__(self, indices):
+        samples = super().__getitems__(indices)
+        return [
+            sample | ({"labels": IGNORED} if index % 7 == 3 else {})
+            for index, sample in zip(indices, samples, strict=True)
+        ]
+
+
+@pytest.mark.slow
+def test_the_report_of_an_evaluation_that_was_made_is_that_of_a_second_look(tmp_path):
+    """Taken from Trainer's own evaluation: in the data set's order, unlabelled images left out."""
+    split = load_image_dataset("digits", max_eval_samples=70)["validation"]
+    validation = PartlyLabelled(split, ImageTransform({"input_size": (3, 32, 32)}, training=False, normalize=False))
+    names = [str(digit) for digit in range(10)]
+    model = create_model("test_resnet", names, image_size=32)
+    metrics = ClassificationMetrics(alpha=0.25, keep_logits=True)
+    trainer = ImageTrainer(
+        model,
+        ImageTrainingArguments(str(tmp_path), per_device_eval_batch_size=16, report_to="none", use_cpu=True),
+        eval_dataset=validation,
+        data_collator=collate,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.preprocess,
+    )
+    assert trainer.evaluate()["eval_skipped"] == 10
+    assert len(metrics.kept[0]) == len(metrics.kept[1]) == 70
+    found = Evaluation.from_logits(*metrics.kept, names, validation, alpha=0.25).to_json()
+    expected = examine(model, validation, alpha=0.25).to_json()
+    assert found["confusion"] == expected["confusion"]
+    assert [wrong["index"] for wrong in found["mistakes"]] == [wrong["index"] for wrong in expected["mistakes"]]
+    assert found["mistakes"][0]["picture"] == expected["mistakes"][0]["picture"]

@@ -184,6 +184,8 @@ class ClassificationMetrics:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
             and ``fold_powergrad`` gives. The attribute may be changed.
+        keep_logits: Keep in ``kept`` the logits and labels of all images, of the last evaluation, for
+            ``Evaluation.from_logits``. The attribute may be changed.
         top_k: The second accuracy to report, next to top-1; left out where there are no more than ``top_k`` classes.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
@@ -209,11 +211,14 @@ class ClassificationMetrics:
         top_k: Count = TOP_K,
         bins: Count = BINS,
         also: Sequence[str] = (),
+        keep_logits: bool = False,
         **options: Any,
     ) -> None:
         if alpha is not None:
             check_alpha(alpha)
         self.alpha = alpha
+        self.keep_logits = keep_logits
+        self.kept: tuple[Tensor, Tensor] | None = None
         self.top_k = top_k
         self.bins = bins
         self._options = options
@@ -230,14 +235,19 @@ class ClassificationMetrics:
         ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
         """
         scores = logits[0] if isinstance(logits, tuple) else logits
-        return ranked_classes(scores, self.top_k), *(
-            score_logits(scores, labels, scale) for scale in self._scales.values()
+        found = (
+            ranked_classes(scores, self.top_k),
+            *(score_logits(scores, labels, scale) for scale in self._scales.values()),
         )
+        return (*found, scores.float()) if self.keep_logits else found
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         counted = np.asarray(prediction.label_ids) != IGNORED
         labels = np.asarray(prediction.label_ids)[counted]
-        best, *scores = (np.asarray(part)[counted] for part in prediction.predictions)
+        parts = [np.asarray(part) for part in prediction.predictions]
+        if self.keep_logits:
+            self.kept = torch.from_numpy(parts.pop()), torch.from_numpy(np.asarray(prediction.label_ids))
+        best, *scores = (part[counted] for part in parts)
         results = top_k_accuracy(best, labels, k=(1, self.top_k))
         for suffix, rows in zip(self._scales, scores, strict=True):
             values = probability_scores(rows, best[:, 0] == labels, self.bins)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -47,6 +48,51 @@ class Evaluation:
     confusion: NDArray[np.int64]
     calibration: dict[str, Calibration]
     mistakes: list[Mistake]
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        dataset: Any = None,
+        *,
+        alpha: float | None = None,
+        mistakes: int = 24,
+    ) -> "Evaluation":
+        """What the report needs, from an evaluation that was made: only the images of the mistakes are read.
+
+        Args:
+            logits: Of shape (N, C), in the order of the data set.
+            labels: Of shape (N); -100 are left out.
+            names: Of the classes.
+            dataset: An ``ImageDataset``, whose ``split`` has the pictures of the mistakes.
+            alpha: As for ``examine``.
+            mistakes: How many of the worst are kept.
+
+        Raises:
+            ValueError: No image has a label.
+
+        Example:
+            >>> metrics = ClassificationMetrics(alpha=0.25, keep_logits=True)
+            >>> trainer = ImageTrainer(
+            ...     model, args, compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess
+            ... )
+            >>> results = trainer.evaluate(validation)  # over all processes and workers
+            >>> evaluation = Evaluation.from_logits(*metrics.kept, class_names(split), validation, alpha=0.25)
+        """
+        if not (labels != IGNORED).any():
+            raise ValueError("the data set holds no labelled image to examine")
+        calibration = compare_calibration(logits, labels, alpha)
+        temperature = calibration[best_calibrated(calibration)].temperature
+        sure, predicted = (found.numpy() for found in torch.softmax(logits / temperature, -1).max(-1))
+        worst = worst_mistakes(labels, predicted, sure, mistakes)
+        return cls(
+            list(names),
+            confusion_matrix(labels, predicted, len(names)),
+            calibration,
+            [Mistake(i, int(labels[i]), int(predicted[i]), float(sure[i]), _thumbnail(dataset, i)) for i in worst],
+        )
 
     @property
     def probabilities(self) -> str:
@@ -129,20 +175,8 @@ def examine(
         labels.append(batch["labels"])
     model.train(was_training)
 
-    logits, truth = torch.cat(seen), torch.cat(labels)
-    if not (truth != IGNORED).any():
-        raise ValueError("the data set holds no labelled image to examine")
     names = [model.config.id2label[number] for number in range(len(model.config.id2label))]
-    calibration = compare_calibration(logits, truth, alpha)
-    temperature = calibration[best_calibrated(calibration)].temperature
-    sure, predicted = (found.numpy() for found in torch.softmax(logits / temperature, -1).max(-1))
-    worst = worst_mistakes(truth, predicted, sure, mistakes)
-    return Evaluation(
-        names,
-        confusion_matrix(truth, predicted, len(names)),
-        calibration,
-        [Mistake(i, int(truth[i]), int(predicted[i]), float(sure[i]), _thumbnail(dataset, i)) for i in worst],
-    )
+    return Evaluation.from_logits(torch.cat(seen), torch.cat(labels), names, dataset, alpha=alpha, mistakes=mistakes)
 
 
 def _thumbnail(dataset: Any, index: int) -> str | None:

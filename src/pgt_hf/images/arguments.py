@@ -70,13 +70,17 @@ class ImageDataArguments:
             streaming=streaming,
         )
 
-    def augmentation(self, preprocessing: Mapping[str, Any]) -> ImageTransform:
-        """The training transform; its images are uint8, which the trainer normalises on the device."""
+    def augmentation(self, preprocessing: Mapping[str, Any], *, on_device: bool = False) -> ImageTransform:
+        """The training transform; its images are uint8, which the trainer normalises on the device.
+
+        Let ``on_device`` be True where that is a GPU: flips and colour jitter then cost the CPU nothing.
+        """
         size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
         return ImageTransform(
             dict(preprocessing) | size,
             training=True,
             normalize=False,
+            on_device=on_device,
             scale=(self.min_crop, 1.0),
             hflip=self.hflip,
             color_jitter=self.color_jitter,
@@ -84,12 +88,11 @@ class ImageDataArguments:
         )
 
     def datasets(
-        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0
+        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0, *, on_device: bool = False
     ) -> tuple[ImageDataset, ImageDataset]:
         """Training and evaluation images for a network with this preprocessing (``config.pretrained_cfg``)."""
-        train = ImageDataset(
-            splits["train"], self.augmentation(preprocessing), seed=seed, on_bad_image=self.on_bad_image
-        )
+        transform = self.augmentation(preprocessing, on_device=on_device)
+        train = ImageDataset(splits["train"], transform, seed=seed, on_bad_image=self.on_bad_image)
         return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
     def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:

@@ -40,7 +40,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
-        transform: An ``ImageTransform``, or another function of an image or the bytes of its file.
+        transform: An ``ImageTransform``, or another function of an image or its file (bytes; of PPM a memoryview).
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
             and the metrics leave out, warns with the index and the path, and counts it in ``bad_images``.
@@ -68,6 +68,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
     ) -> None:
         self.split = _undecoded(split).with_format(None)
+        self._rows = self.split.with_format("arrow")
         self.reader = _Reader(transform, seed, on_bad_image)
         # Shared memory reaches workers that are running already, forked or spawned.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -81,11 +82,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         indices = [range(len(self))[index] for index in indices]  # -1 is the last; IndexError past the end
-        rows, epoch = self.split[indices], self.epoch
+        epoch = self.epoch
         with preserve_rng():
             return [
-                self.reader(image, label, epoch, index, f"image {index}", partial(self._count, index, epoch))
-                for image, label, index in zip(rows["image"], rows["label"], indices, strict=True)
+                self.reader(
+                    *_cells(self._rows[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
+                )
+                for index in indices
             ]
 
     @property
@@ -218,7 +221,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return int(self._bad[self._bad[:, 0] == self.epoch, 1].sum())
 
     def _iterate(self, epoch: int, worker: int, workers: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        placeholder = {"pixel_values": self.reader.blank(), "labels": IGNORED}
+        placeholder = self.reader.placeholder()
         for _ in range(start):
             yield placeholder
         self._bad[worker] = torch.tensor([epoch, 0])
@@ -259,8 +262,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
                     mine = range((offset - base) % step, len(table), step)
                     found += len(mine)
                     for index in mine[skip:]:
-                        row = table.slice(index, 1).to_pylist()[0]
-                        yield f"image {base + index} of shard {shard}", row
+                        yield f"image {base + index} of shard {shard}", table.slice(index, 1).to_pylist()[0]
                     skip = max(skip - len(mine), 0)
                     base += len(table)
             if not found:
@@ -280,7 +282,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return parts
 
 
-def read_image(image: Any) -> bytes | Image.Image:
+def read_image(image: Any) -> bytes | memoryview | Image.Image:
     """The file behind an undecoded cell of an image column (a dict of ``bytes`` and ``path``); else the cell itself.
 
     Raises:
@@ -338,7 +340,7 @@ class _Reader:
             raise ValueError(f"{where} must have the number of a class as its label, got {label!r}")
         seed_sample(self.seed, epoch, index)
         try:
-            pixels: Tensor = self.transform(read_image(image))
+            pixels = self.transform(read_image(image))
         except BadImageError as error:
             path = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
             place = f"{where} ({path})" if path else where
@@ -346,14 +348,26 @@ class _Reader:
                 raise BadImageError(f"{place}: {error}") from error
             if count():
                 logger.warning("%s is skipped: %s", place, error)
-            return {"pixel_values": self.blank(), "labels": IGNORED}
-        return {"pixel_values": pixels, "labels": label}
+            return self.placeholder()
+        return _example(pixels, label)
 
-    def blank(self) -> Tensor:
-        """A black image as the transform gives them."""
+    def placeholder(self) -> dict[str, Any]:
+        """A black image as the transform gives them, which the loss and the metrics leave out."""
         if hasattr(self.transform, "blank"):
-            return self.transform.blank()
-        return torch.zeros_like(self.transform(Image.new("RGB", (64, 64))))
+            return _example(self.transform.blank(), IGNORED)
+        return _example(torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), IGNORED)
+
+
+def _cells(row: Any) -> tuple[Any, int]:
+    """Image and label from an Arrow table of one row. The pixels of a PPM file stay where they are, on the disk."""
+    image, label = row.column("image"), row.column("label")[0].as_py()
+    if image.null_count or (file := image[0]["bytes"].as_buffer()) is None or file[:2] != b"P6":
+        return image[0].as_py(), label
+    return {"bytes": memoryview(file), "path": image[0]["path"].as_py()}, label
+
+
+def _example(pixels: Tensor | dict[str, Tensor], label: int) -> dict[str, Any]:
+    return (pixels if isinstance(pixels, dict) else {"pixel_values": pixels}) | {"labels": label}
 
 
 def _undecoded(split: Any) -> Any:

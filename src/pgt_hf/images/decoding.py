@@ -1,4 +1,4 @@
-"""The one decoder: a file's bytes to an upright 8-bit PIL image, JPEG at a reduced size, or a ``BadImageError``."""
+"""The one decoder: a file's bytes to an upright 8-bit image, JPEG at a reduced size, or a ``BadImageError``."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,9 +11,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..limits import Count, Whole, checked
+from .jpeg import decode_rows
+from .raw import ppm, ppm_pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
+File = bytes | memoryview | Image.Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNS = {  # EXIF's orientation, and what makes the image upright
@@ -37,7 +40,7 @@ class BadImageError(ValueError):
 
 
 def decode(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
 ) -> tuple[Image.Image, Size | None]:
     """Decodes the part of an image that will be used.
 
@@ -55,6 +58,37 @@ def decode(
         >>> decode(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].size
         (30, 20)
     """
+    decoded, size = _decode(image, plan, margin, fast=False)
+    assert isinstance(decoded, Image.Image)
+    return decoded, size
+
+
+def decode_rgb(
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+) -> tuple[np.ndarray, Size | None]:
+    """The same pixels as ``decode``, as an array (H, W, 3), and faster: JPEG by simplejpeg, PPM without a copy.
+
+    Raises:
+        BadImageError: As ``decode``.
+
+    Example:
+        >>> decode_rgb(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
+        (20, 30, 3)
+    """
+    if isinstance(image, bytes | memoryview) and (pixels := ppm_pixels(image)) is not None:
+        height, width, _ = pixels.shape
+        check_pixels(width * height, f"{width} x {height} pixels")
+        (left, top, right, bottom), size = plan(width, height)
+        return pixels[top:bottom, left:right].copy(), size
+    decoded, size = _decode(image, plan, margin, fast=True)
+    return (np.array(to_rgb(decoded)) if isinstance(decoded, Image.Image) else decoded), size
+
+
+def _decode(
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
+) -> tuple[Image.Image | np.ndarray, Size | None]:
+    if isinstance(image, memoryview):
+        image = image.tobytes()
     jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
     with _errors():
         source = _open(image) if isinstance(image, bytes) else image
@@ -65,33 +99,41 @@ def decode(
         width, height = source.size if orientation < 5 else source.size[::-1]
     box, size = plan(width, height)
     with _errors():
+        whole = box == (0, 0, width, height)
         reduction = 1
-        if isinstance(source, JpegImageFile) and jpeg:
+        if isinstance(source, JpegImageFile) and isinstance(image, bytes):
             if size is not None:
                 reduction = _reduction(box, size, margin)
                 source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
             # Of a progressive file libjpeg keeps the whole, however small the result.
             decoded = width * height if "progressive" in source.info else source.width * source.height
             check_pixels(decoded, f"{width} x {height} pixels, decoded at 1/{reduction}")
+            if fast and orientation == 1 and source.mode in ("L", "RGB"):
+                left, top, right, bottom = (0, 0, *source.size) if whole else _scaled(box, reduction)
+                pixels = decode_rows(image, width, height, bottom, reduction)
+                if pixels is not None:
+                    return pixels[top:bottom, left:right], size
             source.load()
         if orientation in _TURNS:
             source = source.transpose(_TURNS[orientation])
         source = _grey(source)
-        if box != (0, 0, width, height):
+        if not whole:
             source = source.crop(_scaled(box, reduction))
         return source if source.mode == "L" else to_rgb(source), size
 
 
 @checked
-def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1, 95]")]) -> bytes:
-    """The image as JPEG with its shorter side at most ``shorter_side`` pixels.
+def shrink(image: bytes, shorter_side: Count, quality: Annotated[int | None, Whole("[1, 95]")]) -> bytes:
+    """The image as JPEG with its shorter side at most ``shorter_side`` pixels; as PPM if ``quality`` is None.
 
-    EXIF orientation is applied, other metadata are dropped, grey stays grey. An image that is small enough and upright
-    comes back byte for byte, in whatever format it is.
+    EXIF orientation is applied, other metadata are dropped. For JPEG, grey stays grey, and an image that is small
+    enough and upright comes back byte for byte, in whatever format it is. PPM is RGB, with nothing to decode.
 
     Raises:
         BadImageError: It cannot be decoded: small ones are decoded too, to find out.
     """
+    if quality is None:
+        return ppm(np.asarray(read_upright(image, shorter_side)))
     smaller, size = decode(image, _shorter_side(shorter_side), margin=2)
     assert size is not None
     with _errors():
@@ -103,7 +145,7 @@ def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1,
     return file.getvalue()
 
 
-def read_upright(image: bytes | Image.Image, shorter_side: int | None = None) -> Image.Image:
+def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
     """The whole image, upright and with three 8-bit channels; or a smaller copy of it.
 
     Raises:

@@ -26,6 +26,7 @@ from ..tables import in_words
 from .dataset import read_image
 from .decoding import BadImageError, read_upright
 from .folders import read_local
+from .raw import map_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ def _load(name: str, config: str | None, **options: Any) -> Any:
     if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
         found = datasets.load_from_disk(name)
         return found if isinstance(found, DatasetDict) else DatasetDict({"train": found})
+    if not options and any(Path(name).glob("*.arrow")):  # load_dataset would copy them
+        return map_arrow(Path(name))
     try:
         return datasets.load_dataset(name, config, **options)
     except FileNotFoundError as error:

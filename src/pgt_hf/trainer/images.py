@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from ..data_workers import outlive_sigterm, use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
+from ..images.device_transforms import augment
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
 from .checkpoints import AtomicCheckpoints
@@ -38,7 +39,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
 
     Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
-    on the device; Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
+    on the device, where flips and colour jitter can be left to it too (``ImageTransform(..., on_device=True)``);
+    Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
     ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
     with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
     averaged model in the folder ``ema``.
@@ -68,6 +70,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     model: Any
     model_wrapped: Any
     lr_scheduler: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -152,12 +155,20 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "augmentation" not in self._signature_columns:  # it is used up before the model sees the batch
+            self._signature_columns.append("augmentation")
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         images, labels = inputs["pixel_values"], inputs.get("labels")
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if images.dtype == torch.uint8:
+        augmentation = inputs.pop("augmentation", None)
+        if augmentation is not None:
+            images = augment(images, augmentation)
+        if images.dtype == torch.uint8 or augmentation is not None:
             images = normalize(images, self._mean, self._std)
         if self.model.training and labels is not None:
             if self._mixup is not None:
