@@ -100,11 +100,9 @@ class DataArguments(ImageDataArguments):
 @dataclass
 class RecipeArguments(RunArguments):
     preset: Annotated[str | None, OneOf(("list", *PRESETS))] = field(
-        default=None, metadata={"help": "A published run by name; 'list' prints them."}
+        default=None, metadata={"help": "A published run; 'list' prints them."}
     )
-    config: Annotated[str | None, ExistingPath("file")] = field(
-        default=None, metadata={"help": "The run.json of a run to repeat."}
-    )
+    config: Annotated[str | None, ExistingPath("file")] = field(default=None, metadata={"help": "A run.json to redo."})
     global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
     base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
     diagnostics: bool = field(default=True, metadata={"help": "Record logits, filters, gradients (whole parameters)."})

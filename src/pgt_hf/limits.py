@@ -311,7 +311,7 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
             continue
         if (
             hasattr(kind, "RULES")
-            and name not in kind.RULES
+            and name not in (more or {})
             and get_origin(hint) is not Annotated
             and not _is_plain(rule)
         ):

@@ -123,7 +123,7 @@ def _decode(
 
 
 @checked
-def shrink(image: bytes, shorter_side: Count, quality: Annotated[int, Whole("[1, 95]")] | None) -> bytes:
+def shrink(image: bytes, shorter_side: Count, quality: Annotated[int | None, Whole("[1, 95]")]) -> bytes:
     """The image as JPEG with its shorter side at most ``shorter_side`` pixels; as PPM if ``quality`` is None.
 
     EXIF orientation is applied, other metadata are dropped. For JPEG, grey stays grey, and an image that is small

@@ -31,9 +31,6 @@ _ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
 # agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
 _TRAINING_MARGIN, _EVALUATION_MARGIN = 1, 2
 
-_FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
-_ON_TENSORS = (MaybePILToTensor, transforms.CenterCrop, *_FLIPS)
-_STACKED = ("pixel_values", "augmentation")
 _RULES: dict[str, Any] = {
     "scale": Number("(0, 1]"),
     "ratio": Number("(0, 100]"),
@@ -44,6 +41,9 @@ _RULES: dict[str, Any] = {
     "auto_augment": AutoAugment(),
     "interpolation": OneOf(("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")),
 }
+_FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+_ON_TENSORS = (MaybePILToTensor, transforms.CenterCrop, *_FLIPS)
+_STACKED = ("pixel_values", "augmentation")
 _IN_TORCH = (transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC)
 
 
