@@ -8,6 +8,7 @@ kernel for bytes is vectorised; colour jitter works in place on one float image,
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -243,8 +244,14 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), mean=(0.5,) * 3, std=(0.5,) * 3).unique()
         tensor([1.])
     """
-    shift, scale = (255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    shift, scale = (_constant(tuple(values), images.device) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
+
+
+@lru_cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: Python numbers that become a tensor on a device wait for it."""
+    return (255 * torch.tensor(values)).to(device).view(-1, 1, 1)
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
