@@ -124,7 +124,10 @@ def dali_loader(folder: str, setting: Setting, interpolation: str = "cubic") -> 
 
     jitter = setting.color_jitter
 
-    @pipeline_def(batch_size=setting.batch_size, num_threads=max(setting.workers, 1), device_id=None)
+    # Without workers, nothing may be read ahead: it would be counted as the CPU time of another side.
+    ahead = {} if setting.workers else {"exec_async": False, "exec_pipelined": False, "prefetch_queue_depth": 1}
+
+    @pipeline_def(batch_size=setting.batch_size, num_threads=max(setting.workers, 1), device_id=None, **ahead)
     def pipeline() -> Any:
         encoded, _ = fn.readers.file(file_root=folder, random_shuffle=True, name="reader")
         images = fn.decoders.image_random_crop(
