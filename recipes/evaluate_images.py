@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import BINS, IGNORED, calibration_table, compare_calibration, ranked_classes, top_k_accuracy
-from pgt_hf.data_workers import worker_options
+from pgt_hf.data.workers import worker_options
 from pgt_hf.images import (
     DEFAULT_DATASET,
     ImageDataset,

@@ -16,7 +16,7 @@ import os, signal, sys, time
 import psutil
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from pgt_hf.data_workers import guard_workers, worker_options
+from pgt_hf.data.workers import guard_workers, worker_options
 
 def main():
     loader = DataLoader(TensorDataset(torch.arange(1000)), **worker_options(2))

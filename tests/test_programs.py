@@ -102,7 +102,7 @@ def test_launchers_summary_repeats_the_error_and_other_processes_leave_it_to_the
         read(monkeypatch, "--size", "0")
     reason = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
     assert reason == "error: --size must be a whole number of at least 1, got 0"
-    monkeypatch.setattr("pgt_hf.command_line._PATIENCE", 0)
+    monkeypatch.setattr("pgt_hf.programs.command_line._PATIENCE", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as silent:
         read(monkeypatch, "--size", "0")

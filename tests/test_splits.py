@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
 
-from pgt_hf.splits import class_names, draw, find_column, train_and_validation
+from pgt_hf.data.splits import class_names, draw, find_column, train_and_validation
 
 
 def rows(labels, names=None):

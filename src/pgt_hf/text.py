@@ -26,8 +26,8 @@ try:
     from datasets.exceptions import DatasetsError
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from .splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
-    from .tables import TABLES, by_split, in_words, read_tables, visible_files
+    from .data.splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
+    from .data.tables import TABLES, by_split, in_words, read_tables, visible_files
 except ModuleNotFoundError as error:
     raise missing(error.name, __name__, extra="text") from error
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch.utils.data import DataLoader, TensorDataset
 
-from pgt_hf.data_workers import worker_options
+from pgt_hf.data.workers import worker_options
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from launch import TWO, environment  # noqa: E402

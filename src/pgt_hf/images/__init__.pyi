@@ -1,4 +1,4 @@
-from ..splits import class_names as class_names
+from ..data.splits import class_names as class_names
 from .adaptation import DomainAdversary as DomainAdversary
 from .adaptation import confident_labels as confident_labels
 from .adaptation import entropy as entropy

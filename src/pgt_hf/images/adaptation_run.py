@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from ..data_workers import worker_options
+from ..data.workers import worker_options
 from ..functional import powergrad_cross_entropy
 from .adaptation import DomainAdversary, confident_labels, entropy, reversal_strength, train_norms_alone
 from .dataset import ImageDataset

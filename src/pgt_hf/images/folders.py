@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Image, NamedSplit, Value
 
-from ..splits import split_of
-from ..tables import TABLES, by_split, read_tables, visible_files
+from ..data.splits import split_of
+from ..data.tables import TABLES, by_split, read_tables, visible_files
 
 logger = logging.getLogger(__name__)
 

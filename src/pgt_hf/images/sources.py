@@ -20,9 +20,9 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
+from ..data.splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
+from ..data.tables import in_words
 from ..limits import Count, DataSet, Seed, checked
-from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
-from ..tables import in_words
 from .dataset import read_image
 from .decoding import BadImageError, read_upright
 from .folders import read_local

@@ -21,10 +21,10 @@ from ..analysis.predictions import Evaluation, examine
 from ..analysis.result_plots import plot_reliability
 from ..analysis.run_plots import plot_training_curve
 from ..atomic import replacing
+from ..data.splits import class_names
 from ..images.classifiers import load_classifier, match_labels, preprocessing
 from ..images.dataset import ImageDataset
 from ..limits import Count, Whole, checked
-from ..splits import class_names
 from .data import load_validation
 from .dataset_terms import dataset_terms
 from .folder import write_evaluation

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from ..data_workers import guard_workers
+from ..data.workers import guard_workers
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from .checkpoint_folders import SET_ASIDE, find_checkpoint, list_checkpoints, rotate, set_aside, step_of

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from ..data_workers import guard_workers, use_worker_server
+from ..data.workers import guard_workers, use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment

@@ -30,8 +30,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from . import __version__
-from .limits import ExistingPath, OneOf, check_fields, check_needs, near
+from .. import __version__
+from ..limits import ExistingPath, OneOf, check_fields, check_needs, near
 
 __all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
 
@@ -261,7 +261,7 @@ def quiet_libraries() -> None:
     """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
     import transformers.trainer
 
-    from .trainer import Progress
+    from ..trainer import Progress
 
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from ..data.workers import use_worker_server
+from ..limits import ExistingPath
+from ..runs.folder import claim_folder
+from ..runs.record import CONTENTS, METRICS
+from ..trainer.checkpoint_folders import find_checkpoint
+from ..trainer.stopping import StopOnSigterm
 from .command_line import errors_in_one_line, parse, quiet_libraries, read_config
-from .data_workers import use_worker_server
-from .limits import ExistingPath
-from .runs.folder import claim_folder
-from .runs.record import CONTENTS, METRICS
-from .trainer.checkpoint_folders import find_checkpoint
-from .trainer.stopping import StopOnSigterm
 
 __all__ = [
     "IMAGE_DEFAULTS",
