@@ -324,32 +324,25 @@ def colour(alpha: float) -> str:
 
 
 def ladder_figure(study: Study) -> Figure:
-    """Accuracy and dying filters by weight decay; and accuracy by what the equivalence says decides."""
-    figure, grid = new_figure(2, 3, (12, 7))
+    """Accuracy and dying filters by weight decay: the mean, and each seed as a dot."""
+    figure, grid = new_figure(2, 2, (9, 6.5))
+    shown = {"test_top1": "test top-1 (%)", "small_filters": "filters below a tenth of their norm"}
     for axes_of, network in zip(grid, NETWORKS, strict=True):
-        for alpha in ALPHAS:
-            for axes, key, factor in zip(
-                axes_of, ("test_top1", "small_filters", "test_top1"), (1.0, 1.0, alpha), strict=True
-            ):
-                points = {
-                    factor * decay: study.values(f"ladder/{network}", rung(network, alpha, decay), key)
+        for axes, (key, label) in zip(axes_of, shown.items(), strict=True):
+            scale = 100 if key == "test_top1" else 1
+            for alpha in ALPHAS:
+                found = {
+                    decay: [
+                        scale * value for value in study.values(f"ladder/{network}", rung(network, alpha, decay), key)
+                    ]
                     for decay in LADDERS[network]
                 }
-                scale = 100 if key == "test_top1" else 1
-                centres = {at: scale * statistics.fmean(values) for at, values in points.items() if values}
-                axes.plot(list(centres), list(centres.values()), "o-", color=colour(alpha), label=f"alpha = {alpha:g}")
-                for at, values in points.items():
-                    axes.plot([at] * len(values), [scale * value for value in values], ".", color=colour(alpha))
-                axes.set_xscale("log")
-                axes.set_xlim(0.5 * factor * LADDERS[network][0], 2 * LADDERS[network][-1])
-        for axes, title, label in zip(
-            axes_of,
-            ("test top-1 (%)", "filters below a tenth of their norm", "test top-1 (%)"),
-            ("weight decay", "weight decay", "alpha * weight decay"),
-            strict=True,
-        ):
-            axes.set(title=f"{network}, lr {RATES[network]:g}: {title}", xlabel=label)
-            axes.title.set_size(9)
+                centres = {decay: statistics.fmean(values) for decay, values in found.items() if values}
+                axes.plot(list(centres), list(centres.values()), "-", color=colour(alpha), label=f"alpha = {alpha:g}")
+                for decay, values in found.items():
+                    axes.plot([decay] * len(values), values, "o", markersize=4, alpha=0.6, color=colour(alpha))
+            axes.set(xscale="log", xlim=(0.5 * LADDERS[network][0], 2 * LADDERS[network][-1]), xlabel="weight decay")
+            axes.set_title(f"{network}, learning rate {RATES[network]:g}: {label}", fontsize=9)
             axes.grid(alpha=0.3)
         axes_of[0].legend(fontsize=8)
     return figure
