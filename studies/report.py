@@ -83,8 +83,8 @@ class Study:
             inside += [search.decays[0] <= setting.weight_decay <= search.decays[1]]
             return all(inside)
         if seed == SEARCH_SEEDS[1]:
-            best = [(row["learning_rate"], row["weight_decay"]) for row in finalists(trials(search, self.lines))]
-            return (rate, setting.weight_decay) in best
+            tried = trials(search, self.lines)
+            return any((rate, setting.weight_decay) == (row["learning_rate"], row["weight_decay"]) for row in tried)
         return (setting, rate) == self.chosen[search.name]
 
     def values(self, group: str, setting: Setting, key: str | Callable[[Line], float]) -> list[float]:

@@ -118,7 +118,7 @@ class Search:
     rates: tuple[float, float]
     decays: tuple[float, float]
     anchors: tuple[tuple[float, float], ...] = field(repr=False)
-    trials: int = 12
+    trials: int = 16
 
     @property
     def name(self) -> str:
