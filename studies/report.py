@@ -288,6 +288,8 @@ def evidence(study: Study) -> list[str]:
         for name, plain, label in rows:
             settings = [replace(plain, alpha=alpha) for alpha in ALPHAS]
             counts = [len(study.values(name, setting, "test_top1")) for setting in settings]
+            if not any(counts):
+                continue
             scale = mean(study.values(name, plain, "decay_time")) if name != group else ""
             cells = [_cell(study, name, setting, plain) for setting in settings]
             lines.append(line(network, label, scale, "/".join(map(str, counts)), *cells))
