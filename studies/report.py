@@ -45,7 +45,10 @@ def main() -> None:
     place(HERE / "README.md", {name: TABLES[name](study) for name in TABLES if name != "evidence"})
     place(HERE.parent / "docs" / "evidence.md", {"evidence": evidence(study)})
     for name, draw in FIGURES.items():
-        save(draw(study), HERE / "figures" / f"{name}.png", None)
+        figure = draw(study)
+        for axes in figure.axes:
+            axes.set_visible(axes.has_data())  # there may be no rows yet
+        save(figure, HERE / "figures" / f"{name}.png", None)
 
 
 class Study:
@@ -204,8 +207,8 @@ def describe(setting: Setting) -> str:
 
 def searches(study: Study) -> list[str]:
     """Where each search is, and what it found."""
-    lines = header("network", "alpha", "trials", "pruned", "lr", "wd", "lr wd T", "top-1 on the search's images (%)",
-                   "second best")  # fmt: skip
+    lines = header("network", "alpha", "trials", "pruned", "lr", "wd", "lr wd T",
+                   "top-1 on the search's images, seed 0 (%)", "second best")  # fmt: skip
     for name in SEARCHES:
         for alpha in ALPHAS:
             search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
@@ -344,6 +347,7 @@ def ladder_figure(study: Study) -> Figure:
                 for decay, values in found.items():
                     axes.plot([decay] * len(values), values, "o", markersize=4, alpha=0.6, color=colour(alpha))
             axes.set(xscale="log", xlim=(0.5 * LADDERS[network][0], 2 * LADDERS[network][-1]), xlabel="weight decay")
+            axes.set_ylim(bottom=0)
             axes.set_title(f"{network}, learning rate {RATES[network]:g}: {label}", fontsize=9)
             axes.grid(alpha=0.3)
         axes_of[0].legend(fontsize=8)
@@ -352,12 +356,14 @@ def ladder_figure(study: Study) -> Figure:
 
 def search_figure(study: Study) -> Figure:
     """All trials: learning rate, weight decay, accuracy as colour; pruned ones small."""
-    figure, grid = new_figure(len(SEARCHES), len(ALPHAS), (12, 3 * len(SEARCHES)))
-    for axes_of, name in zip(grid, SEARCHES, strict=True):
+    begun = [name for name in SEARCHES if trials(study.searches[f"{SCALE}/search/{name}/1"], study.lines)]
+    figure, grid = new_figure(max(1, len(begun)), len(ALPHAS), (12, 3 * max(1, len(begun))))
+    for axes_of, name in zip(grid, begun, strict=False):
         done = {a: trials(study.searches[f"{SCALE}/search/{name}/{a:g}"], study.lines) for a in ALPHAS}
         best = max((row["select_top1"] for rows in done.values() for row in rows), default=1.0)
         for axes, alpha in zip(axes_of, ALPHAS, strict=True):
-            rows = done[alpha]
+            if not (rows := done[alpha]):
+                continue
             points = axes.scatter(
                 [row["learning_rate"] for row in rows],
                 [row["weight_decay"] for row in rows],
@@ -369,6 +375,7 @@ def search_figure(study: Study) -> Figure:
             axes.set(xscale="log", yscale="log", title=f"{_network(name)}, alpha = {alpha:g}", xlabel="learning rate")
             search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
             axes.set(xlim=search.rates, ylim=search.decays)
+            axes.xaxis.set_minor_formatter("")
             axes.title.set_size(9)
         axes_of[0].set_ylabel("weight decay")
         figure.colorbar(points, ax=axes_of, label="top-1 (%)")
@@ -414,8 +421,8 @@ def dynamics_figure(study: Study) -> Figure:
                 layers = [values for name, values in data.items() if name.startswith(f"{key}/")]
                 if layers:
                     log = key in ("effective_lr", "angle")
-                    centre = np.exp(np.log(layers).mean(0)) if log else np.mean(layers, axis=0)
-                    axes.plot(data["step"], centre, color=colour(alpha), label=f"alpha = {alpha:g}")
+                    centre = np.exp(np.log(np.maximum(layers, 1e-9)).mean(0)) if log else np.mean(layers, axis=0)
+                    axes.plot(data["step"][1:], centre[1:], color=colour(alpha), label=f"alpha = {alpha:g}")
         for axes, (key, label) in zip(axes_of, DYNAMICS.items(), strict=True):
             if key in ("effective_lr", "angle") and axes.lines:
                 axes.set_yscale("log")

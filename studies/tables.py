@@ -35,7 +35,10 @@ def line(*cells: str) -> str:
 
 def mean(values: Sequence[float], scale: float = 1.0) -> str:
     """To three digits; "-" of nothing."""
-    return f"{scale * statistics.fmean(values):.{SIGNIFICANT}g}" if values else "-"
+    if not values:
+        return "-"
+    centre = scale * statistics.fmean(values)
+    return f"{centre:.0f}" if abs(centre) >= 10**SIGNIFICANT else f"{centre:.{SIGNIFICANT}g}"
 
 
 def accuracy(values: Sequence[float]) -> str:
