@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter to build the environment with
 #   VENV=path           an environment of your own, used as it is instead of the one built here
-#   ARGS="-k agc -x"    passed on by `test`, `demo` and `bench`
+#   ARGS="-k agc -x"    passed on by `test`, `demo`, `bench` and `gpu`
 
 SHELL  := /bin/sh
 # The first interpreter that can build an environment; plain python3 where there is none, for its error message.
@@ -25,7 +25,7 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-lowest lint format typecheck bench clean
+.PHONY: help venv demo test test-fast test-lowest faults lint format typecheck bad-input audit bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,12 @@ test-lowest: ## Run the test suite with the oldest versions that pyproject.toml 
 	@"$(PYTHON)" .ci/make_venv.py --lowest
 	$(MAKE) test VENV="$$("$(PYTHON)" .ci/make_venv.py --lowest --where)"
 
+faults: venv ## Kill, damage and resume trainings and prepared data, for an hour or so; the score is printed
+	$(RUN) tests/faults/checkpoints.py $(ARGS)
+	$(RUN) tests/faults/prepare_faults.py $(ARGS)
+	$(RUN) tests/faults/runs.py
+	$(RUN) tests/faults/data_workers.py
+
 lint: venv ## Check format, style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -61,8 +67,24 @@ format: venv ## Rewrite the files in the project's format
 typecheck: venv ## Check the types alone
 	$(RUN) -m mypy
 
+bad-input: venv ## Try every wrong command line and call, and print the score
+	$(RUN) -W ignore tests/bad_input $(ARGS)
+
+audit: venv ## Look for known vulnerabilities and dangerous calls; installs bandit and pip-audit beside the environment
+	$(RUN) -m pip install --quiet --target .audit bandit pip-audit
+	PYTHONPATH=.audit "$(VENV)/bin/python" -m bandit -q -r -c pyproject.toml src recipes
+	PYTHONPATH=.audit "$(VENV)/bin/python" -m pip_audit --path "$$("$(VENV)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 bench: venv ## Run the benchmarks
 	$(RUN) -m benchmarks $(ARGS)
+
+.PHONY: gpu
+gpu: venv ## Check and measure everything that needs a GPU, in ten minutes; writes runs/gpu.json and .md
+	$(RUN) -m benchmarks.gpu $(ARGS)
+
+.PHONY: performance
+performance: venv ## Measure everything that docs/performance.md shows, and write it there; ARGS="--only WORDS" for a part
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.page $(ARGS)
 
 .PHONY: docs
 docs: venv ## Build the documentation into site/; broken links are errors

@@ -2,7 +2,7 @@
 
     python recipes/alpha_search.py --dataset-name digits                       # the grid, one worker
     accelerate launch recipes/alpha_search.py --sampler tpe --trials 40        # one worker for each process, or GPU
-    python recipes/alpha_search.py --storage postgresql://host/name            # on as many machines as you like
+    python recipes/alpha_search.py --storage postgresql://user@host/name       # on as many machines as you like
     python recipes/alpha_search.py --storage journal:/shared/search.log        # the same, by a file they all see
     python recipes/alpha_search.py --smoke                                     # a minute, no download
 
@@ -20,25 +20,22 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import optuna
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, Point, compare, plot_heat_map
-from pgt_hf.images import (
-    DIGITS,
-    ImageDataArguments,
-    class_names,
-    collate,
-    create_model,
-)
+from pgt_hf.analysis import ClassificationMetrics, Point, plot_heat_map, verdict
+from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
+from pgt_hf.images.rules import TimmModel
+from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Whole
 from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse
 from pgt_hf.trainer import (
     PAPER_ALPHAS,
     ReportToStudy,
+    Storage,
     become_worker,
     completed_points,
     open_storage,
@@ -52,7 +49,7 @@ SIDES = ("baseline", "pgt")
 FIRST_CONFIRM_SEED = 1000
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
-SAMPLERS = ("grid", "random", "tpe")
+SAMPLERS, PRUNERS = ("grid", "random", "tpe"), ("median", "none")
 SMOKE: dict[str, Any] = {
     "dataset_name": DIGITS, "alphas": [0.1, 0.5], "lr_low": 0.05, "lr_high": 0.2, "lr_points": 1, "seeds": 1,
     "confirm_seeds": 2, "epochs": 1, "max_train_samples": 320, "max_eval_samples": 100, "image_size": 16,
@@ -66,39 +63,40 @@ IDENTITY = (
 
 @dataclass
 class SearchArguments(ImageDataArguments):
-    model_name: str = field(default="resnet10t", metadata={"help": "A timm model."})
-    output_dir: str = field(default="runs/alpha_search", metadata={"help": "Tables, picture, the default storage."})
-    storage: str | None = field(default=None, metadata={"help": "Any RDB URL, or journal:FILE; else sqlite here."})
-    sampler: str = field(default="grid", metadata={"help": f"How settings are chosen: {', '.join(SAMPLERS)}."})
-    trials: int | None = field(default=None, metadata={"help": "Settings per side, for random and tpe."})
-    alphas: list[float] = field(
+    model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm model."})
+    output_dir: Folder = field(default="runs/alpha_search", metadata={"help": "Tables, picture, the default storage."})
+    storage: Annotated[str | None, Storage()] = field(
+        default=None, metadata={"help": "Any RDB URL, or journal:FILE; else sqlite here."}
+    )
+    sampler: Annotated[str, OneOf(SAMPLERS)] = field(default="grid", metadata={"help": "grid, random or tpe."})
+    trials: Annotated[Count | None, Needs("sampler", ("random", "tpe"))] = field(
+        default=None, metadata={"help": "Settings per side, for random and tpe."}
+    )
+    alphas: list[Annotated[float, Number("[0, 1)")]] = field(
         default_factory=lambda: list(PAPER_ALPHAS), metadata={"help": "The grid; its ends bound random and tpe."}
     )
-    lr_low: float = field(default=0.003, metadata={"help": "Lowest learning rate."})
-    lr_high: float = field(default=1.0, metadata={"help": "Highest learning rate."})
-    lr_points: int = field(default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."})
-    seeds: int = field(default=2, metadata={"help": "Trainings of each setting in the search."})
-    confirm_seeds: int = field(default=5, metadata={"help": "Trainings of the two best settings, with new seeds."})
-    pruner: str = field(default="median", metadata={"help": "'median' stops settings that are behind; or 'none'."})
-    epochs: float = field(default=4, metadata={"help": "Length of a training."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step."})
+    lr_low: Rate = field(default=0.003, metadata={"help": "Lowest learning rate."})
+    lr_high: Rate = field(default=1.0, metadata={"help": "Highest learning rate."})
+    lr_points: Annotated[Count, Needs("sampler", ("grid",))] = field(
+        default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."}
+    )
+    seeds: Count = field(default=2, metadata={"help": "Trainings of each setting in the search."})
+    confirm_seeds: Annotated[int, Whole("[2, inf)")] = field(default=5, metadata={"help": "New seeds, for the best."})
+    pruner: Annotated[str, OneOf(PRUNERS)] = field(default="none", metadata={"help": "Or 'median'; see the docs."})
+    epochs: Positive = field(default=4, metadata={"help": "Length of a training."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per step."})
     smoke: bool = field(default=False, metadata={"help": "A tiny search on digits, to see that everything works."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("sampler", SAMPLERS), ("pruner", ("median", "none"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.sampler == "grid":
             self.trials = len(self.alphas) * self.lr_points
         if self.trials is None:
-            raise ValueError(f"--sampler {self.sampler} needs --trials")
-        if not all(0 <= alpha < 1 for alpha in self.alphas):
-            raise ValueError(f"--alphas must lie in [0, 1); 1 is the baseline's, got {self.alphas}")
-        if self.confirm_seeds < 2:
-            raise ValueError(f"--confirm-seeds must be at least 2, for an interval, got {self.confirm_seeds}")
-        if min(self.trials, self.seeds, self.lr_points) < 1:
-            raise ValueError("--trials, --seeds and --lr-points must be at least 1")
+            raise ValueError(f"trials must be given with --sampler {self.sampler}, got none")
+        if len(set(self.alphas)) < len(self.alphas):
+            raise ValueError(f"alphas must differ from each other, got {self.alphas}")
+        if self.lr_high <= self.lr_low:
+            raise ValueError(f"lr_high must be above lr_low, {self.lr_low}, got {self.lr_high}")
 
 
 def main() -> None:
@@ -107,16 +105,24 @@ def main() -> None:
     quieten()
     with errors_in_one_line():
         data = args.load()
+        Whole(f"[1, {len(data['train'])}]").check("batch_size", args.batch_size)  # a step takes no more than there are
+        create_model(args.model_name, class_names(data["validation"]), image_size=args.image_size)
         storage = open_storage(args.storage, args.output_dir)
         studies = {side: open_side(storage, side, args) for side in SIDES}
+    try:
+        search(storage, studies, data, args, rank)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}; start the search again once it can, and it goes on")
 
+
+def search(storage: Any, studies: dict[str, optuna.Study], data: Any, args: SearchArguments, rank: int) -> None:
     points: dict[str, list[Point]] = {}
     for side, study in studies.items():
         grid = grid_of(side, args) if args.sampler == "grid" else None
         run_trials(study, args.trials, partial(search_objective, side=side, data=data, args=args), rank, side, grid)
-        points[side] = sorted(completed_points(study, args.trials), key=lambda point: -point.mean)
+        points[side] = sorted(completed_points(study, args.trials, grid), key=lambda point: -point.mean)
     if not all(points.values()):
-        sys.exit("error: no trial was trained to its end; every one failed or was pruned")
+        sys.exit("error: no trial was trained to its end; every one was pruned")
     best = {side: points[side][0] for side in SIDES}
 
     confirm = open_confirmation(storage, best)
@@ -124,7 +130,7 @@ def main() -> None:
     grid = [{"side": side, "seed": seed} for seed in seeds for side in SIDES]
     run_trials(confirm, len(grid), partial(confirm_objective, best=best, data=data, args=args), rank, "confirm", grid)
     if rank == 0:
-        report(points, paired_points(confirm, best), args)
+        report(points, paired_points(confirm, best, seeds), data["validation"]["label"], args)
 
 
 def read_arguments() -> SearchArguments:
@@ -137,6 +143,7 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("pgt_hf").setLevel(logging.ERROR)
+    logging.getLogger("pgt_hf.search").setLevel(logging.WARNING)
 
 
 def open_side(storage: Any, side: str, args: SearchArguments) -> optuna.Study:
@@ -158,8 +165,8 @@ def grid_of(side: str, args: SearchArguments) -> list[dict[str, float]]:
 
 
 def open_confirmation(storage: Any, best: dict[str, Point]) -> optuna.Study:
-    chosen = " ".join(f"{best[side].alpha:.6g},{best[side].learning_rate:.6g}" for side in SIDES)
-    name = f"alpha_search/confirm {chosen}"
+    chosen = [f"{best[side].alpha:.6g},{best[side].learning_rate:.6g}" for side in SIDES]
+    name = " ".join(["alpha_search/confirm", *chosen])
     return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
@@ -176,18 +183,16 @@ def confirm_objective(trial: Any, best: dict[str, Point], data: Any, args: Searc
     return train_seeds(trial, setting, [seed], data, args, prune=False)
 
 
-def train_seeds(
-    trial: Any, setting: dict[str, float], seeds: Any, data: Any, args: SearchArguments, prune: bool
-) -> float:
-    watch = ReportToStudy(trial, prune)
-    scores = []
-    for seed in seeds:
-        scores.append(train(setting, seed, data, args, watch))
-        trial.set_user_attr("scores", scores)
+def train_seeds(trial: Any, setting: Any, seeds: Any, data: Any, args: SearchArguments, prune: bool) -> float:
+    scores: list[float] = []
+    with ReportToStudy(trial, prune) as watch:
+        for seed in seeds:
+            scores.append(train(setting, seed, data, args, watch))
+            trial.set_user_attr("scores", scores)
     return sum(scores) / len(scores)
 
 
-def train(setting: dict[str, float], seed: int, data: Any, args: SearchArguments, watch: TrainerCallback) -> float:
+def train(setting: dict[str, float], seed: int, data: Any, args: SearchArguments, watch: Any) -> float:
     """Top-1 after a training with this seed: initialisation, order and augmentation."""
     set_seed(seed)
     model = create_model(args.model_name, class_names(data["validation"]), image_size=args.image_size)
@@ -222,23 +227,23 @@ def train(setting: dict[str, float], seed: int, data: Any, args: SearchArguments
         return next(entry["eval_top1"] for entry in reversed(trainer.state.log_history) if "eval_top1" in entry)
 
 
-def report(points: dict[str, list[Point]], confirmed: dict[str, Point], args: SearchArguments) -> None:
+def report(points: dict[str, list[Point]], confirmed: dict[str, Point], labels: Any, args: SearchArguments) -> None:
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     columns = ["phase", "side", "alpha", "learning_rate", "seeds", "top1_mean", "top1_half_width_95"]
     rows = [["confirm", side, *confirmed[side].cells()] for side in SIDES]
     rows += [["search", side, *point.cells()] for side in SIDES for point in points[side]]
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
-    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    table += ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in rows]
-    verdict = str(compare(confirmed["pgt"].scores, confirmed["baseline"].scores))
+    table = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    sentences = verdict(confirmed, (args.lr_low, args.lr_high), labels[:])
     pruned = {side: args.trials - len(points[side]) for side in SIDES}
     told = f"{args.trials} trials a side ({args.sampler}), of which pruned: {json.dumps(pruned)}; seeds: {args.seeds}"
-    (folder / "results.md").write_text("\n".join([verdict, "", told, "", *table, ""]), encoding="utf-8")
+    (folder / "results.md").write_text("\n".join([*sentences, "", told, "", *table, ""]), encoding="utf-8")
     title = f"{args.model_name} on {Path(args.dataset_name).name}, {args.epochs:g} epochs, {args.seeds} seed(s)"
     plot_heat_map([*points["baseline"], *points["pgt"]], folder / "heat_map.png", title)
-    print("\n".join(["", *table[: 2 + len(SIDES)], "", verdict, "", told]))
-    print(f"Written to {folder}: results.md, results.csv, heat_map.png")
+    written = f"Written to {folder}: results.md, results.csv, heat_map.png"
+    print("\n".join(["", *table[: 2 + len(SIDES)], "", *sentences, "", told, written]))
 
 
 if __name__ == "__main__":

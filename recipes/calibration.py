@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from transformers import set_seed
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import Calibration, compare_calibration, plot_reliability, reliability, require_matplotlib
-from pgt_hf.functional import check_alpha
 from pgt_hf.images import DIGITS, ImageDataset, ImageTransform, class_names, collate, create_model, load_image_dataset
+from pgt_hf.images.rules import Crop, DataSetName, Side, TimmModel
+from pgt_hf.limits import Count, Folder, Positive, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse
 
 KINDS = ("raw", "folded", "fitted")
@@ -34,34 +35,26 @@ SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples"
 
 @dataclass
 class CalibrationArguments:
-    dataset_name: str = field(default=DIGITS, metadata={"help": "Hub id, folder of images, or 'digits'."})
-    output_dir: str = field(default="runs/calibration", metadata={"help": "Where tables, picture and logits go."})
-    alphas: list[float] = field(
+    dataset_name: DataSetName = field(default=DIGITS, metadata={"help": "Hub id, folder of images, or 'digits'."})
+    output_dir: Folder = field(default="runs/calibration", metadata={"help": "Where tables, picture and logits go."})
+    alphas: list[Share] = field(
         default_factory=lambda: [1.0, 0.5, 0.25, 0.1, 0.05], metadata={"help": "A row of the table for each."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A training for each."})
-    model_name: str = field(default="resnet10t", metadata={"help": "A timm network."})
-    image_size: int = field(default=32, metadata={"help": "Side in pixels."})
-    epochs: float = field(default=8.0, metadata={"help": "Length of each training."})
-    learning_rate: float = field(default=0.05, metadata={"help": "The same at every alpha."})
-    batch_size: int = field(default=64, metadata={"help": "Images per process and step."})
-    min_crop: float = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
-    hflip: float = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    bins: int = field(default=15, metadata={"help": "Bins of the ECE."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode, per process."})
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A training for each."})
+    model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm network."})
+    image_size: Side = field(default=32, metadata={"help": "Side in pixels."})
+    epochs: Positive = field(default=8.0, metadata={"help": "Length of each training."})
+    learning_rate: Rate = field(default=0.05, metadata={"help": "The same at every alpha."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per process and step."})
+    min_crop: Crop = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
+    hflip: Share = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many images only."})
+    max_eval_samples: Annotated[int | None, Whole("[2, inf)")] = field(
+        default=None, metadata={"help": "Evaluate on so many images only."}
+    )
+    bins: Count = field(default=15, metadata={"help": "Bins of the ECE."})
+    num_workers: Workers = field(default=0, metadata={"help": "Processes that decode, per process."})
     smoke: bool = field(default=False, metadata={"help": f"A minute on a laptop: {SMOKE}"})
-
-    def __post_init__(self) -> None:
-        for alpha in self.alphas:
-            try:
-                check_alpha(alpha)
-            except ValueError as error:
-                raise ValueError(f"--alphas: {error}") from error
-        for name in ("bins", "batch_size", "image_size", "max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 from accelerate import Accelerator
@@ -35,7 +35,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import plot_adaptation, require_matplotlib
-from pgt_hf.functional import check_alpha
 from pgt_hf.images import (
     CORRUPTIONS,
     DIGITS,
@@ -47,6 +46,8 @@ from pgt_hf.images import (
     class_names,
     load_image_dataset,
 )
+from pgt_hf.images.rules import Crop, DataSetName, Side, TimmModel
+from pgt_hf.limits import Count, DataSet, Folder, Needs, Number, OneOf, Positive, Rate, Seed, Share, Workers, near
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import describe_code, describe_environment
 
@@ -56,52 +57,63 @@ SMOKE: dict[str, Any] = {
 }  # fmt: skip
 
 
+class Target(DataSet):
+    """A corruption with its level, or another data set."""
+
+    def check(self, name: str, value: str) -> None:
+        kind, _, level = value.partition(":")
+        if kind in CORRUPTIONS and level in "12345" and len(level) == 1:
+            return
+        if kind in CORRUPTIONS or near(kind, CORRUPTIONS):
+            raise ValueError(
+                f"{name} must be one of {', '.join(CORRUPTIONS)} with a level from 1 to 5, or a data set, "
+                f"got {value!r}{near(kind, CORRUPTIONS)}"
+            )
+        super().check(name, value)
+
+
 @dataclass
 class AdaptationArguments:
-    dataset_name: str = field(default=DIGITS, metadata={"help": "The source: Hub id, folder, or 'digits'."})
-    targets: list[str] = field(
+    dataset_name: DataSetName = field(default=DIGITS, metadata={"help": "The source: Hub id, folder, or 'digits'."})
+    targets: list[Annotated[str, Target((DIGITS,))]] = field(
         default_factory=lambda: ["gaussian_noise:3", "contrast:3"],
         metadata={"help": "corruption:level, or data set."},
     )
-    methods: list[str] = field(
+    methods: list[Annotated[str, OneOf(METHODS)]] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Some of {', '.join(METHODS)}."}
     )
-    alphas: list[float] = field(
+    alphas: list[Annotated[float, Number("(0, 1]")]] = field(
         default_factory=lambda: [1.0, 0.5, 0.25, 0.1], metadata={"help": "The grid; 1 is the baseline."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run of everything for each."})
-    model_name: str = field(default="resnet10t", metadata={"help": "A timm network."})
+    seeds: list[Seed] = field(default_factory=lambda: [0], metadata={"help": "A run of everything for each."})
+    model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm network."})
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
-    image_size: int = field(default=32, metadata={"help": "Side in pixels."})
-    min_crop: float = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
-    hflip: float | None = field(default=None, metadata={"help": "Probability of a flip; 0.5, and 0 for digits."})
-    epochs: int = field(default=8, metadata={"help": "On the source, and of dann."})
-    adapt_epochs: int = field(default=2, metadata={"help": "Of tent and pseudo-labels."})
-    lr: float = field(default=0.05, metadata={"help": "Peak learning rate on the source, and of dann."})
-    adapt_lr: float = field(default=0.005, metadata={"help": "The same, of tent and pseudo-labels."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "On weight matrices."})
-    threshold: float = field(default=0.9, metadata={"help": "Least probability of a pseudo-label."})
-    adversary: float = field(default=1.0, metadata={"help": "Largest strength of dann's reversed gradient."})
-    batch: int = field(default=64, metadata={"help": "Images per process and domain."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many of each domain only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many of each domain only."})
-    num_workers: int = field(default=workers_per_process(), metadata={"help": "Processes that decode, per process."})
-    output_dir: str = field(default="runs/domain_adaptation", metadata={"help": "Where everything is written."})
+    image_size: Side = field(default=32, metadata={"help": "Side in pixels."})
+    min_crop: Crop = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
+    hflip: Share | None = field(default=None, metadata={"help": "Probability of a flip; 0.5, and 0 for digits."})
+    epochs: Count = field(default=8, metadata={"help": "On the source, and of dann."})
+    adapt_epochs: Annotated[Count, Needs("methods", ("tent", "pseudo-labels"))] = field(
+        default=2, metadata={"help": "Of tent and pseudo-labels."}
+    )
+    lr: Rate = field(default=0.05, metadata={"help": "Peak learning rate on the source, and of dann."})
+    adapt_lr: Annotated[Rate, Needs("methods", ("tent", "pseudo-labels"))] = field(
+        default=0.005, metadata={"help": "The same, of tent and pseudo-labels."}
+    )
+    weight_decay: Annotated[float, Number("[0, inf)")] = field(default=5e-4, metadata={"help": "On weight matrices."})
+    threshold: Annotated[Share, Needs("methods", ("pseudo-labels",))] = field(
+        default=0.9, metadata={"help": "Least probability of a pseudo-label."}
+    )
+    adversary: Annotated[Positive, Needs("methods", ("dann",))] = field(
+        default=1.0, metadata={"help": "Largest strength of dann's reversed gradient."}
+    )
+    batch: Count = field(default=64, metadata={"help": "Images per process and domain."})
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many of each domain only."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on so many of each domain only."})
+    num_workers: Workers = field(
+        default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
+    )
+    output_dir: Folder = field(default="runs/domain_adaptation", metadata={"help": "Where everything is written."})
     smoke: bool = field(default=False, metadata={"help": "Everything once, on few digits: less than a minute."})
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
-        for alpha in self.alphas:
-            if check_alpha(alpha) == 0:
-                raise ValueError("--alphas must be above 0, got 0: softmax(0 z) has no most probable class")
-        for name in ("epochs", "adapt_epochs", "batch", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold must lie in [0, 1], got {self.threshold}")
-        if not timm.is_model(self.model_name):
-            raise ValueError(f"--model-name must be a timm network, got {self.model_name!r}")
 
 
 def main() -> None:
@@ -116,7 +128,10 @@ def main() -> None:
         needed = args.batch * accelerator.num_processes
         for name, domain in {args.dataset_name: source, **targets}.items():
             if len(domain["train"]) < needed:
-                raise ValueError(f"--batch: {name} has {len(domain['train'])} training images, a step takes {needed}")
+                raise ValueError(
+                    f"batch must be at most {len(domain['train']) // accelerator.num_processes}, the training images "
+                    f"of {name} for each process, got {args.batch}"
+                )
         build_network(args, len(names))
 
     folder, rows = Path(args.output_dir), []
@@ -141,12 +156,9 @@ def main() -> None:
 
 def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple[dict[str, ImageDataset], list[str]]:
     """Training and validation images of a domain; its classes must be ``names``, in any order the data set likes."""
-    kind, colon, level = name.partition(":")
-    if names is None or kind not in CORRUPTIONS or not colon:
-        dataset_name, corrupted = name, None
-    elif level not in ("1", "2", "3", "4", "5"):
-        raise ValueError(f"--targets: the level of {kind} must be from 1 to 5, got {level!r}")
-    else:
+    kind, _, level = name.partition(":")
+    dataset_name, corrupted = name, None
+    if names is not None and kind in CORRUPTIONS:
         dataset_name, corrupted = args.dataset_name, (kind, int(level))
     limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
     splits = load_image_dataset(dataset_name, **limits)
@@ -169,7 +181,10 @@ def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple
 
 
 def build_network(args: AdaptationArguments, classes: int) -> nn.Module:
-    return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
+    try:
+        return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
+    except OSError as error:
+        raise OSError(f"pretrained: timm's weights of {args.model_name!r} are not available: {error}") from error
 
 
 def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments) -> None:

@@ -1,19 +1,21 @@
 """Evaluate a network: top-1, top-5, NLL, ECE and Brier score of its raw, folded and fitted probabilities.
 
-    python recipes/evaluate_images.py runs/digits --dataset-name digits            # a folder that a recipe wrote
-    python recipes/evaluate_images.py runs/digits/checkpoint-540 --dataset-name digits
+    python recipes/evaluate_images.py runs/digits                                  # a run, on the images it held out
+    python recipes/evaluate_images.py runs/digits/checkpoint-540
+    python recipes/evaluate_images.py runs/photos --dataset-name path/to/others    # a run, on other images
     python recipes/evaluate_images.py resnet50.a1_in1k                             # timm's weights, ILSVRC/imagenet-1k
     accelerate launch recipes/evaluate_images.py microsoft/resnet-50 --bf16        # a Hub id, on every GPU
 
 "folded" are the probabilities that PGT trained, softmax(alpha z), with the alpha that the model's config names.
 "fitted" are those at the best temperature; each half of the images is scored at the one fitted to the other half.
+Which of the three is best has to be measured: folding helps where the network fits its data, and hurts elsewhere.
 """
 
 import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -21,45 +23,57 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pgt_hf.analysis import BINS, IGNORED, compare_calibration, top_k_accuracy
-from pgt_hf.functional import check_alpha
+from pgt_hf.analysis import BINS, IGNORED, calibration_table, compare_calibration, ranked_classes, top_k_accuracy
+from pgt_hf.data_workers import worker_options
 from pgt_hf.images import (
     DEFAULT_DATASET,
     ImageDataset,
     class_names,
     collate,
     load_classifier,
-    load_image_dataset,
     match_labels,
     preprocessing,
 )
+from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
+from pgt_hf.limits import Count, ExistingPath, Seed, Share, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
-from pgt_hf.runs import package_versions
+from pgt_hf.runs import load_validation, package_versions, read_record, run_folder
 
 
 @dataclass
 class EvaluationArguments:
-    model: str = field(metadata={"help": "Folder of a trained model or checkpoint, timm name, or Hub id."})
-    weights: str | None = field(default=None, metadata={"help": "Local file of weights: safetensors or a state dict."})
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder of images, or 'digits'."})
+    model: Annotated[str, TimmName(folder=True, hub=True)] = field(
+        metadata={"help": "Folder of a trained model or checkpoint, timm name, or Hub id."}
+    )
+    weights: Annotated[str | None, ExistingPath("file")] = field(
+        default=None, metadata={"help": "Local file of weights: safetensors or a state dict."}
+    )
+    dataset_name: DataSetName | None = field(
+        default=None, metadata={"help": f"Hub id, folder of images, or 'digits'; the run's, else {DEFAULT_DATASET}."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not detected."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "So many images only, drawn by --seed."})
-    on_bad_image: str = field(default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
-    alpha: float | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
-    bins: int = field(default=BINS, metadata={"help": "Bins of the ECE."})
-    batch_size: int = field(default=64, metadata={"help": "Images per process and batch."})
-    num_workers: int = field(default=workers_per_process(), metadata={"help": "Processes that decode, per process."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "So many images; default: the run's, or all."}
+    )
+    on_bad_image: OnBadImage = field(
+        default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
+    )
+    image_size: Side | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
+    alpha: Share | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
+    bins: Count = field(default=BINS, metadata={"help": "Bins of the ECE."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per process and batch."})
+    num_workers: Workers = field(
+        default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Run the network in bfloat16 autocast."})
-    seed: int = field(default=0, metadata={"help": "Draws images, and halves to fit temperatures on."})
-    output: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
-
-    def __post_init__(self) -> None:
-        check_alpha(0.0 if self.alpha is None else self.alpha)
-        for name in ("bins", "batch_size", "image_size", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+    seed: Seed | None = field(
+        default=None, metadata={"help": "Draws images; default: the run's, so that none is known."}
+    )
+    output: Annotated[str | None, WritableFile()] = field(
+        default=None, metadata={"help": "File to write all figures to, as JSON."}
+    )
 
 
 def main() -> None:
@@ -69,15 +83,19 @@ def main() -> None:
     quiet_other_processes(accelerator.process_index)
 
     # build
+    run = run_folder(args.model)
+    dataset_name = args.dataset_name or (read_record(run).get("data", {}).get("name") if run else DEFAULT_DATASET)
     with errors_in_one_line():
         with accelerator.main_process_first():
-            split = load_image_dataset(
-                args.dataset_name,
+            split = load_validation(
+                args.model,
+                dataset_name,
+                args.dataset_config,
                 image_column=args.image_column,
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,
                 seed=args.seed,
-            )["validation"]
+            )
             model = load_classifier(args.model, args.weights)
         alpha = args.alpha
         if alpha is None and not getattr(model.config, "powergrad_folded", False):
@@ -95,17 +113,24 @@ def main() -> None:
     if accelerator.is_main_process:
         logits, labels = predicted
         labels = torch.where(labels == IGNORED, labels, torch.tensor(to_class)[labels.clamp(min=0)])
+        calibration = compare_calibration(logits, labels, alpha, bins=args.bins)
         report = {
             "model": args.model,
             "weights": args.weights,
-            "dataset": args.dataset_name,
-            **score(logits, labels, alpha, args.bins, args.seed),
+            "dataset": dataset_name,
+            **score(logits, labels),
+            "alpha": alpha,
+            "bins": args.bins,
+            **{
+                name: {"temperatures": found.temperatures, "nll": found.nll, "ece": found.ece, "brier": found.brier}
+                for name, found in calibration.items()
+            },
             "bf16": args.bf16,
             "world_size": accelerator.num_processes,
             "seconds": round(seconds, 1),
             "versions": package_versions(),
         }
-        say(report)
+        print(f"\n{heading(report)}\n\n{calibration_table(calibration)}")
         if args.output:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -118,9 +143,10 @@ def predict(
 ) -> list[Tensor]:
     """Logits and labels of all images, each image once, in the memory of the main process; nothing on the others."""
     model.to(accelerator.device)
-    loader = accelerator.prepare(DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate))
+    loader = accelerator.prepare(DataLoader(images, batch_size, collate_fn=collate, **worker_options(num_workers)))
     kept = []
-    for batch in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, mininterval=2):
+    hidden = None if accelerator.is_main_process else True  # None: shown on a terminal
+    for batch in tqdm(loader, desc="evaluate", disable=hidden, leave=False):
         with accelerator.autocast():
             logits = model(pixel_values=batch["pixel_values"]).logits
         gathered = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
@@ -129,26 +155,16 @@ def predict(
     return [torch.cat(parts) for parts in zip(*kept, strict=True)]
 
 
-def score(logits: Tensor, labels: Tensor, alpha: float | None, bins: int, seed: int) -> dict[str, Any]:
+def score(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     counted = labels != IGNORED
-    best = logits[counted].topk(min(5, logits.size(1))).indices
-    report = {"images": int(counted.sum()), "skipped": int((~counted).sum()), "alpha": alpha, "bins": bins}
-    report |= top_k_accuracy(best, labels[counted])
-    for name, found in compare_calibration(logits, labels, alpha, bins=bins, seed=seed).items():
-        report[name] = {"temperatures": found.temperatures, "nll": found.nll, "ece": found.ece, "brier": found.brier}
-    return report
+    accuracies = top_k_accuracy(ranked_classes(logits[counted]), labels[counted])
+    return {"images": int(counted.sum()), "skipped": int((~counted).sum())} | accuracies
 
 
-def say(report: dict[str, Any]) -> None:
+def heading(report: dict[str, Any]) -> str:
     accuracies = ", ".join(f"{key} {value:.2%}" for key, value in report.items() if key.startswith("top"))
     skipped = f" ({report['skipped']:,} skipped)" if report["skipped"] else ""
-    print(f"\n{report['model']} on {report['dataset']}: {report['images']:,} images{skipped}, {accuracies}\n")
-    print(f"{'probabilities':15}{'temperature':>13}{'NLL':>10}{'ECE':>10}{'Brier':>10}")
-    for name in ("raw", "folded", "fitted"):
-        if row := report.get(name):
-            used = "/".join(f"{value:.3g}" for value in row["temperatures"])
-            print(f"{name:15}{used:>13}{row['nll']:>10.4f}{row['ece']:>10.4f}{row['brier']:>10.4f}")
-    print("\nfitted: each half of the images at the temperature fitted to the other half")
+    return f"{report['model']} on {report['dataset']}: {report['images']:,} images{skipped}, {accuracies}"
 
 
 if __name__ == "__main__":

@@ -18,25 +18,27 @@ The model of the best epoch is kept, evaluated and saved, so that pipeline("imag
 its answers. docs/finetune.md explains the rest.
 """
 
-import shlex
 from argparse import Namespace
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, set_seed
+import timm
+from transformers import EarlyStoppingCallback
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments, create_optimizer, fold_powergrad
 from pgt_hf.analysis import (
     ClassificationMetrics,
-    confusion_matrix,
+    Evaluation,
+    calibration_table,
     plot_confusion,
     plot_mistakes,
     require_matplotlib,
 )
 from pgt_hf.images import (
     DIGITS,
+    MODES,
+    FinetuningArguments,
     ImageDataArguments,
     ImageDataset,
     add_lora,
@@ -51,13 +53,11 @@ from pgt_hf.images import (
     replace_head,
     set_image_size,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
-from pgt_hf.trainer import StopOnSigterm, find_checkpoint, parse_optim_args
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, parse_optim_args
 
-SHOWN = ("top1", "top5", "ece", "ece_folded", "loss", "nll", "nll_folded", "best_epoch", "seconds")
-# What is trained, and the learning rate (AdamW) where none is given.
-MODES = {"linear": 1e-3, "full": 1e-4, "layer-decay": 5e-4, "lora": 1e-3}
+SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
     "output_dir": "runs/finetune",
     "min_crop": 0.35,
@@ -79,30 +79,13 @@ SMOKE: dict[str, Any] = {  # hflip: a mirrored 2 is no 2
 }  # fmt: skip
 
 
-@dataclass
-class ModelArguments:
-    model_name: str = field(default="resnet50.a1_in1k", metadata={"help": "timm name, Hub id, or a model's folder."})
-    weights: str | None = field(default=None, metadata={"help": "Local file of the model's pretrained weights."})
-    pretrained: bool = field(default=True, metadata={"help": "Begin with trained weights; else timm's random ones."})
-    mode: str = field(default="full", metadata={"help": f"What is trained: {', '.join(MODES)}."})
-    layer_decay: float = field(default=0.75, metadata={"help": "Learning rate of a layer / that of the one above it."})
-    head_lr_scale: float = field(default=1.0, metadata={"help": "Learning rate of the new head, as a multiple."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's updates."})
-    lora_scale: float = field(default=2.0, metadata={"help": "What LoRA's updates are multiplied by."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of LoRA's updates."})
-    class_weights: str | None = field(default=None, metadata={"help": "'balanced': all classes count the same."})
-    patience: int | None = field(default=None, metadata={"help": "Stop after so many epochs without a better top-1."})
-    fold: bool = field(default=False, metadata={"help": "Multiply the saved head by alpha."})
-
-
 def main() -> None:
     # parse
     model_args, data_args, run_args, args, config = parse(
-        ModelArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
+        FinetuningArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -111,18 +94,13 @@ def main() -> None:
             splits = data_args.load(args.seed)
             names = class_names(splits["train"])
             model = build_model(model_args, data_args.image_size, names)
-        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args.seed)
-        if len(train) < args.per_device_train_batch_size * args.world_size:
-            raise ValueError(
-                f"--per-device-train-batch-size must be at most {len(train) // args.world_size}, the "
-                f"training images of one process, got {args.per_device_train_batch_size}"
-            )
+        train, validation, processor = build_data(splits, model, model_args.model_name, data_args, args)
         model = choose_trained(model, model_args)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, {model_args.mode}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop = StopOnSigterm()
+        record.check_resume(resume, run_args.allow_changed_data)
         trainer = ImageTrainer(
             model,
             args,
@@ -140,54 +118,59 @@ def main() -> None:
         )
         if model_args.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
-        resume = find_checkpoint(run_args.resume, args.output_dir)
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
-    predicted = trainer.predict(validation, metric_key_prefix="eval")  # of the model that is saved
     trainer.save_model()
+    metrics.keep_logits = True
+    results = trainer.predict(validation, metric_key_prefix="eval").metrics  # of the model that is saved
     bad_images = trainer.bad_images()
 
     # report
     if trainer.is_world_process_zero():
-        truth, best, sure = predicted.label_ids, predicted.predictions[0][:, 0], predicted.predictions[-1][:, 1]
-        counts, folder = confusion_matrix(truth, best, len(names)), Path(args.output_dir)
-        plot_confusion(counts, names, folder / "confusion_matrix.png", title)
-        plot_mistakes(truth, best, sure, splits["validation"], names, folder / "mistakes.png", title)
+        evaluation = None
         top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
         more |= {"last_epoch_top1": list(top1.values())[-1] if top1 else None, "bad_images": bad_images}
-        say(record.finish(trainer, predicted.metrics, **more), args.output_dir, data_args.dataset_name)
+        summary = record.finish(trainer, results, **more)
+        with warn_on_failure("the report"):
+            evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=metrics.alpha)
+            folder = Path(args.output_dir)
+            summary = record.finish(trainer, results, evaluation, **more)
+            plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
+            plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
+            write_report(folder)
+        say(summary, args.output_dir, evaluation)
     trainer.end()
 
 
 def choose_defaults(early: Namespace) -> dict[str, Any]:
-    mode = early.mode or ModelArguments.mode
-    if mode not in MODES:
-        raise ValueError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    return DEFAULTS | {"learning_rate": MODES[mode]}
+    return DEFAULTS | {"learning_rate": MODES.get(early.mode or FinetuningArguments.mode)}
 
 
-def check(given: Namespace) -> None:
-    if given.class_weights not in (None, "balanced"):
-        raise ValueError(f"--class-weights must be 'balanced' or left out, got {given.class_weights!r}")
-    if not given.optim.startswith("powergrad_"):
-        raise ValueError(f"--optim must begin with 'powergrad_', as powergrad_adamw, got {given.optim!r}")
-    if given.mode == "lora" and given.ema_decay is not None:
-        raise ValueError(f"--ema-decay must be left out with --mode lora, got {given.ema_decay}")
-    if given.fold and given.alpha == 0:
-        raise ValueError("--fold must be left out with --alpha 0: every probability would be 1/C")
+def check(settings: Namespace, given: set[str]) -> None:
+    if not settings.optim.startswith("powergrad_"):
+        raise ValueError(f"optim must begin with 'powergrad_', as powergrad_adamw, got {settings.optim!r}")
+    if settings.mode == "lora" and settings.ema_decay is not None:
+        raise ValueError(f"ema_decay must be left out with --mode lora, got {settings.ema_decay}")
+    if settings.fold and settings.alpha == 0:
+        raise ValueError("fold must be left out with --alpha 0, where every probability would be 1/C, got true")
+    if not settings.pretrained and not timm.is_model(settings.model_name):
+        raise ValueError(f"model_name must be a timm model with --pretrained false, got {settings.model_name!r}")
+    if "layer_decay" in (settings.optim_args or ""):  # the layers are grouped here
+        raise ValueError(f"optim_args must leave layer_decay to --layer-decay, got {settings.optim_args!r}")
 
 
-def build_model(model_args: ModelArguments, image_size: int | None, names: list[str]) -> Any:
+def build_model(model_args: FinetuningArguments, image_size: int | None, names: list[str]) -> Any:
     if not model_args.pretrained:
         return create_model(model_args.model_name, names, image_size=image_size or 224)
     model = replace_head(load_classifier(model_args.model_name, model_args.weights), names)
@@ -195,28 +178,29 @@ def build_model(model_args: ModelArguments, image_size: int | None, names: list[
 
 
 def build_data(
-    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, seed: int
+    splits: Any, model: Any, model_name: str, data_args: ImageDataArguments, args: Any
 ) -> tuple[ImageDataset, ImageDataset, Any]:
     """Training and evaluation images; and the image processor, to be saved with a model that is not timm's."""
     config = getattr(model.config, "pretrained_cfg", None)
+    on_device = args.device.type == "cuda"
     if config is not None:
-        return *data_args.datasets(splits, config, seed), None
+        return *data_args.datasets(splits, config, args.seed, on_device=on_device), None
     evaluate = preprocessing(model, model_name)
     processor = evaluate.processor
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     side = size.get("height") or size["shortest_edge"]
     config = {"input_size": (3, side, side), "mean": processor.image_mean, "std": processor.image_std}
-    train, _ = data_args.datasets(splits, config, seed)
+    train, _ = data_args.datasets(splits, config, args.seed, on_device=on_device)
     return train, data_args.evaluation(splits, evaluate), processor
 
 
-def choose_trained(model: Any, model_args: ModelArguments) -> Any:
+def choose_trained(model: Any, model_args: FinetuningArguments) -> Any:
     if model_args.mode == "lora":
         return add_lora(model, model_args.lora_rank, scale=model_args.lora_scale, dropout=model_args.lora_dropout)
     return freeze_backbone(model) if model_args.mode == "linear" else model
 
 
-def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) -> dict[str, Any]:
+def optimizer_options(model_args: FinetuningArguments, args: ImageTrainingArguments) -> dict[str, Any]:
     name = str(getattr(args.optim, "value", args.optim))
     groups = partial(
         parameter_groups,
@@ -229,17 +213,17 @@ def optimizer_options(model_args: ModelArguments, args: ImageTrainingArguments) 
     return options | {"opt": name, "lr": args.learning_rate, "param_group_fn": groups}
 
 
-def say(summary: dict[str, Any], folder: str, dataset_name: str) -> None:
-    where, same = shlex.quote(folder), command_line()
+def say(summary: dict[str, Any], folder: str, evaluation: Evaluation) -> None:
     then = {
         "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
-        "predict": f"pgt-hf predict {where} photo.jpg",
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {shlex.quote(dataset_name)}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "predict": command("pgt-hf", "predict", folder, "photo.jpg"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"
-    tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then, files)
+    results = {key: summary.get(key) for key in SHOWN}
+    tell(heading, results, folder, then, files, calibration_table(evaluation.calibration))
     print("\nThe best epoch was chosen on these validation images: a new set's accuracy will be a little lower.")
 
 

@@ -7,24 +7,20 @@
     accelerate launch recipes/imagenet.py --config runs/imagenet/run.json       # the same run again
     accelerate launch recipes/imagenet.py --resume auto                         # resume it where it was stopped
 
-A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists every option;
-those of ``transformers.TrainingArguments`` are among them. docs/imagenet.md explains the run folder.
+A flag wins over --config, --config over --preset, --preset over the defaults below. ``--help`` lists the options,
+``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/imagenet.md explains the run folder.
 """
 
-import json
-import os
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import set_seed
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
-from pgt_hf.analysis import ClassificationMetrics, examine, require_matplotlib
+from pgt_hf.analysis import ClassificationMetrics, Evaluation, calibration_table, require_matplotlib
 from pgt_hf.images import (
     DEFAULT_DATASET,
     DIGITS,
@@ -40,9 +36,20 @@ from pgt_hf.images import (
     num_images,
     preset_table,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data, write_evaluation, write_report
-from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm, find_checkpoint
+from pgt_hf.images.rules import Crop, Side, TimmName
+from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate
+from pgt_hf.programs import (
+    IMAGE_DEFAULTS,
+    RunArguments,
+    begin,
+    errors_in_one_line,
+    fit_global_batch,
+    parse,
+    read_config,
+    tell,
+)
+from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -53,7 +60,6 @@ DEFAULTS |= {
     "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 256,
     "save_total_limit": 2,
-    "logging_steps": 50,
     "channels_last": True,
     "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # the paper's runs were in mixed precision
 }
@@ -64,36 +70,41 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "dataloader_num_workers": 0,
     },
 }  # fmt: skip
-SHOWN = (
-    "top1", "top5", "ema_top1", "ema_top5", "ece", "ece_folded", "nll", "nll_folded", "train_loss", "bad_images",
-    "seconds",
-)  # fmt: skip
+SHOWN = ("top1", "top5", "ema_top1", "ema_top5", "loss", "train_loss", "bad_images", "seconds")
 SMOKE = {"dataset_name": DIGITS, "max_steps": 20, "max_eval_samples": 100}
 
 
 @dataclass
 class ModelArguments:
-    model_name: str = field(default="resnet50", metadata={"help": "A timm model, or the folder of a trained one."})
+    model_name: Annotated[str, TimmName(folder=True)] = field(
+        default="resnet50", metadata={"help": "A timm model, or the folder of a trained one."}
+    )
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
     norm_free: bool = field(default=False, metadata={"help": "Remove the normalisation layers (ResNets)."})
     small_images: bool = field(default=False, metadata={"help": "A stem that keeps the image's size (ResNets)."})
-    drop_path: float = field(default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."})
+    drop_path: Annotated[float, Number("[0, 1)")] = field(
+        default=0.0, metadata={"help": "Stochastic depth: probability of leaving out a block."}
+    )
 
 
 @dataclass
 class DataArguments(ImageDataArguments):
     streaming: bool = field(default=False, metadata={"help": "Read the training images without downloading them."})
-    train_images: int | None = field(default=None, metadata={"help": "Images per epoch, where a stream cannot tell."})
-    eval_image_size: int | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
-    crop_pct: float | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
+    train_images: Annotated[Count | None, Needs("streaming")] = field(
+        default=None, metadata={"help": "Images per epoch, where a stream cannot tell."}
+    )
+    eval_image_size: Side | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
+    crop_pct: Crop | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
 
 
 @dataclass
 class RecipeArguments(RunArguments):
-    preset: str | None = field(default=None, metadata={"help": "A published run by name; 'list' prints them."})
-    config: str | None = field(default=None, metadata={"help": "The run.json of a run to repeat."})
-    global_batch: int = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
-    base_lr: float = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
+    preset: Annotated[str | None, OneOf(("list", *PRESETS))] = field(
+        default=None, metadata={"help": "A published run; 'list' prints them."}
+    )
+    config: Annotated[str | None, ExistingPath("file")] = field(default=None, metadata={"help": "A run.json to redo."})
+    global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
+    base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
     diagnostics: bool = field(default=True, metadata={"help": "Record logits, filters, gradients (whole parameters)."})
     report: bool = field(default=True, metadata={"help": "Write report.html, after one more look at the images."})
 
@@ -101,11 +112,10 @@ class RecipeArguments(RunArguments):
 def main() -> None:
     # parse
     model_args, data_args, run_args, args, config = parse(
-        ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments,
-        description=__doc__, defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_batch,
+        ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments, description=__doc__,
+        defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_global_batch,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
@@ -114,12 +124,12 @@ def main() -> None:
             splits = data_args.load(args.seed, streaming=data_args.streaming)
         model = build_model(model_args, data_args, class_names(splits["validation"]))
         train, validation = build_data(splits, data_args, model.config.pretrained_cfg, args)
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         metrics = ClassificationMetrics(alpha=args.alpha)
         data = describe_data(data_args.dataset_name, splits)
         title = f"{model_args.model_name}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
-        stop, guard = StopOnSigterm(), DivergenceCallback()
+        record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -134,13 +144,13 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
-    if guard.verdict:
-        trainer.end()
-        sys.exit(f"error: {guard.message}")
+    guard.leave(trainer)
     trainer.save_model()
-    results = trainer.evaluate()
+    metrics.keep_logits = run_args.report
+    results = trainer.evaluate()  # of the averaged model last, if there is one
     results["bad_images"] = trainer.bad_images()
 
     # report
@@ -148,12 +158,14 @@ def main() -> None:
         preset = PRESETS.get(run_args.preset or "")
         more = {"model": model_args.model_name, "published_top1": preset.top1 if preset else None}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
-        summary = record.finish(trainer, results, **more)
+        summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
-            best = model if trainer.ema is None else trainer.ema.module
-            write_evaluation(args.output_dir, examine(best, validation, alpha=args.alpha))
-            write_report(args.output_dir)
-        say(summary, args, data_args)
+            with warn_on_failure("the report"):
+                names = class_names(splits["validation"])
+                evaluation = Evaluation.from_logits(*metrics.kept, names, validation, alpha=args.alpha)
+                summary = record.finish(trainer, results, evaluation, **more)
+                write_report(args.output_dir)
+        say(summary, args, evaluation)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name)
     trainer.end()
@@ -164,28 +176,13 @@ def choose_defaults(early: Namespace) -> dict[str, Any]:
     if early.preset == "list":
         print(preset_table())
         sys.exit()
-    saved = json.loads(Path(early.config).read_text(encoding="utf-8"))["arguments"] if early.config else {}
-    preset = early.preset or saved.get("preset")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"--preset must be 'list' or one of {', '.join(PRESETS)}, got {preset!r}")
+    saved = read_config(early.config) if early.config is not None else {}
+    preset = saved.get("preset") if early.preset is None else early.preset
     if early.smoke:
         saved |= SMOKE
     dataset_name = early.dataset_name or saved.get("dataset_name", DEFAULT_DATASET)
-    chosen = PRESETS[preset].settings if preset else {}
+    chosen = PRESETS[preset].settings if preset in PRESETS else {}
     return DEFAULTS | DATASET_DEFAULTS.get(dataset_name, {}) | chosen | saved | {"dataset_name": dataset_name}
-
-
-def fit_batch(settings: Namespace) -> None:
-    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    each, rest = divmod(settings.global_batch, processes)
-    if rest or each < 1:
-        raise ValueError(f"--global-batch {settings.global_batch} cannot be divided over {processes} processes")
-    largest = settings.per_device_train_batch_size
-    steps = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= largest)
-    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = each // steps, steps
-    if settings.learning_rate is None:
-        settings.learning_rate = settings.base_lr * settings.global_batch / 1024
 
 
 def build_model(model_args: ModelArguments, data_args: DataArguments, names: list[str]) -> Any:
@@ -209,15 +206,16 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, names: lis
 
 
 def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, Any], args: Any) -> tuple[Any, Any]:
-    """Training and evaluation images, uint8: the trainer normalises them on the device."""
+    """Training and evaluation images, uint8: the rest is done on the device."""
+    on_device = args.device.type == "cuda"
     if not data_args.streaming:
-        return data_args.datasets(splits, preprocessing, args.seed)
+        return data_args.datasets(splits, preprocessing, args.seed, on_device=on_device)
     images = data_args.train_images or data_args.max_train_samples or num_images(splits["train"])
     if images is None:
         raise ValueError("this stream does not say how many images it has; give --train-images")
     train = ImageStream(
         splits["train"],
-        data_args.augmentation(preprocessing),
+        data_args.augmentation(preprocessing, on_device=on_device),
         batch_size=args.per_device_train_batch_size,
         num_samples=images,
         rank=args.process_index,
@@ -228,19 +226,22 @@ def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, A
     return train, data_args.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
 
 
-def say(summary: dict[str, Any], args: ImageTrainingArguments, data_args: DataArguments) -> None:
+def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evaluation | None) -> None:
     results = {key: summary.get(key) for key in SHOWN}
     if summary["published_top1"]:
         results["published top-1"] = summary["published_top1"] / 100
-    where, data, same = shlex.quote(args.output_dir), shlex.quote(data_args.dataset_name), command_line()
+    folder, longer = args.output_dir, {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
+    if args.max_steps > 0:
+        longer = {"max_steps": f"{2 * args.max_steps}"}
     then = {
-        "evaluate": f"python recipes/evaluate_images.py {where} --dataset-name {data}",
-        "go on": f"accelerate launch {same} --resume auto --num-train-epochs {2 * args.num_train_epochs:g}",
-        "compare": f"accelerate launch {same} --alpha 1 --output-dir {shlex.quote(args.output_dir + '-plain')}",
-        "publish": f"pgt-hf push {where} --repo-id <you>/<name of the model>",
+        "predict": command("pgt-hf", "predict", folder, "IMAGE"),
+        "evaluate": command("python", recipe("evaluate_images.py"), folder),
+        "go on": command_line(resume="auto", **longer),
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_images']:,} evaluation images"
-    tell(heading, results, args.output_dir, then)
+    tell(heading, results, folder, then, table=evaluation and calibration_table(evaluation.calibration))
 
 
 if __name__ == "__main__":

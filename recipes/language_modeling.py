@@ -7,26 +7,26 @@
 
 With a large vocabulary the loss comes from ``powergrad_linear_cross_entropy``, which keeps no logits. Its value, the
 ``loss`` of the logs, is that of the folded model, ``CE(alpha z)``; the evaluation reports the perplexity of the model
-as it is and of the folded one. ``--help`` lists every option; docs/text.md says what to expect.
+as it is and of the folded one. ``--help`` lists the options; docs/text.md says what to expect.
 """
 
 import math
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.limits import Count, DataSet, ModelName, Whole
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
+from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
 LARGE_VOCABULARY = 32768
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -59,24 +59,30 @@ SMOKE: dict[str, Any] = {
 
 @dataclass
 class LanguageArguments:
-    dataset_name: str = field(
+    dataset_name: Annotated[str, DataSet((STDLIB,))] = field(
         default="Salesforce/wikitext",
         metadata={"help": "Hub id, file (txt, json, csv, parquet), folder of such, or 'stdlib': Python's own source."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, if it is not detected."})
-    tokenizer_name: str | None = field(
+    tokenizer_name: Annotated[str | None, ModelName()] = field(
         default=None, metadata={"help": "Hub id or folder of a tokenizer; by default one is trained on the text."}
     )
-    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer that is trained."})
-    block_size: int = field(default=256, metadata={"help": "Tokens that the model sees at a time."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
-    layers: int = field(default=4, metadata={"help": "Depth of the model; a head for each 32 of its width."})
+    vocab_size: Annotated[int, Whole("[257, 10000000]")] = field(
+        default=8192, metadata={"help": "Tokens of the tokenizer that is trained."}
+    )
+    block_size: Annotated[int, Whole("[2, 1000000]")] = field(
+        default=256, metadata={"help": "Tokens that the model sees at a time."}
+    )
+    hidden_size: Annotated[int, Whole("[2, 100000]")] = field(default=256, metadata={"help": "Width of the model."})
+    layers: Annotated[int, Whole("[1, 1000]")] = field(
+        default=4, metadata={"help": "Depth of the model; a head for each 32 of its width."}
+    )
     fused_loss: bool | None = field(
         default=None, metadata={"help": "Keep no logits; by default for vocabularies of 32,768 and more."}
     )
-    max_train_documents: int | None = field(default=None, metadata={"help": "Train on so many documents only."})
-    max_eval_documents: int | None = field(default=None, metadata={"help": "Evaluate on so many documents only."})
+    max_train_documents: Count | None = field(default=None, metadata={"help": "Train on so many documents only."})
+    max_eval_documents: Count | None = field(default=None, metadata={"help": "Evaluate on so many documents only."})
 
 
 class LanguageTrainer(AtomicCheckpoints, PowerGradTrainer):
@@ -109,12 +115,10 @@ def main() -> None:
         LanguageArguments, RunArguments, PowerGradTrainingArguments,
         description=__doc__, defaults=DEFAULTS, smoke=SMOKE, adjust=check,
     )  # fmt: skip
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_plain_text(
                 language_args.dataset_name,
@@ -126,7 +130,11 @@ def main() -> None:
             for split, limit in limits.items():
                 dataset[split] = dataset[split].select(range(min(limit or sys.maxsize, dataset[split].num_rows)))
             if language_args.tokenizer_name:
-                tokenizer = AutoTokenizer.from_pretrained(language_args.tokenizer_name)
+                name = language_args.tokenizer_name
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(name)
+                except (OSError, ValueError) as error:
+                    raise OSError(f"tokenizer_name must be one that can be read, got {name!r}: {error}") from error
             else:
                 tokenizer = train_tokenizer(dataset["train"]["text"], language_args.vocab_size)
             blocks = cut(dataset, tokenizer, language_args.block_size)
@@ -138,19 +146,21 @@ def main() -> None:
     model = build(FusedLossLlama if fused else LlamaForCausalLM, language_args, len(tokenizer), args.alpha)
     description = {"arguments": config, "data": describe_data(language_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
-    stop = StopOnSigterm()
-    trainer = (PlainTrainer if fused else LanguageTrainer)(
-        model,
-        args,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks["validation"],
-        processing_class=tokenizer,
-        data_collator=stack,
-        callbacks=[record, stop],
-    )
+    with errors_in_one_line():
+        record.check_resume(resume, run_args.allow_changed_data)
+        trainer = (PlainTrainer if fused else LanguageTrainer)(
+            model,
+            args,
+            train_dataset=blocks["train"],
+            eval_dataset=blocks["validation"],
+            processing_class=tokenizer,
+            data_collator=stack,
+            callbacks=[record, stop],
+        )
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     model.__class__ = LlamaForCausalLM  # trained: from here on, and on disk, a Llama as any other
     trainer.save_model()
@@ -173,9 +183,18 @@ def main() -> None:
     trainer.end()
 
 
-def check(given: Namespace) -> None:
-    if given.dataset_name == LanguageArguments.dataset_name and given.dataset_config is None:
-        given.dataset_config = "wikitext-103-raw-v1"
+def check(settings: Namespace, given: set[str]) -> None:
+    if settings.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(f"metric_for_best_model must be loss, got {settings.metric_for_best_model!r}")
+    heads = max(1, settings.hidden_size // 32)
+    if settings.hidden_size % (2 * heads):
+        raise ValueError(
+            f"hidden_size must be a multiple of {2 * heads}, for its {heads} heads, got {settings.hidden_size}"
+        )
+    if "vocab_size" in given and settings.tokenizer_name:
+        raise ValueError(f"vocab_size must be left out with tokenizer_name, got {settings.vocab_size}")
+    if settings.dataset_name == LanguageArguments.dataset_name and settings.dataset_config is None:
+        settings.dataset_config = "wikitext-103-raw-v1"
 
 
 def cut(dataset: Any, tokenizer: Any, size: int) -> Any:
@@ -218,8 +237,8 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['parameters']:,} parameters, {summary['vocabulary']:,} words, on {summary['dataset']}"
     then = {
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of perplexity_folded",
-        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
-        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     tell(heading, {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}, folder, then)
 

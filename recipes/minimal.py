@@ -3,6 +3,8 @@
 accelerate launch recipes/minimal.py
 """
 
+import argparse
+
 import timm
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ EPOCHS, BATCH, LR = 5, 64, 0.05
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()  # it takes no arguments
     set_seed(0)
     accelerator = Accelerator()
 

@@ -2,143 +2,143 @@
 
     python recipes/prepare.py --output-dir data/imagenet-400                       # ILSVRC/imagenet-1k
     python recipes/prepare.py --dataset-name path/to/folder --output-dir data/small --size 256 --num-proc 16
+    python recipes/prepare.py --output-dir data/imagenet-256 --size 256 --format raw   # pixels, ten times the disk
     python recipes/prepare.py --output-dir data/imagenet-400 --verify              # check what was written
     python recipes/prepare.py --smoke                                              # seconds, on digits
 
-The result is a folder of Parquet files that ``recipes/imagenet.py --dataset-name data/imagenet-400`` reads. It appears
-under its name when it is complete; until then it is ``data/imagenet-400.incomplete``, where the same command goes on.
+The result is a folder of Parquet files that ``recipes/imagenet.py --dataset-name data/imagenet-400`` reads; or, raw,
+of Arrow files that are mapped into memory, with nothing to decode. It appears under its name when it is complete;
+until then it is ``data/imagenet-400.incomplete``, where the same command goes on: it keeps every shard whose checksum
+is right, and writes the others again.
 """
 
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
+from filelock import FileLock, Timeout
 
 from pgt_hf.atomic import replacing
 from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
+from pgt_hf.images.raw import write_arrow
+from pgt_hf.images.rules import DataSetName, OnBadImage
+from pgt_hf.limits import Folder, OneOf, Seed, Whole
 from pgt_hf.programs import errors_in_one_line, parse
 
-MANIFEST = "manifest.json"
-ROW_GROUP = 100
+MANIFEST, LOCK, ROW_GROUP = "manifest.json", ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
 
 
 @dataclass
 class PrepareArguments:
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
-    output_dir: str = field(default="data/prepared", metadata={"help": "The folder to write."})
-    size: int = field(default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."})
-    quality: int = field(default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."})
-    images_per_shard: int = field(default=1000, metadata={"help": "Images in one Parquet file."})
-    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
-    on_bad_image: str = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
-    seed: int = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
+    dataset_name: DataSetName = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
+    output_dir: Folder = field(default="data/prepared", metadata={"help": "The folder to write."})
+    size: Annotated[int, Whole("[1, 65500]")] = field(
+        default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."}
+    )
+    format: Annotated[str, OneOf(("jpeg", "raw"))] = field(
+        default="jpeg", metadata={"help": "'jpeg', or 'raw': pixels, which cost no decoding."}
+    )
+    quality: Annotated[int, Whole("[1, 95]")] = field(
+        default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."}
+    )
+    images_per_shard: Annotated[int, Whole("[1, 1000000]")] = field(
+        default=1000, metadata={"help": "Images in one file."}
+    )
+    num_proc: Annotated[int, Whole("[1, 10000]")] = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
+    on_bad_image: OnBadImage = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
+    seed: Seed = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
     verify: bool = field(default=False, metadata={"help": "Only check what is in --output-dir."})
     smoke: bool = field(default=False, metadata={"help": f"Set {SMOKE}"})
-
-    def __post_init__(self) -> None:
-        for name, most in {"size": 65500, "quality": 95, "images_per_shard": 10**6, "num_proc": 10**4}.items():
-            if not 1 <= getattr(self, name) <= most:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be from 1 to {most}, got {getattr(self, name)}")
-        if self.on_bad_image not in ("error", "skip"):
-            raise ValueError(f"--on-bad-image must be 'error' or 'skip', got {self.on_bad_image!r}")
 
 
 def main() -> None:
     args, _ = parse(PrepareArguments, description=__doc__, defaults={}, smoke=SMOKE)
     with errors_in_one_line():
-        if not args.verify:
-            prepare(args)
-        problems = verify(Path(args.output_dir))
-    if problems:
-        sys.exit(f"error: {args.output_dir} is not what its {MANIFEST} says:\n  " + "\n  ".join(problems))
+        if args.verify:
+            check(Path(args.output_dir), "delete it and prepare it again")
+        else:
+            prepare(args, Path(args.output_dir))
     tell(Path(args.output_dir))
 
 
-def prepare(args: PrepareArguments) -> None:
-    """Writes every shard that is not there yet, then gives the folder its name."""
-    output = Path(args.output_dir)
-    if output.exists():
-        raise FileExistsError(f"{output} is there already: check it with --verify, or choose another --output-dir")
+def prepare(args: PrepareArguments, output: Path) -> None:
+    """Writes every shard that is missing or damaged, and gives the folder its name when all of them are right."""
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise FileExistsError(f"{output} is there already, without a {MANIFEST}: choose another --output-dir")
     splits = load_image_dataset(args.dataset_name, seed=args.seed)
     if splits["train"] is splits["validation"]:  # one split that serves as both is written once
         splits = {"validation": splits["validation"]}
-
-    folder = output.with_name(output.name + ".incomplete")
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(args, key) for key in ("dataset_name", "size", "quality", "images_per_shard", "seed")}
+    settings["quality"] = None if args.format == "raw" else args.quality
     settings |= {"on_bad_image": args.on_bad_image, "rows": {key: split.num_rows for key, split in splits.items()}}
-    go_on(folder / ".settings.json", settings)
+    if output.exists():
+        same_settings(output, read_json(output / MANIFEST), settings)
+        check(output, "delete it and prepare it again")
+    else:
+        folder = output.with_name(output.name + ".incomplete")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / LOCK, timeout=0):
+                write(splits, settings, folder, args.num_proc)
+                check(folder, "start again, and what is damaged will be written again")
+                folder.rename(output)
+        except Timeout:
+            raise BlockingIOError(f"{folder} is still being written by another run: wait until it has ended") from None
+    for leftover in output.glob(".*"):
+        if leftover.name == LOCK or leftover.suffix in (".json", ".partial"):
+            leftover.unlink()
 
-    shards = []
+
+def write(splits: dict[str, Dataset], settings: dict[str, Any], folder: Path, num_proc: int) -> None:
+    for path in folder.glob(".*.json"):
+        if (found := read_record(path)) is not None:
+            same_settings(folder, found["settings"], settings)
+    shards, suffix = [], "parquet" if settings["quality"] else "arrow"
     for key, split in splits.items():
-        count = -(-split.num_rows // args.images_per_shard)
-        names = [f"{key}-{number:05}-of-{count:05}.parquet" for number in range(count)]
-        write = partial(
-            write_shard,
-            split=split.cast_column("image", Image(decode=False)),
-            key=key,
-            folder=folder,
-            size=args.size,
-            quality=args.quality,
-            images_per_shard=args.images_per_shard,
-            skip_bad=args.on_bad_image == "skip",
-        )
-        todo = [number for number, name in enumerate(names) if not (folder / name).exists()]
-        if todo:
-            rows = Dataset.from_dict({"shard": todo, "name": [names[number] for number in todo]})
-            processes = min(args.num_proc, len(todo))
-            rows.map(write, num_proc=processes if processes > 1 else None, load_from_cache_file=False, desc=key)
-        shards += [json.loads(record(folder / name).read_text(encoding="utf-8")) for name in names]
-
-    manifest: dict[str, Any] = settings | {"classes": class_names(next(iter(splits.values()))), "shards": shards}
-    write_json(folder / MANIFEST, manifest)
-    for leftover in folder.glob(".*"):
-        leftover.unlink()
-    folder.rename(output)
+        count = -(-split.num_rows // settings["images_per_shard"])
+        names = [f"{key}-{number:05}-of-{count:05}.{suffix}" for number in range(count)]
+        rows = Dataset.from_dict({"shard": range(count), "name": names})
+        source = split.cast_column("image", Image(decode=False))
+        ensure = partial(ensure_shard, split=source, key=key, folder=folder, settings=settings)
+        processes = min(num_proc, count)
+        rows.map(ensure, num_proc=processes if processes > 1 else None, load_from_cache_file=False, desc=key)
+        shards += [read_json(record(folder / name))["shard"] for name in names]
+    write_json(folder / MANIFEST, settings | {"classes": class_names(next(iter(splits.values()))), "shards": shards})
 
 
-def go_on(path: Path, settings: dict[str, Any]) -> None:
-    """What a killed run has written is of use only under the settings that it was written with."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
+def same_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """What was written is of use only under the settings that it was written with."""
     other = [
         f"{key}={before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
     if other:
-        raise ValueError(f"{path.parent} was begun with other settings ({'; '.join(other)}): use these, or delete it")
+        raise ValueError(f"{folder} was begun with other settings ({'; '.join(other)}): use these, or delete it")
 
 
-def write_shard(
-    row: dict[str, Any],
-    split: Dataset,
-    key: str,
-    folder: Path,
-    size: int,
-    quality: int,
-    images_per_shard: int,
-    skip_bad: bool,
+def ensure_shard(
+    row: dict[str, Any], split: Dataset, key: str, folder: Path, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """One Parquet file and the record of what is in it. The file comes last: where it is, both are."""
-    start = row["shard"] * images_per_shard
+    """One file and the record of what is in it, unless both are there and agree."""
+    path, raw = folder / row["name"], settings["quality"] is None
+    found = read_record(record(path))
+    if found is not None and problem(path, found["shard"]) is None:
+        return row
+    start = row["shard"] * settings["images_per_shard"]
     images, labels, bad, resized = [], [], [], 0
-    for index in range(start, min(start + images_per_shard, split.num_rows)):
+    for index in range(start, min(start + settings["images_per_shard"], split.num_rows)):
         example = split[index]
-        before = read_image(example["image"])
         try:
-            after = shrink(before, size, quality)
+            before = read_image(example["image"])
+            after = shrink(before, settings["size"], settings["quality"])
         except BadImageError as error:
-            if not skip_bad:
+            if settings["on_bad_image"] != "skip":
                 raise BadImageError(f"image {index} of {key}: {error}; --on-bad-image skip leaves it out") from error
             bad.append(index)
             continue
@@ -146,36 +146,33 @@ def write_shard(
         images.append({"bytes": after, "path": name_of(example["image"]["path"])})
         labels.append(example["label"])
 
-    path = folder / row["name"]
     features = split.features.copy()
     features["image"] = Image()
     with replacing(path) as draft:
         table = Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
         # Small row groups, as the Hub's image sets have them: a stream reads one at a time.
-        pq.write_table(table.cast(features.arrow_schema), draft, row_group_size=ROW_GROUP)
-        found = {"name": path.name, "split": key, "images": len(labels), "resized": resized, "bad": bad}
-        found |= {"bytes": draft.stat().st_size, "sha256": checksum(draft)}
-        write_json(record(path), found)
+        (write_arrow if raw else pq.write_table)(table.cast(features.arrow_schema), draft, ROW_GROUP)
+        shard = {"name": path.name, "split": key, "images": len(labels), "resized": resized, "bad": bad}
+        shard |= {"bytes": draft.stat().st_size, "sha256": checksum(draft.read_bytes())}
+        write_json(record(path), {"settings": settings, "shard": shard})
     return row
+
+
+def check(folder: Path, advice: str) -> None:
+    """Stops with what is wrong with a prepared folder, and with what to do about it."""
+    if problems := verify(folder):
+        raise ValueError(f"{folder} is not what its {MANIFEST} says: {advice}\n  " + "\n  ".join(problems))
 
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a prepared folder, in words; nothing if it is what its manifest says."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: it is no folder that this program has finished")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    problems = []
-    for shard in manifest["shards"]:
-        file = folder / shard["name"]
-        if not file.is_file():
-            problems.append(f"{file.name} is missing")
-        elif checksum(file) != shard["sha256"]:
-            problems.append(f"{file.name} has changed: its checksum is another")
-        elif (rows := pq.read_metadata(file).num_rows) != shard["images"]:
-            problems.append(f"{file.name} has {rows} images, not {shard['images']}")
+    manifest = read_json(folder / MANIFEST)
+    problems = [found for shard in manifest["shards"] if (found := problem(folder / shard["name"], shard))]
     known = {shard["name"] for shard in manifest["shards"]}
-    problems += [f"{file.name} does not belong here" for file in folder.glob("*.parquet") if file.name not in known]
+    tables = [file.name for file in folder.iterdir() if file.suffix in (".parquet", ".arrow")]
+    problems += [f"{name} does not belong here" for name in tables if name not in known]
     for split, rows in manifest["rows"].items():
         found = sum(shard["images"] + len(shard["bad"]) for shard in manifest["shards"] if shard["split"] == split)
         if found != rows:
@@ -183,8 +180,17 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
+def problem(file: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with a file, given its entry in the manifest."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != shard["bytes"] or checksum(file.read_bytes()) != shard["sha256"]:
+        return f"{file.name} has changed: its checksum is another"
+    return None
+
+
 def tell(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     for split in manifest["rows"]:
         shards = [shard for shard in manifest["shards"] if shard["split"] == split]
         images, resized, size = (sum(shard[key] for shard in shards) for key in ("images", "resized", "bytes"))
@@ -205,13 +211,38 @@ def name_of(path: str | None) -> str | None:
     return None if path is None else path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A shard's record; None if it is missing or damaged, and the shard is to be written again."""
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if found.keys() == {"settings", "shard"} else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        right = content.pop("checksum", None) in (None, checksum_of(content))
+    except (AttributeError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} is damaged: delete {path.parent} and prepare it again")
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as draft:
-        draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        sealed = content | {"checksum": checksum_of(content)}
+        draft.write_text(json.dumps(sealed, indent=2), encoding="utf-8")
 
 
-def checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def checksum_of(content: dict[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 if __name__ == "__main__":

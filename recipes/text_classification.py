@@ -5,13 +5,12 @@
     accelerate launch recipes/text_classification.py --model-name path/to/encoder --learning-rate 5e-5 --alpha 0.5
     accelerate launch recipes/text_classification.py --smoke                          # a minute, no download
 
-``--help`` lists every option; those of ``transformers.TrainingArguments`` are among them. docs/text.md says what to
-expect.
+``--help`` lists the options, ``--help-all`` also the rest of ``transformers.TrainingArguments``. docs/text.md says
+what to expect.
 """
 
-import shlex
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,15 +18,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    set_seed,
 )
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, errors_in_one_line, parse, quiet_other_processes, tell
-from pgt_hf.runs import RunFolder, command_line, describe_data
+from pgt_hf.limits import Count, DataSet, ModelName, Whole
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
+from pgt_hf.runs import RunFolder, command, command_line, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, StopOnSigterm, find_checkpoint
+from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
 
 SCRATCH = "scratch"
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -62,20 +61,22 @@ class TextTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 @dataclass
 class TextArguments:
-    model_name: str = field(
+    model_name: Annotated[str, ModelName(("scratch",))] = field(
         default="distilbert/distilbert-base-uncased",
         metadata={"help": "An encoder: Hub id or folder; 'scratch' is a small BERT with a tokenizer of its own."},
     )
-    dataset_name: str = field(
+    dataset_name: Annotated[str, DataSet((DOCSTRINGS,))] = field(
         default="fancyzhx/ag_news",
         metadata={"help": "Hub id, CSV, JSON or Parquet file, a folder of such, or 'docstrings', which is embedded."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The Hub data set's configuration, if any."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, if it is not detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if it is not detected."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of each text that are read."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts only."})
+    max_length: Annotated[int, Whole("[3, 1000000]")] = field(
+        default=128, metadata={"help": "Tokens of each text that are read."}
+    )
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many texts only."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on so many texts only."})
 
 
 def main() -> None:
@@ -83,12 +84,10 @@ def main() -> None:
     text_args, run_args, args, config = parse(
         TextArguments, RunArguments, PowerGradTrainingArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
     )
-    set_seed(args.seed)
-    quiet_other_processes(args.process_index)
+    stop, resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():
-        resume = find_checkpoint(run_args.resume, args.output_dir)
         with args.main_process_first(desc="loading the text"):
             dataset = load_labelled_text(
                 text_args.dataset_name,
@@ -100,34 +99,41 @@ def main() -> None:
                 seed=args.seed,
             )
         names = dataset["train"].features["label"].names
+        if len(names) < 2:
+            raise ValueError(f"dataset_name must have at least 2 classes, got {names} in {text_args.dataset_name!r}")
         model, tokenizer = build(text_args.model_name, names, dataset["train"]["text"])
         # These models take **kwargs and average over their own batch all the same; told otherwise, Trainer would
         # multiply the loss and its gradient by the number of processes, and by the accumulation steps.
         model.accepts_loss_kwargs = False
+        longest = getattr(model.config, "max_position_embeddings", text_args.max_length)
+        if text_args.max_length > longest:
+            raise ValueError(f"max_length must be at most {longest}, what the model reads, got {text_args.max_length}")
 
     def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         return tokenizer(batch["text"], truncation=True, max_length=text_args.max_length) | {"labels": batch["label"]}
 
-    with args.main_process_first(desc="tokenizing"):
+    with errors_in_one_line(), args.main_process_first(desc="tokenizing"):
         tokens = dataset.map(tokenize, batched=True, remove_columns=["text", "label"])
     metrics = ClassificationMetrics(alpha=args.alpha, top_k=min(5, len(names)))
     description = {"arguments": config, "data": describe_data(text_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{text_args.dataset_name}, alpha = {args.alpha}")
-    stop = StopOnSigterm()
-    trainer = TextTrainer(
-        model,
-        args,
-        train_dataset=tokens["train"],
-        eval_dataset=tokens["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.preprocess,
-        callbacks=[record, stop],
-    )
+    with errors_in_one_line():
+        record.check_resume(resume, run_args.allow_changed_data)
+        trainer = TextTrainer(
+            model,
+            args,
+            train_dataset=tokens["train"],
+            eval_dataset=tokens["validation"],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=metrics.preprocess,
+            callbacks=[record, stop],
+        )
 
     # train
-    trainer.train(resume_from_checkpoint=resume)
+    with errors_in_one_line(CheckpointError):
+        trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
@@ -145,10 +151,13 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
     """The classifier and its tokenizer; the names of the classes go into the config, for pipelines."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     if model_name != SCRATCH:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            model_name, num_labels=len(names), ignore_mismatched_sizes=True, **labels
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_name, num_labels=len(names), ignore_mismatched_sizes=True, **labels
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(f"model_name must be an encoder that can be read, got {model_name!r}: {error}") from error
         return model, tokenizer
     tokenizer = train_tokenizer(texts, vocab_size=4096)
     config = BertConfig(
@@ -168,9 +177,9 @@ def say(summary: dict[str, Any], folder: str) -> None:
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_texts']:,} evaluation texts"
     then = {
         "use": f'transformers.pipeline("text-classification", model={folder!r})("some text")',
-        "compare": f"accelerate launch {command_line()} --alpha 1 --output-dir {shlex.quote(folder + '-plain')}",
+        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
         "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of nll_folded and ece_folded",
-        "publish": f"pgt-hf push {shlex.quote(folder)} --repo-id <you>/<name of the model>",
+        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
     }
     tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then)
 

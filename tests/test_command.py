@@ -59,18 +59,19 @@ def test_predict_names_the_classes_of_ones_own_images_and_draws_them(run, images
     assert (sheet == 0).sum() > 1000  # the night
 
 
-def test_probabilities_are_folded_where_the_run_found_them_better_calibrated(run, images):
-    def share() -> float:
+def test_probabilities_are_those_that_the_run_found_calibrated_best(run, images):
+    def share(**metrics: float) -> float:
+        (run / "metrics.json").write_text(json.dumps(metrics))
         return predict_images(run, [images / "noon.png"])[images / "noon.png"][0][1]
 
     raw = share()
-    (run / "metrics.json").write_text(json.dumps({"ece": 0.3, "ece_folded": 0.1}))
-    folded = share()
-    (run / "metrics.json").write_text(json.dumps({"ece": 0.1, "ece_folded": 0.3}))
-    assert share() == raw
+    assert share(nll=0.1, nll_folded=0.3, nll_fitted=0.2, temperature=2.0) == raw
+    folded = share(nll=0.3, nll_folded=0.1)
+    fitted = share(nll=0.3, nll_folded=0.2, nll_fitted=0.1, temperature=2.0)
     (run / "metrics.json").unlink()
     odds = raw / (1 - raw)
     assert folded == pytest.approx(odds**0.25 / (1 + odds**0.25), rel=1e-4)
+    assert fitted == pytest.approx(odds**0.5 / (1 + odds**0.5), rel=1e-4)
 
 
 def test_what_cannot_be_predicted_is_one_line(run, images, tmp_path):

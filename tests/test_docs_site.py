@@ -57,7 +57,8 @@ def test_broken_link_fails_the_build(page, link, tmp_path):
 
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()]
+    found = (ROOT / "docs").rglob("*")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in found if path.suffix in (".md", ".ipynb")]
     assert [page for page in pages if f": {page}\n" not in navigation] == []
 
 

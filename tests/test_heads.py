@@ -8,6 +8,7 @@ from torch import nn
 
 from pgt_hf import attach_powergrad
 from pgt_hf.heads import find_heads, fold_powergrad
+from pgt_hf.images import create_model
 
 ALPHA = 0.25
 TEXT = {
@@ -125,3 +126,21 @@ def test_a_vision_model_of_transformers_can_be_folded():
     with torch.no_grad():
         logits = model(images).logits
         torch.testing.assert_close(fold_powergrad(model, ALPHA)(images).logits, ALPHA * logits)
+
+
+def test_model_is_folded_once_with_its_own_alpha_and_not_trained_further():
+    layer = fold_powergrad(nn.Linear(4, 3), 0.5)
+    with pytest.raises(ValueError, match="must not be folded twice"):
+        fold_powergrad(layer, 0.5)
+    model = create_model("resnet10t", ["a", "b"], image_size=32)
+    model.config.powergrad_alpha = 0.25
+    with pytest.raises(ValueError, match=r"alpha must be the one that the model was trained with, 0.25, got 0.5"):
+        fold_powergrad(model, 0.5)
+    fold_powergrad(model, 0.25)
+    with pytest.raises(ValueError, match="must not be folded twice"):
+        fold_powergrad(model, 0.25)
+    trained = nn.Linear(4, 3)
+    with attach_powergrad(trained, 0.5):
+        fold_powergrad(trained, 0.5)
+        with pytest.raises(RuntimeError, match="was folded into the head, and training goes on"):
+            trained(torch.randn(2, 4))

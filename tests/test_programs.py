@@ -1,22 +1,24 @@
 """How programs read their arguments, end with an error, and say what they did."""
 
+import json
 import sys
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
+from pgt_hf import ImageTrainingArguments
+from pgt_hf.limits import Count, Needs, Share, WritableFolder
 from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
 
 
 @dataclass
 class Numbers:
-    size: int = 4
-    shares: list[float] = field(default_factory=lambda: [0.5])
+    size: Count = 4
+    shares: list[Share] = field(default_factory=lambda: [0.5])
     name: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"--size must be at least 1, got {self.size}")
+    far_end: Annotated[Count | None, Needs("name", ("b",))] = None
+    folder: Annotated[str, WritableFolder()] = "."
 
 
 def read(monkeypatch, *words, **options):
@@ -30,7 +32,14 @@ def test_flags_win_over_smoke_and_smoke_over_defaults(monkeypatch):
     assert read(monkeypatch, "--smoke", **options)[0] == Numbers(2, [0.5], "b")
     numbers, run, config = read(monkeypatch, "--smoke", "--size", "3", "--shares", "0.1", "0.2", **options)
     assert numbers == Numbers(3, [0.1, 0.2], "b") and run.smoke
-    assert config == {"size": 3, "shares": [0.1, 0.2], "name": "b", "smoke": True}  # --resume belongs to one run
+    assert config == {
+        "size": 3,
+        "shares": [0.1, 0.2],
+        "name": "b",
+        "smoke": True,
+        "far_end": None,
+        "folder": ".",
+    }  # --resume belongs to one run
 
 
 def test_defaults_may_depend_on_what_was_asked_first(monkeypatch):
@@ -46,7 +55,8 @@ def test_first_word_may_stand_without_its_flag(monkeypatch):
     assert read(monkeypatch, "--name", "folder", positional="name")[0].name == "folder"
 
 
-def adjust(namespace):
+def adjust(namespace, given):
+    assert given == {"size"}
     if namespace.size == 7:
         raise ValueError("--size must not be 7")
     namespace.size *= 2
@@ -61,13 +71,66 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
     ("words", "options", "message"),
     [
         (["--size", "7"], {"adjust": adjust}, "error: --size must not be 7"),
-        (["--size", "0"], {}, "error: --size must be at least 1, got 0"),
+        (["--size", "0"], {}, "error: --size must be a whole number of at least 1, got 0"),
+        (["--size", "1.5"], {}, "error: --size must be a whole number of at least 1, got '1.5' of type str"),
+        (["--siz", "2"], {}, "error: --siz is no argument of this program; near: --size"),
+        (["--size"], {}, "error: --size must be followed by a value, got none"),
+        (["--size", "-inf"], {}, "error: --size must be followed by a value, got '-inf'"),
+        (["2"], {}, "error: 2 is no argument of this program; see --help"),
+        (["--shares", "0.5", "nan"], {}, r"error: --shares must be a number in \[0, 1\], got nan"),
+        (["--smoke", "perhaps"], {}, "error: --smoke must be true or false, got 'perhaps'"),
+        (["--name", ""], {}, "error: --name must not be empty, got ''"),
+        (["--far-end", "2"], {}, "error: --far-end counts only with name b, got 2 with name None"),
+        (["--far-end", "2", "--name", "a"], {}, "error: --far-end counts only with name b, got 2 with name 'a'"),
+        (
+            ["--folder", "/dev/null/x"],
+            {},
+            "error: --folder must be a folder that can be written to, got '/dev/null/x'.*",
+        ),
+        (["--resume", "no-such"], {}, "error: --resume must be 'auto' or a folder that exists, got 'no-such'"),
         ([], {"defaults": {"sice": 3}}, "error: there are no arguments of these names: sice"),
     ],
 )
 def test_bad_argument_is_one_line(monkeypatch, words, options, message):
     with pytest.raises(SystemExit, match=f"^{message}$"):
         read(monkeypatch, *words, **options)
+
+
+def test_launchers_summary_repeats_the_error_and_other_processes_leave_it_to_the_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit, match="error: --size must be"):
+        read(monkeypatch, "--size", "0")
+    reason = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert reason == "error: --size must be a whole number of at least 1, got 0"
+    monkeypatch.setattr("pgt_hf.command_line._PATIENCE", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as silent:
+        read(monkeypatch, "--size", "0")
+    assert silent.value.code == 1
+
+
+def test_typed_epochs_win_over_the_steps_of_a_smoke_run(monkeypatch):
+    @dataclass
+    class Length:
+        max_steps: int = -1
+        num_train_epochs: float = 3.0
+
+    monkeypatch.setattr(sys, "argv", ["program.py", "--smoke", "--num-train-epochs", "2"])
+    length = parse(Length, RunArguments, description="A program.", defaults={}, smoke={"max_steps": 20})[0]
+    assert (length.max_steps, length.num_train_epochs) == (-1, 2.0)
+
+
+def test_help_shows_ours_first_and_trainers_rest_on_request(monkeypatch, capsys):
+    def shown(flag):
+        monkeypatch.setattr(sys, "argv", ["program.py", flag])
+        with pytest.raises(SystemExit):
+            parse(ImageTrainingArguments, description="program:\n\n    program.py --alpha 1", defaults={"seed": 1})
+        return capsys.readouterr().out
+
+    short, long = shown("--help"), shown("--help-all")
+    assert "\n    program.py --alpha 1\n" in short  # an example keeps its line
+    assert "--mixup" in short and "--seed" in short and "--adam-beta1" not in short
+    assert "--adam-beta1" in long
 
 
 def test_errors_of_the_program_itself_keep_their_traceback():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 
 import pytest
 from datasets import Dataset
@@ -86,19 +87,116 @@ def test_what_is_nowhere_and_what_is_no_text_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="'no/such' is neither a file, nor a folder"):
         load_labelled_text("no/such")
     (tmp_path / "a.xlsx").touch()
-    with pytest.raises(ValueError, match=r"must be one of .csv, .json, .jsonl, .parquet, .txt, got .*a.xlsx"):
+    with pytest.raises(ValueError, match=r"must be one of .csv, .tsv, .json, .jsonl, .parquet, .txt, got .*a.xlsx"):
         load_plain_text(str(tmp_path / "a.xlsx"))
 
 
-def test_plain_text_comes_from_python_itself_or_a_file(tmp_path):
+def test_plain_text_comes_from_python_itself():
     splits = load_plain_text(STDLIB)
     assert splits["train"].num_rows > 8 * splits["validation"].num_rows > 80
     assert any("def " in text for text in splits["train"][:5]["text"])
-    (tmp_path / "book.txt").write_text("\n".join(f"line {i}" for i in range(50)))
-    assert {split: rows.num_rows for split, rows in load_plain_text(str(tmp_path / "book.txt")).items()} == {
-        "train": 45,
-        "validation": 5,
-    }
+
+
+def csv_of(rows, header="text,label"):
+    return "\n".join([header, *(f"{text},{label}" for text, label in rows), ""])
+
+
+REVIEWS = [(f"review {i}", "ab"[i % 2]) for i in range(40)]
+FILES = {  # what is in the folder, and the numbers of texts in train and validation, and the classes
+    "reviews and a test": (
+        {"reviews.csv": csv_of(REVIEWS), "reviews_test.csv": csv_of(REVIEWS[:6])}, (40, 6), ["a", "b"],
+    ),
+    "a, val, test": (
+        {"a.csv": csv_of(REVIEWS), "val.csv": csv_of(REVIEWS[:4]), "test.csv": csv_of(REVIEWS[:6])},
+        (40, 4), ["a", "b"],
+    ),
+    "unlabelled test": (
+        {"train.csv": csv_of(REVIEWS), "test.csv": "text\nreview\n"}, (36, 4), ["a", "b"],
+    ),
+    "a test of blanks": (
+        {"train.csv": csv_of(REVIEWS), "test.csv": csv_of([("x", ""), ("y", "")])}, (36, 4), ["a", "b"],
+    ),
+    "numbers as classes": (
+        {"train.tsv": csv_of([(f"text {i}", i % 11 + 1) for i in range(66)]).replace(",", "\t")},
+        (55, 11), [str(i) for i in range(1, 12)],
+    ),
+    "texts without text": (
+        {"train.csv": csv_of([*REVIEWS, ("", "a"), ("  ", "b")]), "val.csv": csv_of(REVIEWS[:3])}, (40, 3), ["a", "b"],
+    ),
+    "shards": ({"train-0.jsonl": '{"text": "x", "label": "a"}', "train-1.jsonl": '{"text": "y", "label": "b"}',
+                "test.jsonl": '{"text": "z", "label": "b"}'}, (2, 1), ["a", "b"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_of_a_folder_are_the_splits_that_their_names_say(case, tmp_path, caplog):
+    files, sizes, names = FILES[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with caplog.at_level(logging.WARNING):
+        splits = load_labelled_text(str(tmp_path))
+    assert (splits["train"].num_rows, splits["validation"].num_rows) == sizes
+    assert splits["train"].features["label"].names == splits["validation"].features["label"].names == names
+    assert ("2 rows without text are left out, row 40 (from 0) first" in caplog.text) is (case == "texts without text")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"train.csv": csv_of([*REVIEWS, ("x", "")])}, r"split 'train': row 40 \(from 0\) has no label, ''"),
+        (
+            {"train.csv": csv_of([("caf\u00e9", "a")]).encode("latin1")},
+            "train.csv' cannot be read: it holds byte 0xe9, which is not UTF-8",
+        ),
+        ({"a.txt": "caf\u00e9".encode("latin1")}, "a.txt' cannot be read: it holds byte 0xe9"),
+        ({"a.txt": " \n"}, "a.txt' has no text"),
+        ({"a.csv": csv_of(REVIEWS), "b.csv": csv_of(REVIEWS)}, "which of 'a.csv', 'b.csv' is for training"),
+        ({"a.txt": "some text"}, r"no label column among \['text'\]"),
+        ({"a.jsonl": '{"text": 5, "label": "a"}'}, "column 'text' must hold text"),
+        ({"a.xlsx": "x"}, "holds no .csv, .tsv, .json, .jsonl, .parquet or .txt files"),
+    ],
+    ids=str,
+)
+def test_texts_that_cannot_be_read_are_refused_by_name(files, says, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=says):
+        load_labelled_text(str(tmp_path))
+
+
+def test_text_file_keeps_its_lines_and_its_end_is_for_validation(tmp_path):
+    book = "".join(f"line {i}\n" for i in range(50)) + "the end"
+    (tmp_path / "book.txt").write_text(book)
+    (tmp_path / "b").mkdir()
+    for number in range(3):
+        (tmp_path / "b" / f"{number}.txt").write_text(f"{number}: " + book)
+    splits = load_plain_text(str(tmp_path / "book.txt"))
+    assert splits["train"]["text"][0] + splits["validation"]["text"][0] == book
+    assert 0.08 < len(splits["validation"]["text"][0]) / len(book) < 0.12
+    splits = load_plain_text(str(tmp_path / "b"))
+    halves = zip(splits["train"]["text"], splits["validation"]["text"], strict=True)
+    assert [first + rest for first, rest in halves] == [f"{number}: " + book for number in range(3)]
+
+
+def test_text_files_by_split_and_documents_of_any_length(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text(f"{split}\n" * 400_000)
+    splits = load_plain_text(str(tmp_path))
+    assert {key: set("".join(split["text"]).split()) for key, split in splits.items()} == {
+        "train": {"train"}, "validation": {"valid"},
+    }  # fmt: skip
+    pieces = splits["train"]["text"][:]
+    assert "".join(pieces) == "train\n" * 400_000 and max(map(len, pieces)) <= 1 << 20
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_many_documents_are_held_out_whole(tmp_path):
+    documents = [f"document {number}\nof two lines" for number in range(20)]
+    for number, text in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_text(text)
+    splits = load_plain_text(str(tmp_path))
+    assert (splits["train"].num_rows, splits["validation"].num_rows) == (18, 2)
+    assert sorted([*splits["train"]["text"], *splits["validation"]["text"]]) == sorted(documents)
 
 
 def test_the_tokenizer_gives_every_text_back_and_survives_saving(tmp_path):

@@ -1,5 +1,6 @@
 """Publish, report, plot and use trained runs; list presets and installed versions."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
+from . import __version__
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"pgt_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before a command."""
+
 
 Run = Annotated[Path, typer.Argument(help="The run's folder.")]
 RepoId = Annotated[
@@ -60,7 +79,8 @@ def export(
     from .hub import prepare_release
 
     release = _release(fold, ema, license, base_model, pictures)
-    print(prepare_release(run, target, repo_id or f"you/{run.resolve().name}", **release))
+    name = re.sub(r"[^\w.]+", "-", run.resolve().name).strip("-.") or "model"
+    print(prepare_release(run, target, repo_id or f"you/{name}", **release))
 
 
 @app.command()
@@ -86,8 +106,10 @@ def report(
     mistakes: Annotated[int, typer.Option(help="How many of the worst mistakes to show.")] = 24,
 ) -> None:
     """Evaluate a run's predictions and write report.html."""
+    from .programs import quiet_libraries
     from .runs import report_run
 
+    quiet_libraries()
     print(report_run(run, dataset_name, mistakes=mistakes, max_images=max_images))
 
 
@@ -110,8 +132,13 @@ def predict(
     """Classify images with a run's model."""
     from .analysis import plot_images
     from .images import read_upright
+    from .limits import WritableFile
+    from .programs import quiet_libraries
     from .runs import predict_images
 
+    if picture is not None:
+        WritableFile().check("picture", picture)
+    quiet_libraries()
     found = predict_images(run, images, top=top)
     lines = {path: [f"{name}, {share:.1%}" for name, share in classes] for path, classes in found.items()}
     for path, classes in lines.items():
@@ -149,13 +176,15 @@ def _release(fold: bool, ema: bool, license: str | None, base_model: str | None,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; errors are messages without a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=arguments, prog_name="pgt-hf")
-    except SystemExit as end:
-        if end.code:
-            raise
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        app(args=words or ["--help"], prog_name="pgt-hf", standalone_mode=False)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:  # of typer's parser, which has a copy of click's in some versions
+        if not hasattr(error, "format_message"):
+            raise
+        sys.exit(f"error: {error.format_message()} See pgt-hf {' '.join(words[:1])} --help.")
 
 
 if __name__ == "__main__":

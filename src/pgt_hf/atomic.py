@@ -1,11 +1,14 @@
 """Atomic writes: a file is replaced as a whole, even if the program is killed."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "warn_on_failure"]
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,3 +26,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def warn_on_failure(what: str) -> Iterator[None]:
+    """For what is drawn or written beside a training: whatever fails there is a warning of one line, no more.
+
+    Example:
+        >>> with warn_on_failure("report.html"):
+        ...     write_report("runs/digits")
+    """
+    try:
+        yield
+    except Exception as error:  # not the training's
+        logger.warning("%s was not written: %s: %s", what, type(error).__name__, " ".join(str(error).split()))

@@ -17,11 +17,13 @@ from .functional import check_alpha, is_compiling, is_functorch
 from .gate import State, TracedGate, enter
 from .guard import guard_steps, guard_weights
 from .heads import Head, candidates, find_heads, is_pretrained, untied_layers, unwrap
+from .limits import checked
 from .logits import PowerGradLogits
 
 __all__ = ["PowerGradHandle", "attach_powergrad", "release_powergrad"]
 
 
+@checked
 def attach_powergrad(model: nn.Module, alpha: float, head: Head | None = None) -> "PowerGradHandle":
     """Makes every softmax cross-entropy of ``model``'s logits a PGT one, while it trains.
 
@@ -143,6 +145,11 @@ class _Hook(_StateHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.acts(module) or torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             return output  # a traced model has no gate, and the guard refuses its step
+        if self.state.folded:
+            raise RuntimeError(
+                f"alpha = {self.state.alpha} was folded into the head, and training goes on: load the weights from "
+                "before the fold, or attach PGT anew to train the folded model"
+            )
         if is_functorch():
             raise RuntimeError(
                 "PGT does not act under torch.func (grad, vmap, jacrev, functional_call inside them); there, call "

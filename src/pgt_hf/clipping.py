@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .guard import after_closure
+from .limits import Number, OneOf
 
 __all__ = ["CLIP_MODES", "ClipGradients", "check_clipping"]
 
@@ -17,13 +18,16 @@ CLIP_MODES = ("norm", "value", "agc")
 
 
 def check_clipping(clip_mode: str | None, clip_value: float | None) -> None:
-    """Raises ValueError unless both are None, or a known mode comes with a positive value."""
-    if clip_mode is None and clip_value is None:
+    """Raises TypeError or ValueError unless both are None, or a known mode comes with a positive value."""
+    if clip_mode is None:
+        if clip_value is not None:
+            modes = ", ".join(CLIP_MODES)
+            raise ValueError(f"clip_value must be None without a clip_mode (one of {modes}), got {clip_value!r}")
         return
-    if clip_mode not in CLIP_MODES:
-        raise ValueError(f"clip_mode must be None or one of {', '.join(CLIP_MODES)}, got {clip_mode!r}")
-    if isinstance(clip_value, bool) or not isinstance(clip_value, (int, float)) or not clip_value > 0:
-        raise ValueError(f"clip_value must be a number above 0 for clip_mode={clip_mode!r}, got {clip_value!r}")
+    OneOf(CLIP_MODES).check("clip_mode", clip_mode)
+    if clip_value is None:
+        raise ValueError(f"clip_value must be a number above 0 for clip_mode {clip_mode!r}, got None")
+    Number("(0, inf)").check("clip_value", clip_value)
 
 
 class ClipGradients:

@@ -7,7 +7,6 @@ loss over a log-softmax follows. Everything else in the package calls this file.
 """
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._guards import TracingContext
 
+from .limits import Number, Whole, check_type
+
 __all__ = ["check_alpha", "powergrad_cross_entropy", "powergrad_linear_cross_entropy", "powergrad_log_softmax"]
+
+IGNORED = -100  # the label of what counts nowhere, torch's ignore_index
 
 
 def powergrad_log_softmax(input: Tensor, dim: int = -1, *, alpha: float | Tensor) -> Tensor:
@@ -45,6 +48,8 @@ def powergrad_log_softmax(input: Tensor, dim: int = -1, *, alpha: float | Tensor
     """
     alpha = check_alpha(alpha)
     _check_floating(input)
+    if type(dim) is not int:
+        Whole().check("dim", dim)
     if _is_one(alpha):
         return F.log_softmax(input, dim)
     return (_LogSoftmaxUnderFunctorch if is_functorch() else LogSoftmax).apply(input, alpha, dim)
@@ -147,6 +152,8 @@ def powergrad_linear_cross_entropy(
             f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy; "
             "use powergrad_cross_entropy(F.linear(input, linear_weight, linear_bias), target, alpha=alpha)"
         )
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        check_type(name, tensor, Tensor)
     chunked = input.dim() == linear_weight.dim() == 2 and not target.is_floating_point()
     if "options" not in kwargs and chunked and not kwargs.get("label_smoothing"):
         rows = max(128, input.numel() // max(1, linear_weight.size(0)))
@@ -159,7 +166,7 @@ def powergrad_linear_cross_entropy(
     return scaled + (loss - scaled).detach()  # the value of the one, the gradient of the other
 
 
-def check_alpha(alpha: float | Tensor) -> float | Tensor:
+def check_alpha(alpha: float | Tensor, name: str = "alpha") -> float | Tensor:
     """Returns ``alpha`` as a float if it is a number >= 0 (with a warning above 1).
 
     A 0-dim tensor that cannot be read without breaking a graph or waiting for a device is returned as it is.
@@ -171,19 +178,19 @@ def check_alpha(alpha: float | Tensor) -> float | Tensor:
     number: Any = alpha
     if isinstance(alpha, Tensor):
         if alpha.dim() != 0:
-            raise ValueError(f"alpha must be a number or a 0-dim tensor, got a tensor of shape {tuple(alpha.shape)}")
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got a tensor of shape {tuple(alpha.shape)}")
         if not alpha.is_floating_point():
-            raise TypeError(f"alpha must be a number in [0, 1], got a tensor of dtype {alpha.dtype}")
+            raise TypeError(f"{name} must be a number in [0, 1], got a tensor of dtype {alpha.dtype}")
         if is_compiling() or alpha.device.type != "cpu" or is_functorch():
             return alpha
         number = alpha.item()
-    elif isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number in [0, 1], got {alpha!r} of type {type(alpha).__name__}")
+    elif isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        Number("[0, inf)").check(name, alpha)
     if not math.isfinite(number) or number < 0:
-        raise ValueError(f"alpha must lie in [0, 1], got {number!r}")
+        raise ValueError(f"{name} must lie in [0, 1], got {number!r}")
     if number > 1:
         warnings.warn(
-            f"alpha = {number} lies above 1: this sharpens p', the opposite of the paper's use", stacklevel=3
+            f"{name} = {number} lies above 1: this sharpens p', the opposite of the paper's use", stacklevel=3
         )
     return float(number)
 
@@ -444,6 +451,7 @@ def _is_one(alpha: float | Tensor) -> bool:
 
 
 def _check_floating(input: Tensor) -> None:
+    check_type("input", input, Tensor)
     if not input.is_floating_point():
         raise TypeError(f"input must be a floating point tensor of logits, got dtype {input.dtype}")
 
@@ -469,6 +477,13 @@ def check_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> None:
     _check_floating(input)
+    check_type("target", target, Tensor)
+    if weight is not None:
+        check_type("weight", weight, Tensor)
+        if not weight.is_floating_point():
+            raise TypeError(f"weight must be a floating point tensor, got dtype {weight.dtype}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        Number("[0, 1]").check("label_smoothing", label_smoothing)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

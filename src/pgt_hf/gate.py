@@ -34,6 +34,7 @@ class State:
     def __init__(self, alpha: float) -> None:
         self.enabled = True
         self.owned = False  # by an optimizer, with which it ends
+        self.folded = False  # alpha is in the head's weights: to train it further would apply alpha twice
         self.replaced = False  # by another optimizer of the same model
         self.calls = 0
         self.last_pass = -1

@@ -3,6 +3,7 @@
 timm, transformers and PEFT are known by their attributes alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .functional import check_alpha
+from .limits import checked
 
 __all__ = [
     "Head",
@@ -29,6 +31,7 @@ _HEAD_NAMES = (
 )  # fmt: skip
 # Heads that a model has beside its first one, in pretraining or segmentation.
 _SECOND_HEADS = ("seq_relationship", "sop_classifier", "multiple_choice_head", "auxiliary_head")
+_FOLDED = "_powergrad_folded"  # the mark of a layer that holds alpha
 _LINEAR = (nn.Linear, nn.Conv2d)
 
 
@@ -45,7 +48,7 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
         return [head]
     if isinstance(head, str):
         names = dict(unwrap(model).named_modules())
-        if head not in names:
+        if not head or head not in names:
             raise ValueError(f"head={head!r} names no module of the model; candidates: {candidates(model)}")
         return [names[head]]
     if isinstance(head, Sequence) and head:
@@ -68,6 +71,7 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
     return [*found[:1], *second]
 
 
+@checked
 @torch.no_grad()
 def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     """Multiplies the head's weight and bias by ``alpha``, in place: same top-1, and ``p'`` as probabilities.
@@ -83,13 +87,14 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: ``alpha`` is 0, or the head is not a last linear layer that can be scaled exactly: tied to the
-            input embeddings, followed by a soft cap, or unknown. Then divide the logits by a temperature of 1/alpha.
+        ValueError: ``alpha`` is 0 or not the one in the model's config, the head has been folded already, or it is not
+            a last linear layer that can be scaled exactly: tied to the input embeddings, followed by a soft cap, or
+            unknown. Then divide the logits by a temperature of 1/alpha.
 
     Example:
         >>> model = fold_powergrad(nn.Linear(4, 3), alpha=0.25)
     """
-    check_alpha(alpha)
+    alpha = float(check_alpha(alpha))
     advice = "; divide the logits by a temperature of 1/alpha instead"
     if alpha == 0:
         raise ValueError("alpha must be above 0 to be folded into the head: 0 would make every probability 1/C")
@@ -99,11 +104,21 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
         raise ValueError(f"{type(base).__name__} caps its logits after the head, folding would not be exact{advice}")
     layers = list(_last_linear(base))
     if not layers:
-        raise ValueError(f"found no linear layer at the head of {type(base).__name__}{advice}")
+        raise ValueError(f"model must have a linear layer at its head, got a {type(base).__name__} without{advice}")
     for layer in layers:
         if _is_tied(base, layer):
             raise ValueError(f"the head of {type(base).__name__} shares its weight with the input embeddings{advice}")
+    trained = getattr(config, "powergrad_alpha", None)
+    if getattr(config, "powergrad_folded", False) or any(hasattr(layer, _FOLDED) for layer in layers):
+        raise ValueError(f"model must not be folded twice: alpha is in the head of this {type(base).__name__} already")
+    if trained is not None and not math.isclose(trained, alpha, rel_tol=1e-6):
+        raise ValueError(f"alpha must be the one that the model was trained with, {trained}, got {alpha}")
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if hasattr(hook, "state"):  # attached: whoever trains on is told
+                hook.state.folded = True
     for layer in layers:
+        setattr(layer, _FOLDED, alpha)
         layer.weight.mul_(alpha)
         if layer.bias is not None:
             layer.bias.mul_(alpha)

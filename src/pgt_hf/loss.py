@@ -1,8 +1,11 @@
 """``PowerGradCrossEntropyLoss``: ``torch.nn.CrossEntropyLoss`` with PGT's gradient, for a loop that names its loss."""
 
+from typing import Annotated
+
 from torch import Tensor, nn
 
 from .functional import check_alpha, powergrad_cross_entropy
+from .limits import OneOf, Share, checked
 
 __all__ = ["PowerGradCrossEntropyLoss"]
 
@@ -28,16 +31,19 @@ class PowerGradCrossEntropyLoss(nn.Module):
 
     weight: Tensor | None
 
+    @checked
     def __init__(
         self,
         alpha: float | Tensor,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        reduction: Annotated[str, OneOf(("none", "mean", "sum"))] = "mean",
+        label_smoothing: Share = 0.0,
     ) -> None:
         super().__init__()
         check_alpha(alpha)
+        if weight is not None and not (weight.dim() == 1 and weight.is_floating_point() and (weight >= 0).all()):
+            raise ValueError(f"weight must have shape (C,) and hold numbers of at least 0, got {weight}")
         self.alpha = alpha
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index

@@ -4,7 +4,6 @@ PGT acts at the logits, not in the step, so ``powergrad_sgd`` is timm's ``sgd`` 
 lives exactly as long as the optimizer. alpha stands in ``param_groups`` as ``powergrad_alpha``, beside lr.
 """
 
-import difflib
 import inspect
 import warnings
 import weakref
@@ -22,11 +21,25 @@ from .functional import check_alpha
 from .gate import State
 from .guard import ALPHA_KEY, guard_copies
 from .heads import Head, last_linear
+from .limits import Number, check_type, checked, near
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
 PREFIX = "powergrad_"
 DEFAULT_ALPHA = 0.25
+# Of options that optimizers share; torch and timm take most of what lies outside, and the training goes to nan.
+_RANGES = {
+    "lr": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "momentum": "[0, 1)",
+    "dampening": "[0, 1]",
+    "eps": "[0, inf)",
+    "layer_decay": "(0, 1]",
+    "layer_decay_min_scale": "[0, 1]",
+    "alpha": "[0, 1]",
+    "lr_decay": "[0, inf)",
+    "rho": "[0, 1)",
+}
 INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr", for schedules
 
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
@@ -79,8 +92,17 @@ def create_optimizer(
             "parameters alone are not enough; make the optimizer with timm or torch, then call "
             "bind_powergrad(optimizer, model)"
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model must have parameters to train, got a {type(model).__name__} with none")
     name = _base_name(opt)
-    if kwargs.get("momentum") == 0 and "nesterov" in allowed_options(opt):
+    options = allowed_options(opt)
+    for key, value in {"lr": lr, **kwargs}.items():
+        if key in options:
+            check_option(key, value, options[key].default)
+        elif key != "param_group_fn":
+            known = ", ".join(sorted(options))
+            raise TypeError(f"{key} must be an option of {opt!r}, got {value!r}{near(key, options)}; it takes {known}")
+    if kwargs.get("momentum") == 0 and "nesterov" in options:
         kwargs.setdefault("nesterov", False)  # timm's default, which needs a momentum
     optimizer = create_optimizer_v2(model, opt=name, lr=lr, **kwargs)
     return bind_powergrad(optimizer, model, alpha=alpha, clip_mode=clip_mode, clip_value=clip_value, head=head)
@@ -98,8 +120,13 @@ def bind_powergrad(
     """Attaches PGT to ``model`` for the life of any ``optimizer``; see ``create_optimizer`` for the rest."""
     check_clipping(clip_mode, clip_value)
     stepped = _stepped(optimizer)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    check_type("model", model, nn.Module)
+    own = {id(parameter) for parameter in model.parameters()}
+    whole = not type(model).__module__.startswith("deepspeed")  # which keeps flat copies of the parameters
+    if own and whole and not any(id(each) in own for group in stepped.param_groups for each in group["params"]):
+        raise ValueError(
+            f"optimizer must train parameters of the model, got a {type(stepped).__name__} of others alone"
+        )
     release_powergrad(model)
     handle = attach_powergrad(model, alpha, head)
     handle.state.owned = True
@@ -122,6 +149,7 @@ def bind_powergrad(
     return optimizer
 
 
+@checked
 def list_optimizers(filter: str = "") -> list[str]:
     """The names that ``create_optimizer`` takes, by a wildcard such as ``"powergrad_ada*"``.
 
@@ -145,6 +173,26 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
     for name in ("self", "params", "model", "model_or_params", "opt", "kwargs", "args", "param_group_fn"):
         options.pop(name, None)
     return options
+
+
+def check_option(name: str, value: Any, default: Any) -> None:
+    """Raises TypeError or ValueError for an option of the type of another, or out of its range.
+
+    Example:
+        >>> check_option("momentum", 5, default=0.9)
+        Traceback (most recent call last):
+        ValueError: momentum must be a number in [0, 1), got 5
+    """
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or not value:
+            raise TypeError(f"betas must be numbers in [0, 1), such as (0.9, 0.999), got {value!r}")
+        for beta in value:
+            Number("[0, 1)").check("betas", beta)
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
+    elif value is not None and (name in _RANGES or isinstance(default, (int, float))):
+        Number(_RANGES.get(name, "(-inf, inf)")).check(name, value)
 
 
 class AlphaGroup(dict[str, Any]):
@@ -299,6 +347,6 @@ def _base_name(opt: str) -> str:
     names = list_optimizers()
     base = opt.removeprefix(PREFIX) if isinstance(opt, str) else ""
     if not isinstance(opt, str) or not opt.startswith(PREFIX) or PREFIX + base.removeprefix("lookahead_") not in names:
-        close = difflib.get_close_matches(f"{PREFIX}{base}", names) or names[:6]
-        raise ValueError(f"opt must be '{PREFIX}' and the name of a timm optimizer, got {opt!r}; near: {close}")
+        close = near(f"{PREFIX}{base}", names) or f"; such as {', '.join(names[:6])}"
+        raise ValueError(f"opt must be '{PREFIX}' and the name of a timm optimizer, got {opt!r}{close}")
     return base

@@ -1,29 +1,35 @@
 """What the recipes share: reading arguments, failing with one line, and telling what they did."""
 
-import json
 import logging
 import os
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import HfArgumentParser
+from transformers import TrainingArguments, set_seed
 
+from .command_line import errors_in_one_line, parse, quiet_libraries, read_config
+from .data_workers import use_worker_server
+from .limits import ExistingPath
+from .runs.folder import claim_folder
 from .runs.record import CONTENTS, METRICS
+from .trainer.checkpoint_folders import find_checkpoint
+from .trainer.stopping import StopOnSigterm
 
 __all__ = [
     "IMAGE_DEFAULTS",
     "TRAINING_DEFAULTS",
     "RunArguments",
+    "begin",
     "errors_in_one_line",
+    "fit_global_batch",
     "parse",
+    "quiet_libraries",
     "quiet_other_processes",
+    "read_config",
     "tell",
     "workers_per_process",
 ]
@@ -33,7 +39,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 20,
+    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides what DivergenceCallback sees
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -43,78 +51,48 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class RunArguments:
     """Arguments of every program that trains."""
 
-    resume: str | None = field(
+    resume: Annotated[str | None, ExistingPath("folder", words=("auto",))] = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
+    allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})
     smoke: bool = field(default=False, metadata={"help": "Run a few steps on embedded data, as a quick check."})
 
 
-def parse(
-    *kinds: type,
-    description: str | None,
-    defaults: Mapping[str, Any] | Callable[[Namespace], Mapping[str, Any]],
-    smoke: Mapping[str, Any] | None = None,
-    early: Sequence[str] = (),
-    adjust: Callable[[Namespace], None] | None = None,
-    positional: str | None = None,
-) -> tuple[Any, ...]:
-    """Fills dataclasses from the command line; an error ends the program with one line.
+def fit_global_batch(settings: Namespace, given: set[str]) -> None:
+    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
+    if {"base_lr", "learning_rate"} <= given:
+        raise ValueError(f"base_lr must be left out with learning_rate, which it sets, got {settings.base_lr}")
+    processes, asked = int(os.environ.get("WORLD_SIZE", "1")), settings.gradient_accumulation_steps
+    each, rest = divmod(settings.global_batch, processes)
+    if rest or each < 1:
+        raise ValueError(f"global_batch must be a multiple of the {processes} processes, got {settings.global_batch}")
+    largest = settings.per_device_train_batch_size
+    allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n <= largest]
+    steps = asked if "gradient_accumulation_steps" in given else allowed[0]
+    if steps not in allowed:
+        raise ValueError(
+            f"gradient_accumulation_steps must be one of {', '.join(map(str, allowed))}, which divide the {each} "
+            f"images of a process and update into batches of at most {largest}, got {steps}"
+        )
+    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = each // steps, steps
+    if settings.learning_rate is None:
+        settings.learning_rate = settings.base_lr * settings.global_batch / 1024
 
-    Args:
-        *kinds: Dataclasses, as ``HfArgumentParser`` takes them: each field is a flag.
-        description: The program's docstring.
-        defaults: In place of the fields' own; or a function that gives them, from the ``early`` arguments.
-        smoke: More defaults, with ``--smoke``; every flag still wins.
-        early: The arguments that ``defaults`` asks about; None where they were not given.
-        adjust: Changes all arguments, or refuses them with a ValueError, before the dataclasses are made.
-        positional: The argument that may be given first, without its flag.
+
+def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
+    """What a training program does before it reads data: seed, SIGTERM, the run's folder, the checkpoint to resume.
 
     Returns:
-        The dataclasses, and all arguments as they were given, in one dict of JSON values for ``run.json``.
-
-    Example:
-        >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
+        What listens for SIGTERM, for the trainer's callbacks; and the checkpoint, or None.
     """
-    words = sys.argv[1:]
-    if positional and words and not words[0].startswith("-"):
-        words = [f"--{positional}", *words]
-    parser = HfArgumentParser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in early:
-        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
-    first.add_argument("--smoke", action="store_true")
+    set_seed(args.seed)
+    quiet_other_processes(args.process_index)
+    use_worker_server(args)
+    stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
     with errors_in_one_line():
-        asked = first.parse_known_args(words)[0]
-        chosen = defaults(asked) if callable(defaults) else defaults
-        parser.set_defaults(**dict(chosen) | (dict(smoke or {}) if asked.smoke else {}))
-        if unknown := set(parser._defaults) - {action.dest for action in parser._actions}:
-            raise ValueError(f"there are no arguments of these names: {', '.join(sorted(unknown))}")
-        namespace = parser.parse_args(words)
-        if getattr(namespace, "resume_from_checkpoint", None):
-            raise ValueError("--resume-from-checkpoint is --resume here, which takes a checkpoint or 'auto'")
-        other_optimizer = "optim" in parser._defaults and namespace.optim != parser._defaults["optim"]
-        if other_optimizer and not any(word.startswith(("--optim-args", "--optim_args")) for word in words):
-            namespace.optim_args = None  # the default ones belong to the default optimizer
-        config = {key: value.value if isinstance(value, Enum) else value for key, value in vars(namespace).items()}
-        config = {key: value for key, value in config.items() if key not in ("config", "resume")}
-        if adjust is not None:
-            adjust(namespace)
-        return *parser.parse_dict(vars(namespace)), json.loads(json.dumps(config, default=str))
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
-
-    Example:
-        >>> with errors_in_one_line():
-        ...     dataset = load_image_dataset("no/such-set")
-        SystemExit: error: 'no/such-set' is neither a local folder nor in the cache, and the Hub could not be reached
-    """
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        if args.process_index == 0 and folder.is_dir():
+            claim_folder(folder)
+        return stop, find_checkpoint(resume, folder)
 
 
 def quiet_other_processes(process_index: int) -> None:
@@ -141,8 +119,9 @@ def tell(
     heading: str,
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
-    then: Mapping[str, str],
+    then: Mapping[str, str | None],
     files: Mapping[str, str] | None = None,
+    table: str | None = None,
 ) -> None:
     """Prints what a program found, what it wrote where, and what to do next.
 
@@ -150,22 +129,22 @@ def tell(
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do.
+        then: Commands by what they do; None is left out.
         files: What is in the folder beside the usual files of a run.
+        table: Lines to print below the results.
     """
     print(f"\n{heading}")
     for key, value in results.items():
         if value is not None:
             share = METRICS[key][2] if key in METRICS else "top" in key
             print(f"  {key:20}{f'{value:.2%}' if share else f'{value:,.4g}':>10}")
+    if table:
+        print(f"\n{table}")
     print(f"\nWritten to {folder}")
     for name, content in (CONTENTS | dict(files or {})).items():
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
     for what, command in then.items():
-        print(f"  {what:10} {command}")
-
-
-class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Shows defaults, and keeps the line breaks of the examples."""
+        if command is not None:
+            print(f"  {what:10} {command}")

@@ -7,12 +7,13 @@ alpha stands in the optimizer's ``param_groups`` beside lr, so a schedule of alp
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from torch.optim import Optimizer
 
 from .functional import check_alpha
 from .guard import ALPHA_KEY
+from .limits import Count, Number, Whole, checked
 from .optim import INITIAL_KEY
 
 __all__ = ["SHAPES", "AlphaScheduler", "Shape", "steps"]
@@ -33,7 +34,9 @@ def steps(*milestones: float) -> Shape:
         >>> shape(0.4), shape(0.5), shape(0.9)
         (0.0, 0.5, 1.0)
     """
-    if not milestones or list(milestones) != sorted(set(milestones)) or not 0 < milestones[0] <= milestones[-1] < 1:
+    for milestone in milestones:
+        Number("(0, 1)").check("milestones", milestone)
+    if not milestones or list(milestones) != sorted(set(milestones)):
         raise ValueError(f"milestones must rise and lie between 0 and 1, got {milestones}")
     return lambda progress: bisect.bisect_right(milestones, progress) / len(milestones)
 
@@ -73,18 +76,17 @@ class AlphaScheduler:
         1.0
     """
 
+    @checked
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: Count,
         shape: str | Shape = "cosine",
         end_alpha: float = 1.0,
-        warmup_steps: int = 0,
-        last_epoch: int = -1,
+        warmup_steps: Annotated[int, Whole("[0, inf)")] = 0,
+        last_epoch: Annotated[int, Whole("[-1, inf)")] = -1,
     ) -> None:
         check_schedule(shape, end_alpha, warmup_steps)
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number above 0, got {total_steps!r}")
         if warmup_steps > total_steps:
             raise ValueError(f"warmup_steps must not be above total_steps={total_steps}, got {warmup_steps}")
         if not all(ALPHA_KEY in group for group in optimizer.param_groups):
@@ -95,7 +97,7 @@ class AlphaScheduler:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.shape = shape
-        self.end_alpha = end_alpha
+        self.end_alpha = float(end_alpha)
         self.warmup_steps = warmup_steps
         for group in optimizer.param_groups:
             group.setdefault(INITIAL_KEY, group[ALPHA_KEY])
@@ -141,6 +143,5 @@ def check_schedule(shape: str | Shape, end_alpha: float, warmup_steps: float) ->
     """Raises TypeError or ValueError for what no schedule can be made of."""
     if not callable(shape) and shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)} or a function, got {shape!r}")
-    check_alpha(end_alpha)
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, (int, float)) or not warmup_steps >= 0:
-        raise ValueError(f"warmup_steps must be a number of at least 0, got {warmup_steps!r}")
+    check_alpha(end_alpha, "end_alpha")
+    Number("[0, inf)").check("warmup_steps", warmup_steps)

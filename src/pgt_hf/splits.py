@@ -1,20 +1,57 @@
 """Columns, labels and splits, for data sets of images and of text."""
 
 import logging
+import math
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-__all__ = ["EVALUATION_SPLITS", "IGNORED", "check_size", "class_names", "draw", "find_column", "train_and_validation"]
+__all__ = [
+    "EVALUATION_SPLITS",
+    "check_size",
+    "class_names",
+    "draw",
+    "find_column",
+    "is_labelled",
+    "labelled_rows",
+    "split_of",
+    "train_and_validation",
+]
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "valid", "val", "test")
-IGNORED = -100  # the label of what counts nowhere, torch's ignore_index
 
 _SEEN = "after training on it, the accuracy reported is that of examples seen in training"
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+_BLANK = ("", "na", "n/a", "nan", "none", "null", "<na>")  # what stands in tables where nothing is known
+
+
+def split_of(name: str, *, alone: bool = False) -> str | None:
+    """The split that a file or folder of this name is: train, validation or test.
+
+    With ``alone`` the name must say nothing else: a folder "test_tube" is a class.
+
+    Example:
+        >>> split_of("reviews_test"), split_of("Training"), split_of("test_tube", alone=True)
+        ('test', 'train', None)
+    """
+    words = set(re.findall(r"[a-z]+", name.casefold()))
+    for split, known in _WORDS.items():
+        if words & set(known) and not (alone and words - {*known, "set", "data", "images", "split"}):
+            return split
+    return None
 
 
 def find_column(
@@ -26,12 +63,13 @@ def find_column(
         ValueError: It is not there, or cannot be told; the message calls it ``what``.
 
     Example:
-        >>> find_column(["id", "review"], "text", None, ("text", "review"))
-        'review'
+        >>> find_column(["id", "Review"], "text", None, ("text", "review"))
+        'Review'
     """
     if wanted is not None and wanted not in columns:
         raise ValueError(f"{what}_column must be one of {list(columns)}, got {wanted!r}")
-    found = [wanted] if wanted else [column for column in usual if column in columns]
+    known = {column.casefold(): column for column in reversed(columns)}
+    found = [wanted] if wanted else [known[name] for name in usual if name in known]
     if not found and len(typed) != 1:
         raise ValueError(f"no {what} column among {list(columns)}; name it with {what}_column")
     return (found or list(typed))[0]
@@ -42,14 +80,21 @@ def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled:
 
     The evaluation split is the first (labelled) one of validation, valid, val and test. If there is none, a tenth is
     held out of ``train``, the same share of each class; if there is no ``train``, the one split serves as both. The
-    column ``label``, unless ``labelled`` is False, becomes a ClassLabel with the same names in both.
+    column ``label``, unless ``labelled`` is False, becomes a ClassLabel with the classes of ``train`` in both.
 
     Raises:
-        ValueError: No split has labels, the splits name different classes, or there is too little to hold out.
+        ValueError: No split has labels, a row has none, the labels are no classes, there is one class only, the
+            evaluation split has a class that ``train`` lacks, or there is too little to hold out.
     """
-    usable = {key: split for key, split in splits.items() if split.num_rows and (not labelled or _is_labelled(split))}
+    usable = {key: split for key, split in splits.items() if split.num_rows}
+    if labelled:
+        usable = {key: split for key, split in usable.items() if is_labelled(split)}
+    if unused := [key for key in EVALUATION_SPLITS if key in splits and splits[key].num_rows and key not in usable]:
+        logger.warning("%s: the split %s has no labels and is not used", name, " and ".join(unused))
     if not usable:
         raise ValueError(f"{name!r} has nothing labelled in its splits {sorted(splits)}")
+    if "train" in splits and "train" not in usable:
+        raise ValueError(f"{name!r} has no {'labels' if splits['train'].num_rows else 'rows'} in its split 'train'")
     train = usable.get("train")
     held_out = next((usable[key] for key in EVALUATION_SPLITS if key in usable), None)
     if train is None:
@@ -88,26 +133,111 @@ def class_names(dataset: Any) -> list[str]:
     return list(dataset.features["label"].names)
 
 
-def _is_labelled(split: Dataset) -> bool:
-    """Public test splits often have -1, or nothing, for every label."""
-    first = pc.min(split.data.column("label")).as_py()
-    return first is not None and first != -1
+def is_labelled(split: Dataset) -> bool:
+    """Public test splits often have no column of labels; or -1, or nothing, in every row."""
+    if "label" not in split.column_names:
+        return False
+    if not isinstance(split.features["label"], (ClassLabel, Value)):
+        return True  # lists and the like: what is wrong is said where they are read
+    return any(label not in (-1, "-1") and not _is_blank(label) for label in split.unique("label"))
+
+
+def labelled_rows(split: Dataset, where: str) -> Dataset:
+    """Of a split with named classes the rows that have one: -1 and null are the Hub's ways to say that a row has none.
+
+    Leaving rows out is logged as a warning.
+    """
+    if not isinstance(split.features["label"], ClassLabel) or not {-1, None} & set(split.unique("label")):
+        return split
+    labels = pc.fill_null(split.select_columns("label").with_format("arrow")[:]["label"], -1).to_numpy()
+    unlabelled = np.flatnonzero(labels == -1)
+    logger.warning(
+        "%s: %d rows without a label are left out, row %d (from 0) first", where, len(unlabelled), unlabelled[0]
+    )
+    return split.select(np.flatnonzero(labels != -1))
+
+
+def _is_blank(label: Any) -> bool:
+    if isinstance(label, float):
+        return not math.isfinite(label)
+    return label is None or (isinstance(label, str) and label.strip().casefold() in _BLANK)
 
 
 def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
-    """Gives both splits one ClassLabel, made from the labels that occur where the data set names none."""
-    train, validation = (both[key].features["label"] for key in ("train", "validation"))
-    if not isinstance(train, ClassLabel):
-        seen = sorted({label for split in both.values() for label in split.unique("label")})
-        feature = ClassLabel(names=[str(label) for label in seen])
-        return both.cast_column("label", Value("string")).cast_column("label", feature)
-    if validation != train:
-        raise ValueError(f"the splits of {name!r} name different classes: {train} and {validation}")
+    """Gives both splits one ClassLabel: that of ``train``, or one made from the labels that occur in it."""
+    both = DatasetDict({key: labelled_rows(split, f"{name!r}, split {key!r}") for key, split in both.items()})
+    found = {key: _classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
+    feature = both["train"].features["label"]
+    names = list(found["train"].values())
+    if not isinstance(feature, ClassLabel):
+        feature = ClassLabel(names=sorted(set(names), key=_natural))
+    numbers = {_normal(known): number for number, known in enumerate(feature.names)}
+    if len(numbers) != len(feature.names):
+        twice = next(known for known, count in Counter(map(_normal, feature.names)).items() if count > 1)
+        raise ValueError(f"{name!r} gives the name {twice!r} to two classes")
+    if len(numbers) < 2:
+        raise ValueError(f"{name!r} must have at least 2 classes, got {list(numbers)} alone")
+    if unknown := sorted({label for label in found["validation"].values() if label not in numbers}, key=_natural):
+        raise ValueError(
+            f"{name!r}: the evaluation split has classes that 'train' lacks: {unknown[:5]}; 'train' has "
+            f"{list(numbers)[:5]}"
+        )
+    for key, split in both.items():
+        if split.features["label"] != feature:
+            codes = {label: numbers[its_class] for label, its_class in found[key].items()}
+            column = [codes[label] for label in split["label"][:]]
+            both[key] = split.remove_columns("label").add_column("label", column, feature=feature)
     return both
+
+
+def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
+    """The name of the class for each value in the column.
+
+    Raises:
+        ValueError: A row has no label, or the column holds what is no class.
+    """
+    feature = split.features["label"]
+    if not isinstance(feature, (ClassLabel, Value)) or not re.match(
+        r"u?int|float|bool|(large_)?string", feature.dtype
+    ):
+        raise ValueError(f"{where}: a label must be one word or whole number, the column holds {feature}")
+    labels = split.unique("label")
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    counted = names is not None or {"0", "0.0"} & {str(label).strip() for label in labels}  # from 0: -1 is no class
+    for label in labels:
+        missing = _is_blank(label) or (counted and label in (-1, "-1"))
+        if missing or (names is not None and not 0 <= label < len(names)):
+            row = next(row for row, value in enumerate(split["label"]) if value == label or _is_blank(value))
+            what = "no label" if missing else "a label that is no class"
+            raise ValueError(f"{where}: row {row} (from 0) has {what}, {label!r}; give it one, or leave the row out")
+    classes = {label: _normal(str(label if names is None else names[label])) for label in labels}
+    if names is None and all(map(_NUMBER.fullmatch, classes.values())):
+        if fraction := next((its_class for its_class in classes.values() if not float(its_class).is_integer()), None):
+            raise ValueError(f"{where}: a label must be a class, the column holds numbers such as {fraction}")
+        classes = {label: its_class.split(".")[0] for label, its_class in classes.items()}
+    return classes
+
+
+def _normal(name: str) -> str:
+    """Unicode has two ways to write é, and systems differ in which they take for the names of folders."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Whole numbers come first, in their order."""
+    number = re.fullmatch(r"[-+]?\d+", name)
+    return (number is None, int(name) if number else 0, name)
 
 
 def _hold_out(train: Dataset, name: str, seed: int, labelled: bool) -> DatasetDict:
     size = max(round(0.1 * train.num_rows), len(class_names(train)) if labelled else 1)
+    if labelled:
+        names, counts = class_names(train), Counter(train["label"])
+        if rare := [names[number] for number, count in sorted(counts.items()) if count < 2]:
+            raise ValueError(
+                f"{name!r} is too small to hold out a validation split: each class needs 2 examples, and {rare[:5]} "
+                "have one"
+            )
     try:
         halves = train.train_test_split(size, seed=seed, stratify_by_column="label" if labelled else None)
     except ValueError as error:

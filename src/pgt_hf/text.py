@@ -7,23 +7,27 @@ Two sets need no download, for trying things out: ``docstrings`` (which library 
 import ast
 import importlib.util
 import itertools
+import logging
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
 from .extras import missing
+from .limits import Count, Seed, Whole, checked
 
 try:
     import datasets
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from .splits import draw, find_column, train_and_validation
+    from .splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
+    from .tables import TABLES, by_split, in_words, read_tables, visible_files
 except ModuleNotFoundError as error:
     raise missing(error.name, __name__, extra="text") from error
 
@@ -32,27 +36,31 @@ __all__ = ["DOCSTRINGS", "STDLIB", "load_labelled_text", "load_plain_text", "tra
 DOCSTRINGS = "docstrings"
 STDLIB = "stdlib"
 
+logger = logging.getLogger(__name__)
+
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "pandas", "sklearn", "torch", "transformers")
 _PER_LIBRARY = {"train": 250, "validation": 50}
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_FEW = 10  # documents, of which a tenth is not one
+_PIECE = 1 << 20  # characters of a document that are one row: a tokenizer takes a row at a time
 _TEXT_COLUMNS = ("text", "sentence", "content", "review")
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
+@checked
 def load_labelled_text(
     name: str,
     config: str | None = None,
     *,
     text_column: str | None = None,
     label_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
+    max_train_samples: Count | None = None,
+    max_eval_samples: Count | None = None,
+    seed: Seed = 0,
 ) -> DatasetDict:
     """Loads text with one class each.
 
     Args:
-        name: "docstrings", a CSV, JSON, Parquet or text file, a folder of such, or a Hub id.
+        name: "docstrings", a CSV, TSV, JSON or Parquet file, a folder of such (named after the splits), or a Hub id.
         config: The configuration, where a Hub data set has several.
         text_column: The column with the text; by default text, sentence, content or review.
         label_column: The column with the classes; by default label, labels, class or category.
@@ -61,48 +69,66 @@ def load_labelled_text(
         seed: For every draw. Where there is no validation or test split, a tenth of each class is held out.
 
     Returns:
-        ``train`` and ``validation`` with the columns ``text`` and ``label`` (ClassLabel).
+        ``train`` and ``validation`` with the columns ``text`` and ``label`` (ClassLabel). Rows without text are left
+        out, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data, or a column is missing.
+        FileNotFoundError, ValueError: There is no such data, a file is damaged, a column is missing, or a row has no
+            label; the message names it.
 
     Example:
         >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
         'numpy'
     """
     splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
-    present = next(iter(splits.values())).column_names
-    columns = {
-        find_column(present, "text", text_column, _TEXT_COLUMNS): "text",
-        find_column(present, "label", label_column, _LABEL_COLUMNS): "label",
-    }
-    splits = splits.select_columns(list(columns)).rename_columns(columns)
+    for key, split in splits.items():
+        optional = key != "train" and "train" in splits  # a test set, as it is handed out
+        where = f"{name!r}, split {key!r}"
+        try:
+            columns = {find_column(split.column_names, "label", label_column, _LABEL_COLUMNS): "label"}
+        except ValueError as error:
+            if not optional:
+                raise ValueError(f"{where}: {error}") from error
+            columns = {}
+        splits[key] = _without_blanks(_of_text(split, where, text_column, columns), where)
     splits = train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     return DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
 
 
+@checked
 def load_plain_text(
-    name: str, config: str | None = None, *, text_column: str | None = None, seed: int = 0
+    name: str, config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
 ) -> DatasetDict:
     """Loads documents to model: ``train`` and ``validation``, with the column ``text``.
 
-    ``name`` is "stdlib" (a document is a module), or as for ``load_labelled_text``, like the other arguments.
+    ``name`` is "stdlib" (a document is a module), a text file or a folder of them (a document each), or as for
+    ``load_labelled_text``, like the other arguments. Where there is no validation or test split, a tenth of the
+    documents is held out, or the last tenth of each if they are fewer than 10.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data, or no column of text.
+        FileNotFoundError, ValueError: There is no such data, a file is damaged, or there is no column of text.
 
     Example:
         >>> load_plain_text("stdlib")["train"].column_names
         ['text']
     """
     splits = _stdlib(seed) if name == STDLIB else _load(name, config)
-    column = find_column(next(iter(splits.values())).column_names, "text", text_column, _TEXT_COLUMNS)
-    splits = splits.select_columns([column]).rename_columns({column: "text"})
-    return train_and_validation(splits, name, seed, labelled=False)
+    for key, split in splits.items():
+        splits[key] = _of_text(split, f"{name!r}, split {key!r}", text_column, {})
+    if "train" in splits and not splits.keys() & set(EVALUATION_SPLITS) and splits["train"].num_rows < _FEW:
+        logger.warning("%s has no split for evaluation: the last tenth of each document is held out", name)
+        halves = [_halves(text) for text in splits["train"]["text"]]
+        parts = zip(("train", "validation"), zip(*halves, strict=True), strict=True)
+        splits = DatasetDict({key: Dataset.from_dict({"text": list(texts)}) for key, texts in parts})
+    both = train_and_validation(splits, name, seed, labelled=False)
+    return DatasetDict({key: _in_pieces(split) for key, split in both.items()})
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+@checked
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: Annotated[int, Whole("[257, 10000000]")]
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer like GPT-2's, of at most ``vocab_size`` tokens, with those of a classifier.
 
     Raises:
@@ -133,18 +159,107 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def _load(name: str, config: str | None) -> DatasetDict:
     path = Path(name)
+    local = _local(path)
+    if local is not None:
+        if config is not None:
+            raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+        return local
     try:
-        if path.is_file():
-            if path.suffix not in _READERS:
-                raise ValueError(f"a file of text must be one of {', '.join(_READERS)}, got {name!r}")
-            found = datasets.load_dataset(_READERS[path.suffix], data_files=str(path))
-        else:
-            found = datasets.load_dataset(name, config)
-    except (DatasetNotFoundError, ConnectionError) as error:
+        return datasets.load_dataset(name, config)
+    except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a file, nor a folder, nor in the cache, and was not found on the Hub: {error}"
         ) from error
-    return found
+    except (DatasetsError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
+
+
+def _local(path: Path) -> DatasetDict | None:
+    """Tables, else texts; None for a folder that ``datasets`` wrote, and for what is not here."""
+    if path.is_file():
+        kind = path.suffix.lower()
+        if kind not in (*TABLES, ".txt"):
+            raise ValueError(f"a file of text must be one of {', '.join(TABLES)}, .txt, got {str(path)!r}")
+        return _documents({"train": [path]}) if kind == ".txt" else read_tables({"train": [path]})
+    if not path.is_dir():
+        return None
+    files = visible_files(path)
+    if any(file.suffix.lower() in (".parquet", ".arrow") for file in files):
+        return None
+    for kinds in ((".csv", ".tsv"), (".jsonl", ".json")):
+        if tables := [file for file in files if file.suffix.lower() in kinds]:
+            return read_tables(by_split(tables, path))
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    if not texts:
+        raise ValueError(f"{str(path)!r} holds no {', '.join(TABLES)} or .txt files")
+    folders = {file: split_of(file.relative_to(path).parts[0], alone=True) for file in texts if file.parent != path}
+    if len(folders) == len(texts) and any(folders.values()):
+        parts: dict[str, list[Path]] = {}
+        for file, split in folders.items():
+            parts.setdefault(split or "train", []).append(file)
+        return _documents(parts)
+    return _documents(by_split(texts, path) if any(split_of(file.stem) for file in texts) else {"train": texts})
+
+
+def _documents(files: dict[str, list[Path]]) -> DatasetDict:
+    """A row for each file."""
+    splits = DatasetDict()
+    for split, paths in files.items():
+        texts = []
+        for path in paths:
+            try:
+                texts.append(path.read_text(encoding="utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{str(path)!r} cannot be read: {in_words(error)}") from error
+            if not texts[-1].strip():
+                raise ValueError(f"{str(path)!r} has no text")
+        splits[split] = Dataset.from_dict({"text": texts})
+    return splits
+
+
+def _of_text(split: Dataset, where: str, text_column: str | None, columns: dict[str, str]) -> Dataset:
+    """The column of text, as ``text``, and others under new names."""
+    try:
+        column = find_column(split.column_names, "text", text_column, _TEXT_COLUMNS)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if column in columns:
+        raise ValueError(f"{where}: text_column and label_column must be two columns, got {column!r} for both")
+    if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"{where}: column {column!r} must hold text, it holds {split.features[column]}")
+    return split.select_columns([column, *columns]).rename_columns({column: "text"} | columns)
+
+
+def _without_blanks(split: Dataset, where: str) -> Dataset:
+    texts = split.select_columns("text").with_format("arrow")[:]["text"]
+    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(texts, ""))), 0).to_numpy()
+    if not blank.any():
+        return split
+    logger.warning("%s: %d rows without text are left out, row %d (from 0) first", where, blank.sum(), blank.argmax())
+    return split.select((~blank).nonzero()[0])
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """The first nine tenths and the rest, parted at the end of a line, or of a word, or wherever it is."""
+    middle = len(text) * 9 // 10
+    place = next((end for mark in "\n " if (end := text.rfind(mark, len(text) // 2, middle)) > 0), middle - 1)
+    return text[: place + 1], text[place + 1 :]
+
+
+def _in_pieces(split: Dataset) -> Dataset:
+    """Documents too large for one row in several, parted at the ends of lines."""
+    lengths = pc.utf8_length(split.with_format("arrow")[:]["text"])
+    if (pc.max(lengths).as_py() or 0) <= _PIECE:
+        return split
+    rows: list[str] = []
+    for text in split["text"]:
+        start = 0
+        while start < len(text):
+            end = start + _PIECE
+            end = len(text) if end >= len(text) else (text.rfind("\n", start, end) + 1 or end)
+            rows.append(text[start:end])
+            start = end
+    return Dataset.from_dict({"text": rows})
 
 
 def _docstrings(seed: int) -> DatasetDict:
@@ -192,5 +307,5 @@ def _sources(root: Path, seed: int) -> list[Path]:
     """The modules below ``root`` in an order drawn by ``seed``, without tests and installed packages."""
     left_out = {"test", "tests", "site-packages", "dist-packages"}
     found = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
-    random.Random(seed).shuffle(found)
+    random.Random(int(seed)).shuffle(found)
     return found

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from pgt_hf.analysis import compare_calibration, fit_temperature
+from pgt_hf.analysis import best_calibrated, calibration_table, compare_calibration, fit_temperature
 
 
 def drawn(count: int, seed: int = 1, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +62,20 @@ def test_images_without_a_label_are_left_out():
         assert (ours.nll, ours.ece, ours.brier) == (expected.nll, expected.ece, expected.brier)
 
 
+def test_no_temperature_is_fitted_where_a_half_holds_no_mistake():
+    assert list(compare_calibration(9 * torch.eye(4), torch.arange(4), alpha=0.5)) == ["raw", "folded"]
+    assert "holds no mistake" in calibration_table(compare_calibration(9 * torch.eye(4), torch.arange(4)))
+
+
+@pytest.mark.parametrize(("temperature", "best"), [(1, "raw"), (4, "folded"), (2, "fitted")])
+def test_probabilities_that_the_labels_were_drawn_from_are_the_ones_to_use(temperature, best):
+    logits, labels = drawn(5000)
+    found = compare_calibration(temperature * logits, labels, alpha=0.25)
+    assert best_calibrated(found) == best or found[best].nll == pytest.approx(found["fitted"].nll, rel=1e-3)
+    assert found["fitted"].temperature == pytest.approx(temperature, rel=0.05)
+    assert f"Lowest NLL: {best_calibrated(found)}, softmax(z" in calibration_table(found)
+
+
 @pytest.mark.parametrize("alpha", [None, 1, 0])
 def test_where_nothing_can_be_folded_there_is_no_folded_row(alpha):
     assert list(compare_calibration(*drawn(50), alpha=alpha)) == ["raw", "fitted"]
@@ -72,7 +86,7 @@ def test_where_nothing_can_be_folded_there_is_no_folded_row(alpha):
     [
         (lambda: fit_temperature(torch.zeros(1, 3), torch.tensor([-100])), "got 0 labelled images"),
         (lambda: fit_temperature(torch.tensor([[0.0, float("nan")]]), torch.tensor([0])), "logits must be finite"),
-        (lambda: compare_calibration(torch.zeros(1, 3), torch.tensor([0])), "at least 2 images to score, got 1"),
+        (lambda: compare_calibration(torch.zeros(1, 3), torch.tensor([-100])), "at least 1 image to score, got none"),
         (lambda: compare_calibration(torch.zeros(2, 3), torch.tensor([0, 1]), alpha=-1), "alpha must lie in"),
     ],
 )

@@ -10,7 +10,7 @@ from tiny import Data, arguments, wrapper
 from transformers import TrainerCallback
 
 from pgt_hf import PowerGradTrainer, powergrad_hp_space
-from pgt_hf.analysis import Point, compare, interval, plot_heat_map
+from pgt_hf.analysis import Point, compare, interval, plot_heat_map, verdict
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -63,6 +63,58 @@ def test_the_sentence_says_no_more_than_the_interval(shift, noise, sentence):
     assert str(result).startswith(sentence)
     assert "4 seeds" in str(result)
     assert result.found == (noise < abs(shift))
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ([0.91, 0.92], "Not decided: PGT minus baseline is +1.00 points on each of the 2 seeds"),
+        ([0.9, 0.91], "Not decided: PGT and the baseline scored the same on each of the 2 seeds"),
+    ],
+)
+def test_equal_differences_prove_nothing(method, sentence):
+    result = compare(method, [0.9, 0.91])  # 0.91 - 0.9 and 0.92 - 0.91 are not the same float
+    assert str(result).startswith(sentence) and "+-" not in str(result)
+    assert not result.found
+    assert Point(1.0, 0.1, (0.5, 0.5)).cells()[-1] == "-"
+
+
+def test_no_interval_is_printed_as_if_it_had_no_width():
+    assert "by 1.00 +- 0.0001 points" in str(compare([0.91, 0.920001, 0.93], [0.9, 0.91, 0.92]))
+
+
+LABELS = [0] * 60 + [1] * 40
+
+
+def judge(baseline=(0.1, 0.9), pgt=(0.1, 0.9), rates=(0.001, 10.0), labels=LABELS):
+    sides = {"baseline": (1.0, *baseline), "pgt": (0.5, *pgt)}
+    points = {
+        side: Point(alpha, rate, (top1, top1 + 0.01, top1 - 0.01 * alpha))
+        for side, (alpha, rate, top1) in sides.items()
+    }
+    return verdict(points, rates, labels)
+
+
+def test_a_sound_search_gets_its_verdict_alone():
+    (sentence,) = judge()
+    assert sentence.startswith("No difference found")
+
+
+@pytest.mark.parametrize(("rate", "end", "flag"), [(0.001, "lower", "--lr-low"), (10.0, "upper", "--lr-high")])
+def test_a_best_rate_at_the_end_of_its_range_is_said_first(rate, end, flag):
+    first, last = judge(pgt=(rate, 0.9))
+    assert first.startswith(f"The best learning rate of PGT, {rate:.3g}, lies at the {end} end of its range")
+    assert flag in first and last.startswith("No difference found")
+
+
+def test_a_search_in_which_everything_is_at_chance_says_so():
+    (sentence,) = judge(baseline=(10.0, 0.6), pgt=(10.0, 0.65))  # 0.6 is chance, and 100 images tell 0.05 from nothing
+    assert sentence.startswith("Nothing was learned: PGT and the baseline are no better than guessing")
+    assert "60.0%" in sentence
+    first, last = judge(baseline=(0.1, 0.6), pgt=(0.1, 0.9))
+    assert first.startswith("Not a fair comparison: the baseline is no better") and last.startswith(
+        "PGT is better by 30"
+    )
 
 
 @pytest.mark.parametrize(("method", "baseline"), [([0.9], [0.9]), ([0.9, 0.8], [0.9])])

@@ -127,10 +127,16 @@ def test_confident_logits_give_finite_scores():
     assert (result["nll"], result["ece"], result["brier"]) == (5000, 0.5, 1)
 
 
-def test_with_fewer_classes_than_five_the_figure_is_named_after_their_number():
-    result = evaluate_in_batches(ClassificationMetrics(), torch.eye(3), torch.tensor([0, 1, 1]), 3)
+@pytest.mark.parametrize("classes", [3, 5])
+def test_with_no_more_classes_than_five_there_is_no_second_accuracy(classes):
+    result = evaluate_in_batches(ClassificationMetrics(), torch.eye(classes)[:3], torch.tensor([0, 1, 1]), 3)
     assert result["top1"] == pytest.approx(2 / 3)
-    assert result["top3"] == 1
+    assert [key for key in result if "top" in key] == ["top1"]
+
+
+def test_loss_of_nothing_but_certainty_has_no_sign():
+    result = evaluate_in_batches(ClassificationMetrics(), 1e4 * torch.eye(3), torch.arange(3), 3)
+    assert str(result["nll"]) == "0.0"
 
 
 MINE = """

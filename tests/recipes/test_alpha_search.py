@@ -1,8 +1,6 @@
 """``recipes/alpha_search.py``: two workers on one storage, resumable, the same budget for both sides."""
 
 import csv
-import os
-import socket
 import sys
 
 import optuna
@@ -11,7 +9,7 @@ from launch import ROOT, TWO, run
 from optuna.trial import TrialState
 from PIL import Image
 
-from pgt_hf import powergrad_hp_space
+from pgt_hf.trainer import shared_study
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import alpha_search  # noqa: E402
@@ -41,20 +39,24 @@ def studies(folder):
             for summary in optuna.get_all_study_summaries(storage)}  # fmt: skip
 
 
+def trained(study):
+    return [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+
+
 def test_both_sides_get_the_same_number_of_trials_and_the_confirmation_new_seeds(searched):
     by_name = studies(searched[0])
     search = {name: study for name, study in by_name.items() if "confirm" not in name}
     (confirm,) = (study for name, study in by_name.items() if "confirm" in name)
-    done = {name: [trial for trial in study.trials if trial.state.is_finished()] for name, study in search.items()}
-    assert {len(trials) for trials in done.values()} <= {2, 3}  # two workers may begin a last one at once
+    done = {name: trained(study) for name, study in search.items()}
+    assert {len(trials) for trials in done.values()} == {2}
     assert {trial.params["alpha"] for trial in done["alpha_search/baseline"]} == {1.0}
     assert {trial.params["alpha"] for trial in done["alpha_search/pgt"]} == {0.1, 0.5}
     assert {round(trial.params["learning_rate"], 6) for trial in done["alpha_search/baseline"]} == {0.05, 0.2}
-    assert {trial.params["seed"] for trial in confirm.trials} == {1000, 1001}
+    assert {trial.params["seed"] for trial in trained(confirm)} == {1000, 1001}
 
 
 def test_two_workers_shared_the_trials(searched):
-    trials = [trial for study in studies(searched[0]).values() for trial in study.trials]
+    trials = [trial for study in studies(searched[0]).values() for trial in trained(study)]
     assert len({trial.user_attrs["worker"] for trial in trials}) == 2
 
 
@@ -67,9 +69,10 @@ def test_the_report_has_table_sentence_and_picture(searched):
         ("confirm", "pgt", "2"),
     ]
     assert len(rows) == 2 + 2 * 2
-    sentence = (folder / "results.md").read_text().splitlines()[0]
-    assert sentence.startswith(("No difference found", "PGT is better by", "PGT is worse by"))
-    assert printed.count(sentence) == 1  # by one worker
+    sentences = (folder / "results.md").read_text().split("\n\n")[0].splitlines()
+    verdicts = ("No difference found", "PGT is better by", "PGT is worse by", "Not decided", "Nothing was learned")
+    assert sentences[-1].startswith(verdicts)
+    assert [printed.count(sentence) for sentence in sentences] == [1] * len(sentences)  # by one worker
     with Image.open(folder / "heat_map.png") as picture:
         assert min(picture.size) > 200
 
@@ -91,28 +94,28 @@ def test_a_search_with_other_settings_is_not_mixed_into_the_storage(searched, mo
 def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_path, monkeypatch):
     scores = iter([0.5, 0.6] * 20)
     monkeypatch.setattr(alpha_search, "train", lambda *args: next(scores))
+    monkeypatch.setattr(shared_study, "_SILENT_SECONDS", 3)
     journal = ["--smoke", "--output-dir", str(tmp_path), "--storage", f"journal:{tmp_path / 'journal.log'}"]
     storage = alpha_search.open_storage(journal[-1], str(tmp_path))
     monkeypatch.setattr(sys, "argv", [RECIPE, *journal])
-    study = alpha_search.open_side(storage, "pgt", alpha_search.read_arguments())
-    study.sampler = optuna.samplers.PartialFixedSampler({"alpha": 0.5, "learning_rate": 0.05}, study.sampler)
+    args = alpha_search.read_arguments()
+    study = alpha_search.open_side(storage, "pgt", args)
+    for setting in alpha_search.grid_of("pgt", args):
+        study.enqueue_trial(setting)
     killed = study.ask()
-    powergrad_hp_space((0.05, 0.2), (0.1, 0.5))(killed)
-    killed.set_user_attr("worker", f"{socket.gethostname()}:{dead_process()}")
     call(monkeypatch, *journal)
-    states = [trial.state for trial in study.trials]
-    assert states[0] == TrialState.FAIL
-    assert states.count(TrialState.COMPLETE) == 2
-    assert {trial.params["alpha"] for trial in study.trials[1:]} == {0.1, 0.5}
+    assert study.trials[killed.number].state == TrialState.FAIL
+    assert {trial.params["alpha"] for trial in trained(study)} == {0.1, 0.5}
+    assert len(trained(study)) == 2
     assert (tmp_path / "results.md").exists()
 
 
-def dead_process():
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
+def test_a_smaller_number_of_seeds_is_confirmed_with_just_those(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alpha_search, "train", lambda setting, seed, *args: (0.5 + setting["alpha"] + seed % 7) / 10)
+    for seeds in ("4", "3"):
+        call(monkeypatch, "--smoke", "--output-dir", str(tmp_path), "--confirm-seeds", seeds)
+        with open(tmp_path / "results.csv", newline="") as file:
+            assert [row["seeds"] for row in csv.DictReader(file)][:2] == [seeds, seeds]
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -124,16 +127,26 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
     alphas = [float(row["alpha"]) for row in rows if row["side"] == "pgt"]
     assert len(alphas) == 12 and 0.1 <= min(alphas) < max(alphas) <= 0.5
     assert all(0.05 <= float(row["learning_rate"]) <= 0.2 for row in rows)
-    assert (tmp_path / "results.md").read_text().startswith("PGT is worse by")  # this score is alpha itself
+    verdict = (tmp_path / "results.md").read_text().split("\n\n")[0].splitlines()[-1]
+    assert verdict.startswith("Not decided: PGT minus baseline is -")  # by as much with each seed
+    assert "on each of the 2 seeds" in verdict
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "tpe"], "--sampler tpe needs --trials"),
-        (["--alphas", "0.5", "1"], r"--alphas must lie in \[0, 1\)"),
-        (["--confirm-seeds", "1"], "--confirm-seeds must be at least 2"),
-        (["--seeds", "0"], "--seeds and --lr-points must be at least 1"),
+        (["--sampler", "tpe"], "--trials must be given with --sampler tpe"),
+        (["--alphas", "0.5", "1"], r"--alphas must be a number in \[0, 1\), got 1.0"),
+        (["--alphas", "0.5", "0.5"], r"--alphas must differ"),
+        (["--lr-low", "0"], r"--lr-low must be a number in \(0, 1e6\], got 0.0"),
+        (["--lr-low", "1", "--lr-high", "0.1"], "--lr-high must be above --lr-low, 1.0, got 0.1"),
+        (["--epochs", "0"], "--epochs must be a number above 0, got 0"),
+        (["--batch-size", "100000"], r"--batch-size must be a whole number in \[1, 1437\], got 100000"),
+        (["--model-name", "resnet1O"], "resnet1O"),
+        (["--image-size", "0"], r"--image-size must be a whole number in \[1, 8192\], got 0"),
+        (["--storage", "banana://x"], "--storage must be the URL of a database, .*, got 'banana://x'"),
+        (["--confirm-seeds", "1"], "--confirm-seeds must be a whole number of at least 2, got 1"),
+        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):

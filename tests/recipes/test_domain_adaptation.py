@@ -133,7 +133,7 @@ def test_entropy_and_confidence_of_a_pgt_network_are_those_of_the_folded_probabi
     sure = folded.amax(-1) >= 0.5
     assert 0 < sure.sum() < 50
     assert torch.equal(labels[sure], logits.argmax(-1)[sure]) and (labels[~sure] == -100).all()
-    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"threshold must be a number in \[0, 1\], got 1.5"):
         confident_labels(logits, 1.5)
 
 
@@ -222,11 +222,11 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "magic"], "--methods must be some of source-only, bn, tent, pseudo-labels, dann, got magic"),
-        (["--alphas", "0"], "--alphas must be above 0, got 0"),
-        (["--targets", "contrast:9"], "the level of contrast must be from 1 to 5, got '9'"),
-        (["--batch", "200"], "--batch: digits has 192 training images, a step takes 200"),
-        (["--model-name", "resnet_10"], "--model-name must be a timm network, got 'resnet_10'"),
+        (["--methods", "magic"], "--methods must be one of source-only, bn, tent, pseudo-labels, dann, got 'magic'"),
+        (["--alphas", "0"], "--alphas must be a number in (0, 1], got 0.0"),
+        (["--targets", "contrast:9"], "with a level from 1 to 5, or a data set, got 'contrast:9'"),
+        (["--batch", "200"], "--batch must be at most 192, the training images of digits for each process, got 200"),
+        (["--model-name", "resnet_10"], "--model-name must be a timm model, got 'resnet_10'"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_before_training(here, tmp_path, arguments, message):

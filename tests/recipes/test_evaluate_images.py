@@ -110,12 +110,12 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet1o"], "'resnet1o' is not a folder, a timm model (near: ['resnet18'"),
+        (["resnet1o"], "or a Hub id owner/name, got 'resnet1o'; near: resnet18"),
         (["resnet10t"], "timm's weights of 'resnet10t' are not available; give a local file"),
-        ([".", *DIGITS], "'.' holds no config.json"),
-        (["resnet10t", "--bins", "0"], "--bins must be at least 1, got 0"),
-        (["resnet10t", "--alpha", "-1"], "alpha must lie in [0, 1], got -1.0"),
-        (["resnet10t", "--weights", "none.pth"], "weights must name a local file, got 'none.pth'"),
+        ([".", *DIGITS], "--model: the folder '.' holds no config.json"),
+        (["resnet10t", "--bins", "0"], "--bins must be a whole number of at least 1, got 0"),
+        (["resnet10t", "--alpha", "-1"], "--alpha must be a number in [0, 1], got -1.0"),
+        (["resnet10t", "--weights", "none.pth"], "--weights must be a file that exists, got 'none.pth'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):

@@ -14,10 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from launch import ROOT
+from filelock import FileLock
+from launch import PYTHON, ROOT
+from launch import run as start
 from PIL import Image as Pictures
 
-from pgt_hf.images import class_names, load_image_dataset, read_image
+from pgt_hf.images import class_names, load_image_dataset, read_image, read_upright
 
 pytestmark = pytest.mark.slow
 PREPARE = str(ROOT / "recipes" / "prepare.py")
@@ -104,6 +106,22 @@ def test_several_processes_write_the_same_bytes(prepared, tmp_path):
     assert contents(tmp_path / "again") == contents(folder)
 
 
+def test_raw_pixels_are_mapped_verified_and_the_same_as_the_smaller_images(prepared, tmp_path):
+    name, _, _ = prepared
+    folder = tmp_path / "raw"
+    printed, _ = run(options(name, folder, "--format", "raw"))
+    assert "every checksum is right" in printed
+    splits = load_image_dataset(str(folder))
+    assert class_names(splits["train"]) == ["cat", "dog", "newt"] and splits["train"].num_rows == 50
+    assert all(str(file["filename"]).startswith(str(folder)) for file in splits["train"].cache_files)
+    images = splits["validation"]["image"]
+    for number in range(12):
+        expected = read_upright(file_of(number), 30)
+        assert np.array_equal(np.asarray(images[number]), np.asarray(expected)), number
+    (folder / "train-00001-of-00007.arrow").write_bytes(b"")
+    assert "train-00001-of-00007.arrow has changed" in run(["--output-dir", str(folder), "--verify"], check=False)[1]
+
+
 def test_manifest_counts_and_the_program_says_what_it_wrote(prepared):
     _, folder, printed = prepared
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -164,6 +182,23 @@ def test_killed_run_goes_on_where_it_stopped(prepared, tmp_path):
     assert contents(output) == contents(tmp_path / "whole")
 
 
+def test_kills_and_damage_are_survived(tmp_path):
+    """A few of the faults; ``python tests/faults/prepare_faults.py`` tries all of them."""
+    printed = start(
+        *PYTHON, str(ROOT / "tests" / "faults" / "prepare_faults.py"), "--every", "53", cwd=tmp_path
+    ).stdout
+    assert ", 0 lost" in printed
+
+
+def test_two_runs_do_not_write_into_the_same_folder(prepared, tmp_path):
+    incomplete = tmp_path / "out.incomplete"
+    incomplete.mkdir()
+    with FileLock(incomplete / ".lock"):
+        error = run(options(prepared[0], tmp_path / "out"), check=False)[1]
+    assert f"error: {incomplete} is still being written by another run" in error
+    run(options(prepared[0], tmp_path / "out"))
+
+
 def test_full_disk_leaves_no_half_shard_and_the_run_goes_on_later(prepared, tmp_path):
     name, folder, _ = prepared
     largest = max(path.stat().st_size for path in folder.glob("*.parquet"))
@@ -194,10 +229,10 @@ def test_bad_image_stops_the_run_or_is_left_out_and_named(tmp_path):
     assert labels == [number % 3 for number in range(20) if number not in (4, 17)]
 
 
-@pytest.mark.parametrize(("option", "says"), [("--size", "from 1 to 65500"), ("--quality", "from 1 to 95")])
+@pytest.mark.parametrize(("option", "says"), [("--size", "in [1, 65500]"), ("--quality", "in [1, 95]")])
 def test_option_out_of_range_stops_the_program_before_anything_is_written(option, says, tmp_path):
     error = run(options("digits", tmp_path / "out", option, "0"), check=False)[1]
-    assert f"{option} must be {says}, got 0" in error
+    assert f"{option} must be a whole number {says}, got 0" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +240,9 @@ def test_smoke_prepares_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = run(["--smoke", "--num-proc", "1"])[0]
     assert "1,437 images, 1,437 resized" in printed
-    assert "runs/prepared-digits is there already" in run(["--smoke"], check=False)[1]
+    assert "every checksum is right" in run(["--smoke", "--num-proc", "1"])[0]  # there is nothing left to do
+    error = run(["--smoke", "--quality", "80"], check=False)[1]
+    assert "runs/prepared-digits was begun with other settings (quality=90, now 80)" in error
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the ImageNet sample is not on this machine")

@@ -11,6 +11,7 @@ from launch import ROOT, TWO, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pgt_hf import fold_powergrad
+from pgt_hf.hub import prepare_release
 from pgt_hf.text import DOCSTRINGS, STDLIB, load_labelled_text, load_plain_text
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -50,6 +51,14 @@ def test_classification_learns_and_reports_once(classified):
     }
 
 
+def test_what_the_publish_line_uploads_is_no_pickle(classified, tmp_path):
+    folder, printed = classified
+    assert "pgt-hf push runs/text" in printed and (folder / "training_args.bin").is_file()
+    names = {path.name for path in prepare_release(folder, tmp_path / "release", "you/texts").rglob("*")}
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
 def test_the_loss_is_not_multiplied_by_the_number_of_processes(classified):
     history = [json.loads(line) for line in (classified[0] / "history.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -71,7 +80,7 @@ def test_classification_takes_a_file_and_names_a_column_that_is_missing(tmp_path
     (tmp_path / "rows.csv").write_text("\n".join(["body,class", *rows]))
     same = ["--smoke", "--dataset-name", "rows.csv", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: no text column among \[.body., .class.\]; name it with text_column"):
+    with pytest.raises(SystemExit, match=r"no text column among \[.body., .class.\]; name it with text_column"):
         call(text_classification, monkeypatch, *same)
     call(text_classification, monkeypatch, *same, "--text-column", "body", "--max-steps", "20", "--warmup-steps", "0")
     metrics = metrics_of(tmp_path / "runs" / "text")

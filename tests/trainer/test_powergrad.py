@@ -209,9 +209,9 @@ def test_the_command_line_knows_the_names(tmp_path, name):
         ("alpha=0.25,momentun=0.9", "no option 'momentun'"),
         ("alpha=0.25,momentum", "'momentum'"),
         ("alpha=0.25,momentum=", "'momentum='"),
-        ("alpha=abc", "alpha must be a number, got 'abc'"),
-        ("alpha=-1", r"alpha must lie in \[0, 1\], got -1"),
-        ("nesterov=0.5", "nesterov must be true or false, got '0.5'"),
+        ("alpha=abc", r"alpha must be a number in \[0, 1\], got 'abc'"),
+        ("alpha=-1", r"alpha must be a number in \[0, 1\], got -1"),
+        ("nesterov=0.5", "nesterov must be true or false, got 0.5"),
         ("alpha=0.1,alpha=0.2", "'alpha' twice"),
         ("clip_mode=agc", "clip_value"),
     ],
@@ -243,9 +243,8 @@ def test_bad_arguments_are_refused_before_anything_is_built(tmp_path, options):
 
 
 def test_an_alpha_given_twice_and_foreign_arguments_are_refused(tmp_path):
-    args = arguments(tmp_path, ours=True, optim="powergrad_sgd", optim_args="alpha=0.5", alpha=0.3)
-    with pytest.raises(ValueError, match=r"alpha=0.5.*alpha=0.3"):
-        PowerGradTrainer(wrapper(), args, train_dataset=Data()).train()
+    with pytest.raises(ValueError, match="optim_args must leave out alpha"):
+        arguments(tmp_path, ours=True, optim="powergrad_sgd", optim_args="alpha=0.5", alpha=0.3)
     with pytest.raises(TypeError, match="PowerGradTrainingArguments"):
         PowerGradTrainer(wrapper(), TrainingArguments(str(tmp_path)), train_dataset=Data())
 
@@ -323,6 +322,4 @@ def test_a_model_without_a_config_is_trained(tmp_path):
 def test_alpha_that_was_given_is_not_taken_for_the_default(tmp_path):
     default = pgt_hf.PowerGradTrainingArguments(str(tmp_path), report_to="none")
     assert default.alpha == 0.25 and not default.alpha_given
-    args = arguments(tmp_path, ours=True, optim="powergrad_sgd", optim_args="alpha=0.5", alpha=0.25)
-    with pytest.raises(ValueError, match=r"alpha=0\.5.*alpha=0\.25"):
-        PowerGradTrainer(wrapper(), args, train_dataset=Data()).train()
+    assert arguments(tmp_path, ours=True, alpha=0.25).alpha_given

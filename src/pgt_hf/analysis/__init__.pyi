@@ -1,11 +1,14 @@
-from ..splits import IGNORED as IGNORED
+from ..functional import IGNORED as IGNORED
 from .calibration import Calibration as Calibration
+from .calibration import best_calibrated as best_calibrated
+from .calibration import calibration_table as calibration_table
 from .calibration import compare_calibration as compare_calibration
 from .calibration import fit_temperature as fit_temperature
 from .comparison import Comparison as Comparison
 from .comparison import Point as Point
 from .comparison import compare as compare
 from .comparison import interval as interval
+from .comparison import verdict as verdict
 from .confusion import confusion_matrix as confusion_matrix
 from .confusion import worst_mistakes as worst_mistakes
 from .diagnostics import CURVE_ALPHAS as CURVE_ALPHAS
@@ -29,6 +32,7 @@ from .metrics import BINS as BINS
 from .metrics import ClassificationMetrics as ClassificationMetrics
 from .metrics import Reliability as Reliability
 from .metrics import probability_scores as probability_scores
+from .metrics import ranked_classes as ranked_classes
 from .metrics import reliability as reliability
 from .metrics import score_logits as score_logits
 from .metrics import top_k_accuracy as top_k_accuracy

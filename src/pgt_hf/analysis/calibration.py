@@ -1,11 +1,13 @@
 """Comparing the raw, folded and temperature-scaled probabilities of the same logits.
 
 PGT trains ``softmax(alpha z)``, a temperature of 1/alpha. Guo et al. 2017 fit the temperature to held-out images
-instead, whatever the training was; the comparison shows how far folding alone gets.
+instead, whatever the training was. Which of the three to use has to be measured: folding helps where the network
+fits its data, and hurts where its logits have not grown by 1/alpha.
 """
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..functional import check_alpha
-from ..splits import IGNORED
-from .metrics import BINS, Reliability, probability_scores, reliability, score_logits
+from ..functional import IGNORED, check_alpha
+from ..limits import Count, Seed, checked
+from .metrics import BINS, Reliability, check_logits, probability_scores, reliability, score_logits
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,15 @@ class Calibration:
     confidence: NDArray[np.float32]
     reliability: Reliability
 
+    @property
+    def temperature(self) -> float:
+        """The one temperature to use: that of both halves together, as their geometric mean."""
+        return math.prod(self.temperatures) ** (1 / len(self.temperatures))
 
+
+@checked
 def compare_calibration(
-    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: int = BINS, seed: int = 0
+    logits: Tensor, labels: Tensor, alpha: float | None = None, *, bins: Count = BINS, seed: Seed = 0
 ) -> dict[str, Calibration]:
     """Scores the probabilities of the same logits as they are, folded, and at the temperature that fits best.
 
@@ -53,36 +61,76 @@ def compare_calibration(
         seed: Of the halves.
 
     Returns:
-        "raw", "folded" and "fitted".
+        "raw", "folded" and "fitted"; no "fitted" where one half holds no mistake, which no temperature fits.
 
     Raises:
-        ValueError: There are fewer than two labelled images, or an argument is not allowed.
+        ValueError: There is no labelled image, or an argument is not allowed.
 
     Example:
         >>> logits, labels = torch.randn(100, 10), torch.arange(100) % 10
         >>> list(compare_calibration(logits, labels, alpha=0.25))
         ['raw', 'folded', 'fitted']
     """
+    check_logits(logits, labels)
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
-    if len(labels) < 2:
-        raise ValueError(f"labels must leave at least 2 images to score, got {len(labels)}")
+    if not len(labels):
+        raise ValueError("labels must leave at least 1 image to score, got none")
     rows: dict[str, tuple[tuple[float, ...], Tensor]] = {"raw": ((1.0,), score_logits(logits, labels))}
     if alpha is not None and check_alpha(alpha) not in (0, 1):
         rows["folded"] = ((1 / alpha,), score_logits(logits, labels, alpha))
 
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    right = logits.argmax(dim=1) == labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed))).to(labels.device)
     halves = order.tensor_split(2)
-    temperatures = tuple(fit_temperature(logits[half], labels[half]) for half in halves)
-    fitted = torch.empty_like(rows["raw"][1])
-    for half, temperature in zip(reversed(halves), temperatures, strict=True):
-        fitted[half] = score_logits(logits[half], labels[half], 1 / temperature)
-    rows["fitted"] = (temperatures, fitted)
+    if not any(right[half].all() for half in halves):
+        temperatures = tuple(_fit(logits[half], labels[half]) for half in halves)
+        fitted = torch.empty_like(rows["raw"][1])
+        for half, temperature in zip(reversed(halves), temperatures, strict=True):
+            fitted[half] = score_logits(logits[half], labels[half], 1 / temperature)
+        rows["fitted"] = (temperatures, fitted)
 
-    hits = (logits.argmax(dim=1) == labels).cpu().numpy()
+    hits = right.cpu().numpy()
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
+def best_calibrated(found: Mapping[str, Calibration]) -> str:
+    """Which of the probabilities has the lowest NLL, which is the score that no other temperature improves by chance.
+
+    Example:
+        >>> best_calibrated(compare_calibration(torch.tensor([[9.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1]), alpha=0.1))
+        'fitted'
+    """
+    return min(found, key=lambda name: found[name].nll)
+
+
+def calibration_table(found: Mapping[str, Calibration]) -> str:
+    """Temperature, NLL, ECE and Brier score of each as lines to print; and which of them to use.
+
+    Example:
+        >>> print(calibration_table(compare_calibration(logits, labels, alpha=0.25)))
+    """
+    lines = [f"{'probabilities':15}{'temperature':>15}{'NLL':>10}{'ECE':>10}{'Brier':>10}"]
+    for name, row in found.items():
+        used = " and ".join(f"{value:.3g}" for value in row.temperatures)
+        lines.append(f"{name:15}{used:>15}{row.nll:>10.4f}{row.ece:>10.4f}{row.brier:>10.4f}")
+    how = "each half of the images at the temperature fitted to the other half"
+    lines.append(f"fitted: {how if 'fitted' in found else 'none, as one half of the images holds no mistake'}")
+    best = best_calibrated(found)
+    return "\n".join([*lines, f"Lowest NLL: {best}, softmax({scaled_logits(found[best].temperature)})."])
+
+
+def scaled_logits(temperature: float) -> str:
+    """``z / temperature`` in the way that people write it.
+
+    Example:
+        >>> scaled_logits(1.0), scaled_logits(4.0), scaled_logits(1.31)
+        ('z', 'z / 4', 'z / 1.31')
+    """
+    return "z" if temperature == 1 else f"z / {temperature:.3g}"
+
+
+@checked
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
 
@@ -100,18 +148,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])), 2)
         2.73
     """
+    check_logits(logits, labels)
+    counted = labels != IGNORED
+    logits, labels = logits[counted], labels[counted]
+    if bool((logits.argmax(dim=1) == labels).all()):
+        logger.warning("a temperature fitted to %d images that are all right says nothing of others", len(labels))
+    return _fit(logits, labels)
+
+
+def _fit(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
-    counted = labels != IGNORED
-    logits, labels = logits[counted].double(), labels[counted]
-    if not len(labels) or not logits.isfinite().all():
-        raise ValueError(f"logits must be finite and at least one image labelled, got {len(labels)} labelled images")
+    if not len(labels):
+        raise ValueError("labels must leave at least one image to fit on, got none")
+    if not logits.isfinite().all():
+        raise ValueError("logits must be finite, got nan or infinity among them")
+    logits = logits.double()
 
     def nll(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits * math.exp(-log_temperature), labels).item()
 
-    if bool((logits.argmax(dim=1) == labels).all()):
-        logger.warning("a temperature fitted to %d images that are all right says nothing of others", len(labels))
     return math.exp(minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 

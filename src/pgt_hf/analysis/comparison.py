@@ -1,9 +1,17 @@
-"""Comparing two settings over seeds: confidence intervals and a one-sentence verdict."""
+"""Comparing two settings over seeds: confidence intervals, and a verdict that claims no more than they show."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from ..limits import Number, checked
+
+_Score = Annotated[float, Number()]
+
+_EQUAL = 1e-9  # scores that differ by less differ by rounding
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,12 @@ class Point:
     def cells(self) -> list[str]:
         """Alpha, learning rate, number of scores, mean and half the width of its interval, for a table."""
         mean, half = interval(self.scores)
-        width = f"{half:.4f}" if len(self.scores) > 1 else "-"
+        width = f"{half:.4f}" if _EQUAL < half < math.inf else "-"
         return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+@checked
+def interval(values: Sequence[_Score]) -> tuple[float, float]:
     """Mean and half the width of Student's 95% interval; the half width of a single value is infinite.
 
     Example:
@@ -35,6 +44,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     from scipy.stats import t
 
+    if not len(values):
+        raise ValueError("values must hold at least one number, got none")
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.inf
@@ -51,20 +62,34 @@ class Comparison:
 
     @property
     def found(self) -> bool:
-        """Whether 0 lies outside the interval."""
-        return abs(self.difference) > self.half_width
+        """Whether 0 lies outside the interval; differences without any spread give none."""
+        return self.spread and abs(self.difference) > self.half_width
+
+    @property
+    def spread(self) -> bool:
+        """Whether the differences differ, by more than rounding."""
+        return self.half_width > _EQUAL
 
     def __str__(self) -> str:
-        measured = f"{100 * self.difference:+.2f} +- {100 * self.half_width:.2f} points"
+        if not self.spread:
+            what = f"PGT minus baseline is {100 * self.difference:+.2f} points"
+            if abs(self.difference) < _EQUAL:
+                what = "PGT and the baseline scored the same"
+            return (
+                f"Not decided: {what} on each of the {self.seeds} seeds that the search had not seen. Without any "
+                "spread there is no interval: confirm on more seeds, or with more validation images."
+            )
+        half_width = f"{100 * self.half_width:.2f}" if self.half_width > 5e-5 else f"{100 * self.half_width:.1g}"
         where = f"95% interval of the paired difference over {self.seeds} seeds that the search had not seen"
         if not self.found:
-            return f"No difference found: PGT minus baseline is {measured} ({where})."
+            difference = f"{100 * self.difference:+.2f} +- {half_width} points"
+            return f"No difference found: PGT minus baseline is {difference} ({where})."
         verdict = "better" if self.difference > 0 else "worse"
-        change = f"{100 * abs(self.difference):.2f} +- {100 * self.half_width:.2f} points"
-        return f"PGT is {verdict} by {change} ({where})."
+        return f"PGT is {verdict} by {100 * abs(self.difference):.2f} +- {half_width} points ({where})."
 
 
-def compare(method: Sequence[float], baseline: Sequence[float]) -> Comparison:
+@checked
+def compare(method: Sequence[_Score], baseline: Sequence[_Score]) -> Comparison:
     """The paired difference, method minus baseline, of scores of the same seeds in the same order.
 
     Raises:
@@ -78,3 +103,42 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Comparison:
         raise ValueError(f"compare needs the same seeds of both, at least 2; got {len(method)} and {len(baseline)}")
     difference, half_width = interval([a - b for a, b in zip(method, baseline, strict=True)])
     return Comparison(difference, half_width, len(method))
+
+
+def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: Sequence[int]) -> list[str]:
+    """What a search has shown, in sentences: warnings, if any, then the comparison.
+
+    Args:
+        confirmed: The best ``pgt`` and the best ``baseline``, with top-1 scores of the same seeds.
+        rates: The lowest and the highest learning rate of the search.
+        labels: Those of the images that the scores were measured on; always guessing the commonest one is chance.
+
+    Raises:
+        ValueError: ``confirmed`` cannot be compared.
+
+    Example:
+        >>> both = {"pgt": Point(0.5, 0.1, (0.91, 0.93, 0.92)), "baseline": Point(1.0, 1.0, (0.90, 0.93, 0.92))}
+        >>> print(*verdict(both, (0.01, 1.0), labels=[0, 1] * 50))
+        The best learning rate of the baseline, 1, lies at the upper end of its range ...
+        No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
+    """
+    result = compare(confirmed["pgt"].scores, confirmed["baseline"].scores)
+    chance = max(Counter(labels).values()) / len(labels)
+    noise = 2 * math.sqrt(chance * (1 - chance) / len(labels))
+    learned = {side: confirmed[side].mean > chance + noise for side in ("baseline", "pgt")}
+    level = f"no better than guessing the commonest label, which is right on {chance:.1%} of the images"
+    if not any(learned.values()):
+        return [f"Nothing was learned: PGT and the baseline are {level}. Train longer, or try other learning rates."]
+    sentences = []
+    for side, name in (("baseline", "the baseline"), ("pgt", "PGT")):
+        if not learned[side]:
+            sentences.append(f"Not a fair comparison: {name} is {level}. Train longer, or try other learning rates.")
+        rate = confirmed[side].learning_rate
+        place = math.log(rate / rates[0]) / math.log(rates[1] / rates[0])
+        if not 0.05 < place < 0.95:
+            end, flag = ("lower", "smaller --lr-low") if place < 0.5 else ("upper", "larger --lr-high")
+            sentences.append(
+                f"The best learning rate of {name}, {rate:.3g}, lies at the {end} end of its range, and a better one "
+                f"may lie beyond: search again with a {flag}, in another --output-dir."
+            )
+    return [*sentences, str(result)]

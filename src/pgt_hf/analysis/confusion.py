@@ -1,12 +1,16 @@
 """The confusion matrix and the most confident mistakes of a classifier."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..splits import IGNORED
+from ..functional import IGNORED
+from ..limits import Count, checked
 
 
-def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
+@checked
+def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: Count) -> NDArray[np.int64]:
     """How many images of each class (rows) were taken for each class (columns); ``IGNORED`` labels are left out.
 
     Example:
@@ -14,13 +18,26 @@ def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> N
         [[1, 1], [0, 1]]
     """
     truth, best = np.asarray(labels), np.asarray(predicted)
+    check_classes(truth, best, classes)
     counted = truth != IGNORED
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (truth[counted], best[counted]), 1)
     return counts
 
 
-def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: int) -> list[int]:
+def check_classes(labels: NDArray[Any], predicted: NDArray[Any], classes: int) -> None:
+    """Raises TypeError or ValueError unless both are class numbers (N); labels may be ``IGNORED``."""
+    for name, numbers in (("labels", labels), ("predicted", predicted)):
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"{name} must hold class numbers, got dtype {numbers.dtype}")
+        if numbers.ndim != 1 or numbers.shape != labels.shape:
+            raise ValueError(f"labels and predicted must have shape (N,), got {labels.shape} and {predicted.shape}")
+        if not ((numbers >= 0) & (numbers < classes) | (numbers == IGNORED)).all():
+            raise ValueError(f"{name} must lie in [0, {classes}), got {numbers.min()} to {numbers.max()}")
+
+
+@checked
+def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: Count) -> list[int]:
     """The indices of at most ``most`` wrongly classified images, the most confident mistake first.
 
     Arrays have shape (N); ``confidence`` is the probability of ``predicted``. ``IGNORED`` labels are left out.
@@ -30,5 +47,8 @@ def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLik
         [2, 0]
     """
     truth, sure = np.asarray(labels), np.asarray(confidence)
+    if not truth.shape == sure.shape == np.shape(predicted) or truth.ndim != 1:
+        shapes = f"{truth.shape}, {np.shape(predicted)} and {sure.shape}"
+        raise ValueError(f"labels, predicted and confidence must have the same shape (N,), got {shapes}")
     wrong = np.flatnonzero((truth != IGNORED) & (truth != np.asarray(predicted)))
     return [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]]

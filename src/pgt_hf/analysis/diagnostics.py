@@ -6,7 +6,8 @@ Everything about the logits is computed from them and their gradient, so any los
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..functional import check_alpha
+from ..limits import NonNegative, Share, Whole, checked
 
 CURVE_ALPHAS = (0.0, 0.05, 0.1, 0.25, 0.5)  # of the curves of p' against p
 ZERO_NORM = 1e-3  # a freshly drawn filter's norm is about 1
@@ -23,6 +25,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _SURE = 10  # classes that a gradient's scale is read from: far from underflow, and most of them not the target
 
 
+@checked
 def logit_statistics(logits: Tensor) -> dict[str, Tensor]:
     """The paper's four statistics of logits (N, C), each a mean over the images.
 
@@ -43,6 +46,7 @@ def logit_statistics(logits: Tensor) -> dict[str, Tensor]:
     }
 
 
+@checked
 @torch.no_grad()
 def filter_norms(model: nn.Module) -> dict[str, Tensor]:
     """The L2 norm of each filter: of what leads to one output of a convolution or a linear layer.
@@ -61,7 +65,8 @@ def filter_norms(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def zeroed_filters(norms: Iterable[Tensor], threshold: float = ZERO_NORM) -> Tensor:
+@checked
+def zeroed_filters(norms: Iterable[Tensor], threshold: NonNegative = ZERO_NORM) -> Tensor:
     """How many filters have zeroed out: their norm is at most ``threshold``.
 
     Example:
@@ -71,6 +76,7 @@ def zeroed_filters(norms: Iterable[Tensor], threshold: float = ZERO_NORM) -> Ten
     return torch.stack([(layer <= threshold).sum() for layer in norms]).sum()
 
 
+@checked
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """The L2 norm of the gradient of each convolution's and linear layer's weight, if it has one.
@@ -90,6 +96,7 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(gradients, norms, strict=True))
 
 
+@checked
 def normalized_layers(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The layers whose output a batch or group norm normalises, and these norms, by the layer's dotted name.
 
@@ -113,6 +120,7 @@ def normalized_layers(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+@checked
 @torch.no_grad()
 def normalization_statistics(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What decides how fast each normalised layer learns, one number each, as ``KIND/LAYER``.
@@ -140,6 +148,7 @@ def normalization_statistics(model: nn.Module, optimizer: torch.optim.Optimizer)
     return found
 
 
+@checked
 def turned_angle(before: Tensor, after: Tensor) -> Tensor:
     """The angle between two weights, in radians, exact for small ones too; 0 between two zeros.
 
@@ -151,7 +160,10 @@ def turned_angle(before: Tensor, after: Tensor) -> Tensor:
     return 2 * torch.atan2((first - second).norm(), (first + second).norm())
 
 
-def recover_target(logits: Tensor, grad: Tensor, alpha: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+@checked
+def recover_target(
+    logits: Tensor, grad: Tensor, alpha: NonNegative, label_smoothing: Share = 0.0
+) -> tuple[Tensor, Tensor]:
     """The target distribution q behind a gradient at the logits, ``s (softmax(alpha z) - q)`` with any scale s.
 
     Most classes of an image are not its target: they have ``q_i = eps / C``, and there ``grad_i / (p'_i - q_i)`` is s.
@@ -182,7 +194,8 @@ def recover_target(logits: Tensor, grad: Tensor, alpha: float, label_smoothing: 
     return (powered[found] - grad[found] / scale[found]).clamp(min=0), found
 
 
-def gradient_cosine(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
+@checked
+def gradient_cosine(logits: Tensor, target: Tensor, alpha: NonNegative) -> Tensor:
     """The cosine, image by image (N), between PGT's gradient at the logits and that of plain cross-entropy.
 
     ``logits`` and ``target``, distributions, have shape (N, C). At ``alpha=1`` it is 1.
@@ -196,7 +209,8 @@ def gradient_cosine(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
     return torch.nn.functional.cosine_similarity(ours, plain, dim=-1)
 
 
-def log_power_sum(logits: Tensor, alpha: float) -> Tensor:
+@checked
+def log_power_sum(logits: Tensor, alpha: NonNegative) -> Tensor:
     """``log sum_j p_j^alpha`` of each image (N), from logits (N, C): ``p'_i = p_i^alpha / exp`` of it.
 
     Example:
@@ -206,7 +220,8 @@ def log_power_sum(logits: Tensor, alpha: float) -> Tensor:
     return (alpha * logits.float().log_softmax(dim=-1)).logsumexp(dim=-1)
 
 
-def lemma_threshold(power_sum: Any, alpha: float) -> Any:
+@checked
+def lemma_threshold(power_sum: Any, alpha: NonNegative) -> Any:
     """Lemma 1's threshold ``t = (sum_j p_j^alpha)^(1 / (alpha - 1))``: PGT raises p below t and lowers it above.
 
     ``power_sum``, ``exp(log_power_sum(...))``, is a number, an array or a tensor.
@@ -223,7 +238,8 @@ def lemma_threshold(power_sum: Any, alpha: float) -> Any:
     return power_sum ** (1 / (alpha - 1))
 
 
-def probability_histograms(logits: Tensor, target: Tensor, alpha: float) -> dict[str, Tensor]:
+@checked
+def probability_histograms(logits: Tensor, target: Tensor, alpha: NonNegative) -> dict[str, Tensor]:
     """Counts of predicted probabilities: p in the first row, p' = softmax(alpha z) in the second.
 
     ``logits`` and ``target``, distributions, have shape (N, C).
@@ -262,9 +278,8 @@ class History:
         array([3.5], dtype=float32)
     """
 
-    def __init__(self, capacity: int = 256) -> None:
-        if capacity < 2:
-            raise ValueError(f"capacity must be at least 2, got {capacity}")
+    @checked
+    def __init__(self, capacity: Annotated[int, Whole("[2, inf)")] = 256) -> None:
         self.capacity = capacity
         self.stride = 1  # one of so many snapshots is kept
         self.snapshots: list[dict[str, NDArray[Any]]] = []
@@ -298,8 +313,11 @@ class History:
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps."""
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (ValueError, EOFError, BadZipFile, AttributeError) as error:
+            raise ValueError(f"path must be a file of History.save, got {os.fspath(path)!r}: {error}") from error
 
 
 def _count(values: Tensor, bins: int, low: float, high: float) -> Tensor:

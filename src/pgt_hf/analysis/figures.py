@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 
-Target = str | os.PathLike[str] | BytesIO  # where a picture is written
+Target = str | os.PathLike[str] | BytesIO  # where a picture is written; one for a page, in memory, is an SVG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,13 @@ def save(figure: "Figure", path: Target, title: str | None) -> None:
     """Writes the picture, with ``title`` above it if there is one."""
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    if isinstance(path, BytesIO):
+        from matplotlib import rc_context
+
+        with rc_context({"svg.hashsalt": "pgt_hf"}):  # the same bytes for the same figure
+            figure.savefig(path, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(path, dpi=150)
 
 
 def shorten(name: str) -> str:

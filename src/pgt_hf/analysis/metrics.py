@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..extras import require
-from ..functional import check_alpha
-from ..splits import IGNORED
+from ..functional import IGNORED, check_alpha
+from ..limits import Count, check_type, checked
 
 TOP_K = 5
 BINS = 15  # Guo et al. 2017
 
 
-def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, TOP_K)) -> dict[str, float]:
+@checked
+def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1, TOP_K)) -> dict[str, float]:
     """The shares of images whose class is among the k best predictions.
 
-    ``ranked`` has class numbers from best to worst, (N, K). A k above K, as where there are fewer classes, is reported
-    as top-K under that name.
+    ``ranked`` has class numbers from best to worst, (N, K), as ``ranked_classes`` gives them. A k above K is left out.
 
     Raises:
         ValueError: There is nothing to count, or a k is below 1.
@@ -38,14 +38,22 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[int] = (1, 
     best, truth = np.asarray(ranked), np.asarray(labels)
     if not len(truth):
         raise ValueError("top-k accuracy of no images at all is not defined")
-    if min(k) < 1:
-        raise ValueError(f"k must be at least 1, got {tuple(k)}")
     hits = best == truth[:, None]  # (N, K)
-    depths = sorted({min(depth, best.shape[1]) for depth in k})
-    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in depths}
+    return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k if depth <= best.shape[1]}
 
 
-def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: int = BINS) -> dict[str, float]:
+def ranked_classes(logits: Tensor, k: int = TOP_K) -> Tensor:
+    """The k best classes of each image, (N, k); the best one alone where there are no more than k classes.
+
+    Example:
+        >>> ranked_classes(torch.tensor([[0.1, 0.7, 0.2]]), k=2)
+        tensor([[1, 2]])
+    """
+    return logits.topk(k if k < logits.size(-1) else 1, dim=-1).indices
+
+
+@checked
+def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> dict[str, float]:
     """How good the probabilities are: NLL, ECE and Brier score.
 
     With p the probabilities, y the class and q its one-hot vector, over N images:
@@ -70,7 +78,7 @@ def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: int = BINS) -> 
         raise ValueError("the calibration of no images at all is not defined")
     log_prob, confidence, squares = rows.T
     return {
-        "nll": float(-log_prob.mean()),
+        "nll": float(0.0 - log_prob.mean()),  # not -0.0, which is printed with its sign
         "ece": reliability(confidence, right, bins).ece,
         "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
     }
@@ -93,7 +101,8 @@ class Reliability:
         return float((self.count[filled] * gap).sum() / self.count.sum())
 
 
-def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Reliability:
+@checked
+def reliability(confidence: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> Reliability:
     """Sorts predictions into ``bins`` of equal width by their confidence, as in Guo et al. 2017.
 
     Args:
@@ -108,11 +117,11 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Rel
         >>> reliability([0.9, 0.8, 0.3], [1, 0, 0], bins=2).count
         array([1, 2])
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     certain, right = np.asarray(confidence, dtype=np.float64), np.asarray(hits, dtype=np.float64)
     if certain.shape != right.shape or certain.ndim != 1:
         raise ValueError(f"confidence and hits must both have shape (N,), got {certain.shape} and {right.shape}")
+    if not certain.size or not ((certain >= 0) & (certain <= 1 + 1e-6)).all():
+        raise ValueError(f"confidence must hold at least one number, all in [0, 1], got {certain}")
     edges = np.linspace(0.0, 1.0, bins + 1)
     number = np.searchsorted(edges[1:], certain, side="left").clip(max=bins - 1)
     count = np.bincount(number, minlength=bins)
@@ -121,6 +130,7 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: int = BINS) -> Rel
     return Reliability(edges, count, accuracy, mean)
 
 
+@checked
 def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     """What ``probability_scores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
 
@@ -139,10 +149,7 @@ def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
         >>> score_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).exp()[0, 0]
         tensor(0.5000)
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits and labels must have shapes (N, C) and (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+    check_logits(logits, labels)
     counted = labels != IGNORED
     if not ((labels >= 0) & (labels < logits.size(1)) | ~counted).all():
         raise ValueError(
@@ -152,6 +159,18 @@ def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     log_prob = log_probs.gather(1, labels.where(counted, 0)[:, None])[:, 0]
     probs = log_probs.exp()
     return torch.stack([log_prob, probs.amax(dim=1), probs.square().sum(dim=1)], dim=1)
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Raises TypeError or ValueError unless they are logits (N, C) and class numbers (N)."""
+    check_type("logits", logits, Tensor)
+    check_type("labels", labels, Tensor)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must hold class numbers, got dtype {labels.dtype}")
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits and labels must have shapes (N, C) and (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
 
 
 class ClassificationMetrics:
@@ -165,7 +184,9 @@ class ClassificationMetrics:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
             and ``fold_powergrad`` gives. The attribute may be changed.
-        top_k: The second accuracy to report, next to top-1.
+        keep_logits: Keep in ``kept`` the logits and labels of all images, of the last evaluation, for
+            ``Evaluation.from_logits``. The attribute may be changed.
+        top_k: The second accuracy to report, next to top-1; left out where there are no more than ``top_k`` classes.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
             path of your own metric.
@@ -179,24 +200,25 @@ class ClassificationMetrics:
         >>> metrics = ClassificationMetrics(alpha=0.25)
         >>> kept = metrics.preprocess(torch.tensor([[0.0, 4.0, 1.0]]), torch.tensor([1]))
         >>> sorted(metrics(EvalPrediction(tuple(part.numpy() for part in kept), np.array([1]))))
-        ['brier', 'brier_folded', 'ece', 'ece_folded', 'nll', 'nll_folded', 'top1', 'top3']
+        ['brier', 'brier_folded', 'ece', 'ece_folded', 'nll', 'nll_folded', 'top1']
         >>> trainer = Trainer(..., compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess)
     """
 
+    @checked
     def __init__(
         self,
         alpha: float | None = None,
-        top_k: int = TOP_K,
-        bins: int = BINS,
+        top_k: Count = TOP_K,
+        bins: Count = BINS,
         also: Sequence[str] = (),
+        keep_logits: bool = False,
         **options: Any,
     ) -> None:
         if alpha is not None:
             check_alpha(alpha)
-        for name, value in (("top_k", top_k), ("bins", bins)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.alpha = alpha
+        self.keep_logits = keep_logits
+        self.kept: tuple[Tensor, Tensor] | None = None
         self.top_k = top_k
         self.bins = bins
         self._options = options
@@ -208,18 +230,24 @@ class ClassificationMetrics:
             self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
-        """Keeps of each image its best classes, (N, min(top_k, C)), and its scores, (N, 3), raw and folded.
+        """Keeps of each image its best classes, as ``ranked_classes``, and its scores, (N, 3), raw and folded.
 
         ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
         """
         scores = logits[0] if isinstance(logits, tuple) else logits
-        best = torch.topk(scores, min(self.top_k, scores.size(-1)), dim=-1).indices
-        return best, *(score_logits(scores, labels, scale) for scale in self._scales.values())
+        found = (
+            ranked_classes(scores, self.top_k),
+            *(score_logits(scores, labels, scale) for scale in self._scales.values()),
+        )
+        return (*found, scores.float()) if self.keep_logits else found
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         counted = np.asarray(prediction.label_ids) != IGNORED
         labels = np.asarray(prediction.label_ids)[counted]
-        best, *scores = (np.asarray(part)[counted] for part in prediction.predictions)
+        parts = [np.asarray(part) for part in prediction.predictions]
+        if self.keep_logits:
+            self.kept = torch.from_numpy(parts.pop()), torch.from_numpy(np.asarray(prediction.label_ids))
+        best, *scores = (part[counted] for part in parts)
         results = top_k_accuracy(best, labels, k=(1, self.top_k))
         for suffix, rows in zip(self._scales, scores, strict=True):
             values = probability_scores(rows, best[:, 0] == labels, self.bins)

@@ -2,30 +2,32 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..images.dataset import read_image
-from ..images.decoding import BadImageError, read_upright
+from ..functional import IGNORED
+from ..images.dataset import thumbnail
 from ..images.transforms import collate, normalize
-from ..splits import IGNORED
+from ..limits import Count, NonNegative, Whole, checked
+from .calibration import Calibration, best_calibrated, compare_calibration, scaled_logits
 from .confusion import confusion_matrix, worst_mistakes
-from .metrics import Reliability, reliability
+from .metrics import Reliability
 
-_THUMBNAIL = 112
+_THUMBNAIL = 112  # pixels
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was classified wrong, with the probability of the wrong class; ``picture`` is a data URL."""
+    """An image that was classified wrong, and the probability of the wrong class; ``picture`` is a data URL."""
 
     index: int
     label: int
@@ -38,14 +40,72 @@ class Mistake:
 class Evaluation:
     """What the report shows of a model's predictions.
 
-    ``confusion`` is that of ``confusion_matrix``; ``calibration`` has the reliability of ``softmax(z)`` and, unless
-    alpha is 1, of ``softmax(alpha z)``; ``mistakes`` are the most confident wrong predictions.
+    ``confusion`` is that of ``confusion_matrix``, ``calibration`` what ``compare_calibration`` found. ``mistakes`` are
+    the most confident wrong predictions, by the probabilities that are calibrated best.
     """
 
     names: list[str]
     confusion: NDArray[np.int64]
-    calibration: dict[str, Reliability]
+    calibration: dict[str, Calibration]
     mistakes: list[Mistake]
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        dataset: Any = None,
+        *,
+        alpha: float | None = None,
+        mistakes: int = 24,
+    ) -> "Evaluation":
+        """What the report needs, from an evaluation that was made: only the images of the mistakes are read.
+
+        Args:
+            logits: Of shape (N, C), in the order of the data set.
+            labels: Of shape (N); -100 are left out.
+            names: Of the classes.
+            dataset: An ``ImageDataset``, whose ``split`` has the pictures of the mistakes.
+            alpha: As for ``examine``.
+            mistakes: How many of the worst are kept.
+
+        Raises:
+            ValueError: No image has a label.
+
+        Example:
+            >>> metrics = ClassificationMetrics(alpha=0.25, keep_logits=True)
+            >>> trainer = ImageTrainer(
+            ...     model, args, compute_metrics=metrics, preprocess_logits_for_metrics=metrics.preprocess
+            ... )
+            >>> results = trainer.evaluate(validation)  # over all processes and workers
+            >>> evaluation = Evaluation.from_logits(*metrics.kept, class_names(split), validation, alpha=0.25)
+        """
+        if not (labels != IGNORED).any():
+            raise ValueError("the data set holds no labelled image to examine")
+        calibration = compare_calibration(logits, labels, alpha)
+        temperature = calibration[best_calibrated(calibration)].temperature
+        sure, predicted = (found.numpy() for found in torch.softmax(logits / temperature, -1).max(-1))
+        worst = worst_mistakes(labels, predicted, sure, mistakes)
+        return cls(
+            list(names),
+            confusion_matrix(labels, predicted, len(names)),
+            calibration,
+            [Mistake(i, int(labels[i]), int(predicted[i]), float(sure[i]), _thumbnail(dataset, i)) for i in worst],
+        )
+
+    @property
+    def probabilities(self) -> str:
+        """Those that are calibrated best, such as ``fitted: softmax(z / 1.3)``."""
+        best = best_calibrated(self.calibration)
+        return f"{best}: softmax({scaled_logits(self.calibration[best].temperature)})"
+
+    def fitted(self) -> dict[str, float]:
+        """The fitted temperature and its scores, as ``metrics.json`` names them; empty if none was fitted."""
+        found = self.calibration.get("fitted")
+        if found is None:
+            return {}
+        return {"temperature": found.temperature, "nll_fitted": found.nll, "ece_fitted": found.ece}
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which ``from_json`` makes it anew."""
@@ -55,8 +115,10 @@ class Evaluation:
             "names": self.names,
             "confusion": np.stack([rows, columns, counts], axis=1).tolist(),
             "calibration": {
-                name: {key: np.nan_to_num(value).tolist() for key, value in asdict(diagram).items()}
-                for name, diagram in self.calibration.items()
+                name: asdict(found)
+                | {"confidence": None}  # of each image: too much to keep
+                | {"reliability": {k: np.nan_to_num(v).tolist() for k, v in asdict(found.reliability).items()}}
+                for name, found in self.calibration.items()
             },
             "mistakes": [asdict(mistake) for mistake in self.mistakes],
         }
@@ -68,28 +130,30 @@ class Evaluation:
         confusion = np.zeros((classes, classes), dtype=np.int64)
         for row, column, count in content["confusion"]:
             confusion[row, column] = count
-        calibration = {
-            name: Reliability(**{key: np.asarray(values) for key, values in diagram.items()})
-            for name, diagram in content["calibration"].items()
-        }
+        calibration = {}
+        for name, kept in content["calibration"].items():
+            diagram = Reliability(**{key: np.asarray(values) for key, values in kept["reliability"].items()})
+            more = {"temperatures": tuple(kept["temperatures"]), "confidence": np.empty(0, np.float32)}
+            calibration[name] = Calibration(**kept | more | {"reliability": diagram})
         return cls(content["names"], confusion, calibration, [Mistake(**entry) for entry in content["mistakes"]])
 
 
+@checked
 def examine(
     model: Any,
     dataset: Any,
     *,
-    alpha: float | None = None,
-    mistakes: int = 24,
-    max_images: int | None = None,
-    batch_size: int = 64,
+    alpha: NonNegative | None = None,
+    mistakes: Annotated[int, Whole("[0, inf)")] = 24,
+    max_images: Count | None = None,
+    batch_size: Count = 64,
 ) -> Evaluation:
     """Runs a classifier over an evaluation set once, in one process, and keeps what the report needs.
 
     Args:
         model: A transformers image classifier, on the device to use.
         dataset: An ``ImageDataset``: ``pixel_values`` and ``labels``; its ``split`` has the pictures of the mistakes.
-        alpha: The alpha of the training, for the probabilities ``softmax(alpha z)``.
+        alpha: The alpha of the training, for the folded probabilities ``softmax(alpha z)``; None if it is folded in.
         mistakes: How many of the worst are kept.
         max_images: Look at the first so many images only.
         batch_size: Images at a time.
@@ -99,52 +163,27 @@ def examine(
     """
     size = len(dataset) if max_images is None else min(max_images, len(dataset))
     loader = DataLoader(torch.utils.data.Subset(dataset, range(size)), batch_size, collate_fn=collate)
-    scales = {"softmax(z)": 1.0} | ({} if alpha in (None, 1) else {f"softmax({alpha:g} z)": float(alpha or 0)})
     device, was_training = next(model.parameters()).device, model.training
-    labels, best = [], []
-    sure: dict[str, list[torch.Tensor]] = {name: [] for name in scales}
+    labels, seen = [], []
     model.eval()
-    for batch in tqdm(loader, desc="Looking at the predictions", disable=None):
+    for batch in tqdm(loader, desc="Looking at the predictions", disable=None, leave=False):
         images = batch["pixel_values"].to(device)
         if images.dtype == torch.uint8:
             images = normalize(images, dataset.reader.transform.mean, dataset.reader.transform.std)
         with torch.no_grad():
-            logits = model(pixel_values=images).logits.float()
+            seen.append(model(pixel_values=images).logits.float().cpu())
         labels.append(batch["labels"])
-        best.append(logits.argmax(-1).cpu())
-        for name, scale in scales.items():
-            sure[name].append(torch.softmax(scale * logits, -1).amax(-1).cpu())
     model.train(was_training)
 
-    truth, predicted = torch.cat(labels).numpy(), torch.cat(best).numpy()
-    counted = truth != IGNORED
-    if not counted.any():
-        raise ValueError("the data set holds no labelled image to examine")
     names = [model.config.id2label[number] for number in range(len(model.config.id2label))]
-    confidence = {name: torch.cat(values).numpy() for name, values in sure.items()}
-    shown = confidence[list(scales)[-1]]  # the probabilities that training fitted
-    hits = truth[counted] == predicted[counted]
-    return Evaluation(
-        names,
-        confusion_matrix(truth, predicted, len(names)),
-        {name: reliability(values[counted], hits) for name, values in confidence.items()},
-        [
-            Mistake(i, int(truth[i]), int(predicted[i]), float(shown[i]), _thumbnail(dataset, i))
-            for i in worst_mistakes(truth, predicted, shown, mistakes)
-        ],
-    )
+    return Evaluation.from_logits(torch.cat(seen), torch.cat(labels), names, dataset, alpha=alpha, mistakes=mistakes)
 
 
 def _thumbnail(dataset: Any, index: int) -> str | None:
     """A small copy of the image in the data set, if there is one."""
     split = getattr(dataset, "split", None)
-    if split is None or "image" not in split.column_names:
+    if split is None or (image := thumbnail(split, index, _THUMBNAIL)) is None:
         return None
-    try:
-        image = read_upright(read_image(split[index]["image"]))
-    except (BadImageError, FileNotFoundError):
-        return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     if max(image.size) < _THUMBNAIL // 2:  # digits of 8 pixels: as they are, not smeared over a hundred
         factor = _THUMBNAIL // max(image.size)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

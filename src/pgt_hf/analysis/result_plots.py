@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .confusion import worst_mistakes
-from .figures import Target, finish, new_figure, save, shorten
+from ..limits import checked
+from .figures import Target, finish, new_figure, require_matplotlib, save, shorten
 
 if TYPE_CHECKING:
     from .comparison import Point
     from .metrics import Reliability
+    from .predictions import Evaluation
+
+_THUMBNAIL = 224  # pixels
 
 
 def plot_reliability(
@@ -42,7 +45,8 @@ def plot_reliability(
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     finish(grid, len(diagrams), "confidence")
     save(figure, path, title)
 
@@ -58,16 +62,17 @@ def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title:
     matrix = np.asarray(counts)
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"counts must have shape ({len(names)}, {len(names)}), got {matrix.shape}")
-    side = min(4 + 0.32 * len(names), 12)
-    figure, grid = new_figure(1, 1, (side, side))
+    labels = [shorten(name) for name in names]
+    words = 0.07 * max(map(len, labels)) if len(names) <= 40 else 0.0  # inches beside and below the matrix
+    side = min(2.5 + 0.32 * len(names), 12)
+    figure, grid = new_figure(1, 1, (side + words + 1.2, side + words))
     axes = grid[0, 0]
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the class's images")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, label="share of the true class's images")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if len(names) <= 40:
-        labels = [shorten(name) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), labels, fontsize=8)
     if len(names) <= 20:
@@ -77,6 +82,7 @@ def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title:
     save(figure, path, title)
 
 
+@checked
 def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, title: str | None = None) -> None:
     """Draws a sheet of images, PIL's or arrays, each with a caption of a line or two.
 
@@ -96,25 +102,25 @@ def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, ti
     save(figure, path, title)
 
 
+@checked
 def plot_mistakes(
-    labels: ArrayLike,
-    predicted: ArrayLike,
-    confidence: ArrayLike,
-    images: Any,
-    names: Sequence[str],
-    path: Target,
-    title: str | None = None,
-    most: int = 36,
+    evaluation: "Evaluation", images: Any, path: Target, title: str | None = None, most: int = 36
 ) -> None:
-    """Draws the ``worst_mistakes`` of a split, from its column ``image``; nothing if every image is right.
+    """Draws the worst mistakes of an evaluation, from the column ``image`` of its split; nothing if there is none.
 
     Example:
-        >>> plot_mistakes([0, 1], [0, 0], [0.9, 0.8], load_image_dataset("digits")["train"], names, "mistakes.png")
+        >>> plot_mistakes(examine(model, dataset), dataset.split, "mistakes.png")
     """
-    truth, best, sure = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
-    if worst := worst_mistakes(truth, best, sure, most):
-        captions = [f"{names[truth[i]]}\nnot {names[best[i]]}, {sure[i]:.0%}" for i in worst]
-        plot_images([images[i]["image"] for i in worst], captions, path, title)
+    if worst := evaluation.mistakes[:most]:
+        from ..images.dataset import thumbnail
+
+        name = evaluation.names
+        captions = [f"true: {name[m.label]}\npredicted: {name[m.predicted]}, {m.confidence:.1%}" for m in worst]
+        formula = f"Percentages: probability of the wrong class, {evaluation.probabilities}"
+        pictures = [thumbnail(images, m.index, _THUMBNAIL) for m in worst]
+        blank = np.full((1, 1, 3), 255, dtype=np.uint8)  # in place of an image that cannot be read
+        shown = [blank if picture is None else picture for picture in pictures]
+        plot_images(shown, captions, path, "\n".join(filter(None, [title, formula])))
 
 
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:
@@ -150,10 +156,12 @@ def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | No
 def plot_heat_map(points: Sequence["Point"], path: Target, title: str | None = None) -> None:
     """Draws the mean score of each point over learning rate and alpha; stars mark the best baseline and the best PGT.
 
-    A cell is a setting of a grid; if there are many settings, as after a random search, it is the mean of a bin.
+    A cell is a setting of a grid; if there are many settings, as after a random search, it is the mean of a bin. There
+    are as many cells of each colour, so that the best ones are told apart however bad the worst are.
     """
     if not points:
         raise ValueError("points must hold at least one setting that was trained")
+    require_matplotlib()
     columns = _cells([math.log10(point.learning_rate) for point in points])
     rows = _cells([point.alpha for point in points if point.alpha < 1])
     if any(point.alpha == 1 for point in points):
@@ -166,25 +174,32 @@ def plot_heat_map(points: Sequence["Point"], path: Target, title: str | None = N
     for key, inside in cells.items():
         means[key] = 100 * statistics.fmean(point.mean for point in inside)
 
-    figure, grid = new_figure(1, 1, (2.2 + 0.75 * len(columns), 1.6 + 0.5 * len(rows)))
+    from matplotlib.colors import BoundaryNorm
+
+    figure, grid = new_figure(1, 1, (2.2 + 0.75 * len(columns), 1.9 + 0.5 * len(rows)))
     axes = grid[0, 0]
-    # The worst settings fail altogether: the colours begin at the median, where the differences that matter are.
-    low, high = float(np.nanmedian(means)) - 1e-9, float(np.nanmax(means))
-    image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    levels = np.unique(np.nanquantile(means, np.linspace(0, 1, 9)))
+    if len(levels) == 1:
+        levels = levels + np.array([-0.5, 0.5])
+    norm = BoundaryNorm(levels, 256)
+    image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", norm=norm)
     for (row, column), mean in np.ndenumerate(means):
         if not np.isnan(mean):
-            dark = mean < (low + high) / 2
+            dark = norm(mean) < 150
             axes.text(column, row, f"{mean:.1f}", ha="center", va="center", size=8, color="white" if dark else "black")
+    stars = []
     for side in ([p for p in points if p.alpha == 1], [p for p in points if p.alpha < 1]):
         if side:
             best = max(side, key=lambda point: point.mean)
             place = _find(columns, math.log10(best.learning_rate)), _find(rows, best.alpha)
-            axes.plot(place[0], place[1] + 0.32, "*", color="red", markersize=9)
+            stars += axes.plot(place[0], place[1] + 0.32, "*", color="red", markersize=9)
+    meaning = "best mean with PGT, and without (alpha = 1)" if len(stars) == 2 else "best mean"
+    figure.legend(stars[:1], [meaning], frameon=False, fontsize=8, loc="outside lower center")
     axes.set_xticks(range(len(columns)), [_label(column, lambda value: 10**value) for column in columns], rotation=45)
     axes.set_yticks(range(len(rows)), [_label(row, lambda value: value) for row in rows])
     axes.set_xlabel("learning rate")
     axes.set_ylabel("alpha")
-    figure.colorbar(image, label="mean score (%), lower half clipped", extend="min")
+    figure.colorbar(image, label="mean score (%)", ticks=levels, format="%.1f", spacing="uniform")
     if title:
         axes.set_title(title, size=10)
     save(figure, path, None)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..limits import checked
 from .diagnostics import CURVE_ALPHAS, ZERO_NORM, lemma_threshold
 from .figures import Target, finish, new_figure, save, shorten
 
 
+@checked
 def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, title: str | None = None) -> None:
     """Draws loss, top-1 accuracy and learning rate over the epochs, one below the other.
 
@@ -28,22 +30,27 @@ def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, titl
     if not panels:
         raise ValueError("history has nothing to draw: no entry holds an epoch and a loss, accuracy or learning rate")
 
-    figure, grid = new_figure(len(panels), 1, (7, 0.8 + 2.2 * len(panels)), sharex=True)
+    figure, grid = new_figure(len(panels), 1, (4.8, 0.6 + 1.8 * len(panels)), sharex=True)
     all_axes = grid[:, 0]
     for axes, (label, curves, scale) in zip(all_axes, panels, strict=True):
         for key, (name, style) in curves.items():
             epochs, values = _series(entries, key)
             if epochs:
-                axes.plot(epochs, [scale * value for value in values], style, markersize=3, linewidth=1.4, label=name)
+                marker = "o" if len(epochs) <= _FEW else ""
+                axes.plot(epochs, [scale * v for v in values], style + marker, markersize=3, linewidth=1.4, label=name)
+        values = [value for key in curves for value in _series(entries, key)[1]]
+        if label == "loss" and 0 < 20 * min(values) < max(values):  # one peak would flatten all that comes after it
+            axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
+        if len(curves) > 1:  # above the panel: inside, it may lie on a curve
+            axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0)
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
     save(figure, path, title)
 
 
+@checked
 def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws logit statistics, pooled-feature norm and gradient direction over the steps of a run.
 
@@ -56,7 +63,7 @@ def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None)
     rows = math.ceil(len(panels) / 3)
     figure, grid = new_figure(rows, 3, (11, 0.6 + 2.5 * rows), sharex=True)
     for axes, (key, label) in zip(grid.flat, panels, strict=False):
-        axes.plot(data["step"], data[key], "C0-", linewidth=1.4)
+        axes.plot(data["step"], data[key], _line(data, "C0"), markersize=3, linewidth=1.4)
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
         if key != "gradient_cosine":  # a norm's zero is worth seeing, and a cosine's is far away
@@ -65,6 +72,7 @@ def plot_logits(data: Mapping[str, Any], path: Target, title: str | None = None)
     save(figure, path, title)
 
 
+@checked
 def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws each filter's L2 norm over the steps, one panel per layer, with the number that has zeroed out.
 
@@ -80,7 +88,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
         norms = norms.astype(np.float32)
         order = np.argsort(norms[-1])
         drawn = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
-        axes.plot(data["step"], norms[:, drawn], "C0-", linewidth=0.7, alpha=0.5)
+        axes.plot(data["step"], norms[:, drawn], _line(data, "C0"), markersize=2, linewidth=0.7, alpha=0.5)
         dead = int((norms[-1] <= ZERO_NORM).sum())
         axes.set_title(f"{shorten(name)}: {dead} of {len(order)} at 0", fontsize=8, color="C3" if dead else "black")
         axes.set_ylim(bottom=0)
@@ -90,6 +98,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
     save(figure, path, title)
 
 
+@checked
 def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light)."""
     layers = _layers(data, "gradient/")
@@ -97,13 +106,14 @@ def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = No
         raise ValueError("data has no gradient norms to draw")
     figure, grid = new_figure(1, 1, (8, 4.5))
     axes = grid[0, 0]
-    _draw_layers(axes, data["step"], layers)
+    _draw_layers(axes, data, layers)
     axes.set_xlabel("step")
     axes.set_ylabel("L2 norm of the weight's gradient")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path, title)
 
 
+@checked
 def plot_normalization(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws how fast each layer under a batch or group norm learns, from the first (dark) to the last (light).
 
@@ -115,14 +125,14 @@ def plot_normalization(data: Mapping[str, Any], path: Target, title: str | None 
         raise ValueError("data has no normalised layers to draw")
     figure, grid = new_figure(2, 3, (12, 6), sharex=True)
     for axes, (label, layers) in zip(grid.flat, panels.items(), strict=False):
-        _draw_layers(axes, data["step"], layers, log=label != _NORMALIZATION["norm_bias"])
+        _draw_layers(axes, data, layers, log=label != _NORMALIZATION["norm_bias"])
         axes.set_title(label, fontsize=10)
     grid.flat[len(panels) - 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(grid, len(panels), "step")
     save(figure, path, title)
 
 
-def _draw_layers(axes: Any, steps: Any, layers: Mapping[str, Any], log: bool = True) -> None:
+def _draw_layers(axes: Any, data: Mapping[str, Any], layers: Mapping[str, Any], log: bool = True) -> None:
     """A line for each layer; of many, only the first and the last are named."""
     from matplotlib import colormaps
 
@@ -131,12 +141,14 @@ def _draw_layers(axes: Any, steps: Any, layers: Mapping[str, Any], log: bool = T
     log = log and any((values > 0).any() for values in layers.values())
     for number, ((name, values), colour) in enumerate(zip(layers.items(), colours, strict=True)):
         drawn = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
-        axes.plot(steps, drawn, color=colour, linewidth=1.1, label=shorten(name) if number in named else None)
+        label = shorten(name) if number in named else None
+        axes.plot(data["step"], drawn, _line(data), markersize=3, color=colour, linewidth=1.1, label=label)
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
 
 
+@checked
 def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws p' against p for several alpha with Lemma 1's thresholds, and how probabilities are distributed.
 
@@ -183,6 +195,7 @@ def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None 
     save(figure, path, title)
 
 
+@checked
 def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) -> None:
     """Draws the final values of at least two runs against the alpha that each was trained with.
 
@@ -204,12 +217,18 @@ def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) ->
     save(figure, path, None)
 
 
+_FEW = 40  # points of a curve that are marked one by one
 _Curves = dict[str, tuple[str, str]]
 _PANELS: list[tuple[str, _Curves, float]] = [
-    ("loss", {"loss": ("training", "C0-"), "eval_loss": ("validation", "C1o-")}, 1.0),
-    ("accuracy (%)", {"eval_top1": ("top-1", "C2o-"), "eval_top5": ("top-5", "C4o-")}, 100.0),
+    ("loss", {"loss": ("training", "C0-"), "eval_loss": ("validation", "C1-")}, 1.0),
+    ("accuracy (%)", {"eval_top1": ("top-1", "C2-"), "eval_top5": ("top-5", "C4-")}, 100.0),
     ("learning rate", {"learning_rate": ("learning rate", "C7-")}, 1.0),
 ]
+
+
+def _line(data: Mapping[str, Any], colour: str = "") -> str:
+    """The style of a line over the recorded steps, with markers if these are few."""
+    return f"{colour}o-" if len(data["step"]) <= _FEW else f"{colour}-"
 
 
 def _series(entries: list[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

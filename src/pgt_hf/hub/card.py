@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..limits import near
 from ..runs.dataset_terms import Terms, dataset_terms
 from ..runs.record import CURVE, METRICS, REPORT, Run, architecture, is_hub_id, shown_settings
 
@@ -19,6 +20,23 @@ TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForCausalLM": "text-generation",
 }
+
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = tuple(Path(__file__).with_name("licenses.txt").read_text(encoding="utf-8").split())
+
+
+def check_license(license: str) -> None:
+    """Raises ValueError unless it is a licence as the Hub names them.
+
+    Example:
+        >>> check_license("apache-2.0")
+    """
+    if license not in LICENSES:
+        raise ValueError(
+            f"license must be one of the Hub's {len(LICENSES)}, such as apache-2.0, mit, cc-by-4.0 or other, got "
+            f"{license!r}{near(license, LICENSES)}"
+        )
 
 
 def model_card(
@@ -43,11 +61,13 @@ def model_card(
         files: What lies beside the card; the curve and the report are shown if they are among them.
 
     Raises:
-        ValueError: huggingface_hub does not accept the metadata.
+        ValueError: ``license`` is none of the Hub's, or huggingface_hub does not accept the metadata.
 
     Example:
         >>> print(model_card(read_run("runs/digits"), "alice/digits"))
     """
+    if license is not None:
+        check_license(license)
     task, terms, files = _task(run.config), dataset_terms(run.dataset), set(files)
     data = ModelCardData(
         license=license,

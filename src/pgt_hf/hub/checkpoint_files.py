@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
+from ..limits import Whole
+from ..manifest import MANIFEST, read_manifest, write_manifest
 from ..runs.record import STATE
 
 _PICKLES = (".pt", ".pth")
@@ -72,6 +74,8 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
     target = run / f"checkpoint-{state['global_step']}"
     if target.exists():
         raise FileExistsError(f"{target} is there already")
+    kept = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    kept.pop("files", None)  # the files of the other form
     partial = run / f"_{target.name}"  # a half-written folder is never taken for a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -85,8 +89,9 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
         else:
             shutil.copyfile(source, copy)
     if best := state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = str(run / best)
+        state["best_model_checkpoint"] = str(run / Path(best).name)
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    write_manifest(partial, **kept)
     partial.rename(target)
     return target
 
@@ -94,7 +99,9 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
 def _state(folder: Path) -> dict[str, Any]:
     if not (folder / STATE).is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no {STATE}")
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    Whole("[0, inf)").check("global_step", state.get("global_step"))  # it names a folder
+    return dict(state)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

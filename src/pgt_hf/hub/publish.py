@@ -5,9 +5,11 @@ logged with the command that pushes it later.
 """
 
 import logging
+import math
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +51,8 @@ class PublishCallback(TrainerCallback):
             "checkpoint" also what training resumes from, "all_checkpoints" that of every checkpoint.
         always: Push at a checkpoint even if an earlier upload is still under way.
         fold: Publish weights with alpha multiplied into the head.
-        timeout: Seconds that the end of training waits for an upload.
+        timeout: Seconds that training and its end may wait for the Hub, in all. Then it is given up: what was to be
+            pushed stays in the output folder, and the copy of it is deleted.
 
     Raises:
         PermissionError: When a Trainer is made: the token is missing, refused, or may not write there.
@@ -77,7 +80,7 @@ class PublishCallback(TrainerCallback):
         self.repo_id = repo_id
         self.unpushed: str | None = None  # what the last failed push was to bring, until one succeeds
         self._where: dict[str, Any] = {"token": token, "private": private, "revision": revision}
-        self._strategy, self._always, self._fold, self._timeout = HubStrategy(strategy), always, fold, timeout
+        self._strategy, self._always, self._fold, self._left = HubStrategy(strategy), always, fold, timeout
         self._upload: _Background | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -90,13 +93,12 @@ class PublishCallback(TrainerCallback):
                 f"publishing needs a transformers model, got a {type(model).__name__}, which could not be loaded from "
                 "the Hub; pgt_hf.images.create_model makes one of any timm network"
             )
-        for stage in Path(str(args.output_dir)).glob(f"{_STAGE}*"):  # of a program that was killed while it pushed
-            shutil.rmtree(stage, ignore_errors=True)
+        _remove_stages(args)  # of a program that was killed while it pushed
         self.repo_id = self.repo_id or Path(str(args.output_dir)).absolute().name
         token, private = self._where["token"], self._where["private"]
         asking = _Background(partial(check_push_access, self.repo_id, token, private=private))
         try:
-            self.repo_id = asking.result(min(_FIRST_ANSWER, self._timeout))
+            self.repo_id = self._result(asking, _FIRST_ANSWER)
         except (ConnectionError, TimeoutError) as error:
             logger.warning("%s. Training starts all the same; each push will try again.", error)
 
@@ -137,10 +139,11 @@ class PublishCallback(TrainerCallback):
         if not trainer.is_world_process_zero():
             return None
         self.write_card(trainer, **card)
-        self._wait()
+        self._wait(trainer.args)
         given = {"token": token, "revision": revision, "private": private}
         where = self._where | {key: value for key, value in given.items() if value is not None}
-        self._start("the model", commit_message or "End of training", trainer.args, where)
+        if self._left > 0:
+            self._start("the model", commit_message or "End of training", trainer.args, where)
         return self._finish(trainer.args) if blocking else None
 
     def write_card(
@@ -208,8 +211,6 @@ class PublishCallback(TrainerCallback):
         earlier = self._upload
 
         def upload() -> CommitInfo | None:
-            if earlier is not None:
-                earlier.join()
             try:
                 info = push_release(stage, repo_id, message=message, **where)
             except Exception as error:  # whatever the Hub does, training goes on
@@ -221,7 +222,7 @@ class PublishCallback(TrainerCallback):
             logger.info("pushed %s: %s", what, info.commit_url)
             return info
 
-        self._upload = _Background(upload)
+        self._upload = _Background(upload, earlier)
 
     def _add_checkpoint(self, checkpoint: Path, stage: Path) -> None:
         """What training resumes from, where the strategy asks for it."""
@@ -230,17 +231,26 @@ class PublishCallback(TrainerCallback):
         if name is not None:
             pack_checkpoint(checkpoint, stage / name)
 
-    def _wait(self) -> CommitInfo | None:
+    def _wait(self, args: Any) -> CommitInfo | None:
         if self._upload is None:
             return None
         try:
-            return self._upload.result(self._timeout)
+            return self._result(self._upload)
         except TimeoutError as error:
             self._note_failure("the model", error)
+            _remove_stages(args)
             return None
 
+    def _result(self, call: "_Background", most: float = math.inf) -> Any:
+        """Waits for the Hub, for as long as is left of ``timeout``."""
+        started = time.monotonic()
+        try:
+            return call.result(max(0.0, min(most, self._left)))
+        finally:
+            self._left -= time.monotonic() - started
+
     def _finish(self, args: Any) -> CommitInfo | None:
-        info = self._wait()
+        info = self._wait(args)
         if self.unpushed is not None:
             options = {"private": self._where["private"], "revision": self._where["revision"], "fold": self._fold}
             logger.error(
@@ -287,16 +297,23 @@ def _leave_it_to_the_callback(*args: Any) -> None:
     """In place of what Trainer itself does when it saves and when it ends."""
 
 
+def _remove_stages(args: Any) -> None:
+    for stage in Path(str(args.output_dir)).glob(f"{_STAGE}*"):
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 class _Background(threading.Thread):
     """A call in a thread that does not keep the program alive."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], after: "_Background | None" = None) -> None:
         super().__init__(daemon=True)
-        self._call, self._value = call, None
+        self._call, self._after, self._value = call, after, None
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
+        if self._after is not None:
+            self._after.join()
         try:
             self._value = self._call()
         except BaseException as error:  # raised again where the result is asked for
@@ -305,7 +322,7 @@ class _Background(threading.Thread):
     def result(self, timeout: float) -> Any:
         self.join(timeout)
         if self.is_alive():
-            raise TimeoutError(f"the Hub has not answered within {timeout:g} seconds")
+            raise TimeoutError(f"the Hub has not answered within {timeout:.3g} seconds")
         if self._error is not None:
             raise self._error
         return self._value

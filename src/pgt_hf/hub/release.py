@@ -7,6 +7,7 @@ run's raw settings. To load it, the libraries' own functions are enough.
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -19,12 +20,13 @@ from typing import Any
 from huggingface_hub import CommitInfo, snapshot_download
 
 from ..extras import require
+from ..limits import WritableFolder, checked
 from ..runs.dataset_terms import dataset_terms
 from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_run
-from .card import model_card
+from .card import check_license, model_card
 from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
-from .upload import check_push_access, push_release, refuse_leaks
+from .upload import check_push_access, check_repo_id, push_release, refuse_leaks
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ _MODEL_FILES = (
 _PREFIX = "timm_model."  # what transformers puts before the names that timm gave a network's weights; it reads both
 
 
+@checked
 def prepare_release(
     folder: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -78,6 +81,12 @@ def prepare_release(
         >>> prepare_release("runs/digits", "release", "alice/digits", fold=True)
     """
     run_folder, target = Path(folder), Path(target)
+    check_repo_id(repo_id)
+    if license is not None:
+        check_license(license)
+    WritableFolder().check("target", target)
+    if target.resolve() in {place.resolve() for place in (run_folder, Path(checkpoint or folder))}:
+        raise ValueError(f"target must be another folder than the run's own, got {os.fspath(target)!r}")
     source = Path(checkpoint or folder)
     model = model_folder(source) if ema else source
     averaged = model != source
@@ -86,8 +95,9 @@ def prepare_release(
 
     settings = run.settings.get("card") or {}
     config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    fold = fold and not config.get("powergrad_folded")  # as fine-tuning with --fold saves it
     if run.alpha is not None:
-        config |= {"powergrad_alpha": run.alpha, "powergrad_folded": fold}
+        config |= {"powergrad_alpha": run.alpha, "powergrad_folded": fold or bool(config.get("powergrad_folded"))}
     if not any(model.glob("*.safetensors")):
         raise FileNotFoundError(f"there is no {WEIGHTS} in {model}; only safetensors are published")
     prefix = _PREFIX if config.get("model_type") == "timm_wrapper" else ""
@@ -125,6 +135,7 @@ def prepare_release(
     return target
 
 
+@checked
 def push_run(
     folder: str | os.PathLike[str],
     repo_id: str | None = None,
@@ -145,12 +156,16 @@ def push_run(
     """
     settings = read_run(folder).settings
     wanted = repo_id or settings.get("hub_model_id") or Path(folder).resolve().name
+    check_repo_id(wanted)
+    if release.get("license") is not None:
+        check_license(release["license"])
     full = check_push_access(wanted, token, private=private)
     with tempfile.TemporaryDirectory() as release_folder:
         prepare_release(folder, release_folder, full, **release)
         return push_release(release_folder, full, token=token, private=private, revision=revision, message=message)
 
 
+@checked
 def pull_checkpoint(
     repo_id: str,
     run: str | os.PathLike[str],
@@ -176,6 +191,9 @@ def pull_checkpoint(
     Example:
         >>> trainer.train(resume_from_checkpoint=pull_checkpoint("alice/digits", "runs/digits"))
     """
+    check_repo_id(repo_id)
+    if not re.fullmatch(r"[\w-][\w.-]*", checkpoint):
+        raise ValueError(f"checkpoint must be the name of a folder in the repository, got {checkpoint!r}")
     snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
     return unpack_checkpoint(Path(snapshot, checkpoint), run)
 

@@ -7,6 +7,8 @@ from .adaptation import reverse_gradient as reverse_gradient
 from .adaptation import train_norms_alone as train_norms_alone
 from .adaptation_run import METHODS as METHODS
 from .adaptation_run import AdaptationRun as AdaptationRun
+from .arguments import MODES as MODES
+from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
 from .classifiers import load_classifier as load_classifier
 from .classifiers import load_weights as load_weights
@@ -21,9 +23,11 @@ from .dataset import ImageStream as ImageStream
 from .dataset import read_image as read_image
 from .decoding import BadImageError as BadImageError
 from .decoding import decode as decode
+from .decoding import decode_rgb as decode_rgb
 from .decoding import read_upright as read_upright
 from .decoding import shrink as shrink
 from .decoding import to_rgb as to_rgb
+from .device_transforms import augment as augment
 from .finetuning import add_lora as add_lora
 from .finetuning import class_weights as class_weights
 from .finetuning import freeze_backbone as freeze_backbone
@@ -35,6 +39,8 @@ from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .presets import preset_table as preset_table
+from .raw import map_arrow as map_arrow
+from .raw import write_arrow as write_arrow
 from .seeding import preserve_rng as preserve_rng
 from .seeding import seed_sample as seed_sample
 from .seeding import seeded as seeded

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..limits import Positive, Share, check_type, checked
+
 _WIDTH = 128  # of the domain classifier
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -26,8 +28,12 @@ class DomainAdversary(nn.Module):
         (torch.Size([4, 10]), torch.Size([4]))
     """
 
+    @checked
     def __init__(self, network: Any) -> None:
         super().__init__()
+        check_type("network", network, nn.Module)
+        if not hasattr(network, "get_classifier"):
+            raise TypeError(f"network must be one of timm's, got a {type(network).__name__}")
         self.network = network
         features = network.get_classifier().in_features
         self.domain = nn.Sequential(nn.Linear(features, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
@@ -51,7 +57,8 @@ def reverse_gradient(features: Tensor, strength: float) -> Tensor:
     return _Reverse.apply(features, strength)
 
 
-def reversal_strength(progress: float) -> float:
+@checked
+def reversal_strength(progress: Share) -> float:
     """DANN's schedule: 0 at the start, near 1 from the middle on, for a ``progress`` from 0 to 1.
 
     Example:
@@ -61,7 +68,8 @@ def reversal_strength(progress: float) -> float:
     return 2 / (1 + math.exp(-10 * progress)) - 1
 
 
-def entropy(logits: Tensor, scale: float = 1.0) -> Tensor:
+@checked
+def entropy(logits: Tensor, scale: Positive = 1.0) -> Tensor:
     """Mean entropy of ``softmax(scale * logits)``, in nats: what Tent minimises (Wang et al., arXiv 2006.10726).
 
     Example:
@@ -72,7 +80,8 @@ def entropy(logits: Tensor, scale: float = 1.0) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
 
 
-def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0) -> Tensor:
+@checked
+def confident_labels(logits: Tensor, threshold: Share, scale: Positive = 1.0) -> Tensor:
     """The best class where ``softmax(scale * logits)`` gives it at least ``threshold``, else -100.
 
     Raises:
@@ -82,12 +91,11 @@ def confident_labels(logits: Tensor, threshold: float, scale: float = 1.0) -> Te
         >>> confident_labels(torch.tensor([[4.0, 0.0], [0.1, 0.0]]), threshold=0.9)
         tensor([   0, -100])
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     confidence, labels = torch.softmax(scale * logits.detach(), dim=-1).max(dim=-1)
     return torch.where(confidence >= threshold, labels, -100)
 
 
+@checked
 def train_norms_alone(network: nn.Module) -> list[nn.Parameter]:
     """Freezes all but the scales and shifts of the normalisation layers, and returns those.
 

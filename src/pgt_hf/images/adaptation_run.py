@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
+from ..data_workers import worker_options
 from ..functional import powergrad_cross_entropy
 from .adaptation import DomainAdversary, confident_labels, entropy, reversal_strength, train_norms_alone
 from .dataset import ImageDataset
@@ -145,8 +146,11 @@ class AdaptationRun:
         return right / total
 
     def loader(self, images: ImageDataset, shuffle: bool) -> Any:
-        options = {"num_workers": self.settings.num_workers, "collate_fn": collate, "drop_last": shuffle}
-        return self.accelerator.prepare(DataLoader(images, self.settings.batch, shuffle=shuffle, **options))
+        workers = worker_options(self.settings.num_workers)
+        loader: DataLoader[Any] = DataLoader(
+            images, self.settings.batch, shuffle=shuffle, drop_last=shuffle, collate_fn=collate, **workers
+        )
+        return self.accelerator.prepare(loader)
 
 
 def _endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:

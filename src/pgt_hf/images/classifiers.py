@@ -1,16 +1,15 @@
 """Loads a trained classifier from a folder, the Hub or timm, with its preprocessing, and matches its class names."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -23,13 +22,16 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
+from ..limits import checked, near
 from . import models  # noqa: F401  makes pgt_resnet known to timm
-from .decoding import BadImageError, to_rgb
+from .decoding import BadImageError, read_upright
+from .rules import Side
 from .transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 
 
+@checked
 def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> PreTrainedModel:
     """Loads an image classifier for evaluation.
 
@@ -59,16 +61,16 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
         except OSError as error:
             if Path(place).is_dir():
                 raise
-            close = difflib.get_close_matches(place, timm.list_models())
             raise OSError(
-                f"{place!r} is not a folder, a timm model{f' (near: {close})' if close else ''} or a model on the "
-                f"Hub: {error}"
+                f"{place!r} is not a folder, a timm model or a model on the Hub{near(place, timm.list_models())}: "
+                f"{' '.join(str(error).split())}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)
     return model.eval()
 
 
+@checked
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads a local file of weights into ``model``: by name, or in order if the names differ.
 
@@ -109,8 +111,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict({ours: state[theirs] for ours, theirs in pairs})
 
 
+@checked
 def preprocessing(
-    model: PreTrainedModel, name: str | os.PathLike[str], image_size: int | None = None
+    model: PreTrainedModel, name: str | os.PathLike[str], image_size: Side | None = None
 ) -> Callable[[Any], Tensor]:
     """The model's own way from one image, or the bytes of its file, to a tensor of shape (3, H, W).
 
@@ -134,6 +137,7 @@ def preprocessing(
     return _Processor(AutoImageProcessor.from_pretrained(name))
 
 
+@checked
 def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> list[int]:
     """The model's class number for each class number of the data set.
 
@@ -150,6 +154,8 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> li
         >>> match_labels(["cat", "dog"], ["Dog", "bird", "Cat"])
         [2, 0]
     """
+    if not len(dataset_names) or not len(model_names):
+        raise ValueError(f"names must not be empty, got {list(dataset_names)[:5]} and {list(model_names)[:5]}")
     wanted, known = ([str(name).strip().casefold() for name in names] for names in (dataset_names, model_names))
     in_order = list(range(len(wanted)))
     if wanted == known:
@@ -184,11 +190,11 @@ class _Processor:
         self.processor = processor
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
+        pixels = read_upright(image)
         try:
-            pixels = to_rgb(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
-        except Exception as error:  # PIL's decoders raise whatever meets them
-            raise BadImageError(f"the image cannot be decoded: {error}") from error
-        return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+            return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:  # images of a few pixels, whose channels it takes for something else
+            raise BadImageError(f"the model's image processor refuses it: {error}") from error
 
 
 def _load_timm(name: str, pretrained: bool) -> TimmWrapperForImageClassification:
@@ -216,11 +222,16 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise OSError(f"weights must name a local file, got {os.fspath(path)!r}")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights {os.fspath(path)!r} are no safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no one class for "this is no such file"
-        raise ValueError(f"weights {os.fspath(path)!r} could not be read as tensors alone: {error}") from error
+        raise ValueError(
+            f"weights {os.fspath(path)!r} could not be read as tensors alone: {str(error).splitlines()[0]}"
+        ) from error
     for key in ("state_dict", "model", "model_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ..limits import OneOf, Whole, checked
 from .decoding import decode, to_rgb
 from .transforms import ImageTransform
 
@@ -18,6 +19,7 @@ LEVELS = 5
 _Corruption = Callable[[Image.Image, int], Image.Image]
 
 
+@checked
 def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
     """One image, corrupted; noise is drawn from numpy's global state, which ``ImageDataset`` seeds for each image.
 
@@ -43,6 +45,7 @@ class Corrupted:
         torch.Size([3, 32, 32])
     """
 
+    @checked
     def __init__(self, transform: ImageTransform, kind: str, level: int) -> None:
         _check(kind, level)
         self.transform, self.kind, self.level = transform, kind, level
@@ -56,10 +59,8 @@ class Corrupted:
 
 
 def _check(kind: str, level: int) -> None:
-    if kind not in CORRUPTIONS:
-        raise ValueError(f"kind must be one of {', '.join(CORRUPTIONS)}, got {kind!r}")
-    if level not in range(1, LEVELS + 1):
-        raise ValueError(f"level must be a whole number from 1 to {LEVELS}, got {level!r}")
+    OneOf(tuple(CORRUPTIONS)).check("kind", kind)
+    Whole(f"[1, {LEVELS}]").check("level", level)
 
 
 def _gaussian_noise(image: Image.Image, level: int) -> Image.Image:

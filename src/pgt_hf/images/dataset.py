@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import datasets
-import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from datasets import Image
-from datasets.utils.file_utils import xopen
-from PIL import Image as Pictures
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..splits import IGNORED
-from .decoding import BadImageError
+from ..functional import IGNORED
+from ..limits import Count, OneOf, Seed, Whole, checked
+from .decoding import BadImageError, read_upright
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
+
+if TYPE_CHECKING:  # an ImageTrainer of other data sets needs no `datasets`
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
-        transform: An ``ImageTransform``, or another function of an image or the bytes of its file.
+        transform: An ``ImageTransform``, or another function of an image or its file (bytes; of PPM a memoryview).
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
-            and the metrics leave out, warns with the index, and counts it in ``bad_images``.
+            and the metrics leave out, warns with the index and the path, and counts it in ``bad_images``.
 
     Raises:
+        TypeError: ``split`` is no data set of `datasets`.
         ValueError: A column is missing, or ``on_bad_image`` is neither of the two.
         BadImageError: From indexing, where ``on_bad_image="error"``.
 
@@ -57,15 +58,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         torch.Size([3, 32, 32])
     """
 
+    @checked
     def __init__(
         self,
-        split: datasets.Dataset,
+        split: "datasets.Dataset",
         transform: Callable[[Any], Tensor],
         *,
-        seed: int = 0,
-        on_bad_image: str = "error",
+        seed: Seed = 0,
+        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
     ) -> None:
         self.split = _undecoded(split).with_format(None)
+        self._rows = self.split.with_format("arrow")
         self.reader = _Reader(transform, seed, on_bad_image)
         # Shared memory reaches workers that are running already, forked or spawned.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -79,11 +82,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         indices = [range(len(self))[index] for index in indices]  # -1 is the last; IndexError past the end
-        rows, epoch = self.split[indices], self.epoch
+        epoch = self.epoch
         with preserve_rng():
             return [
-                self.reader(image, label, epoch, index, f"image {index}", partial(self._count, index, epoch))
-                for image, label, index in zip(rows["image"], rows["label"], indices, strict=True)
+                self.reader(
+                    *_cells(self._rows[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
+                )
+                for index in indices
             ]
 
     @property
@@ -91,6 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The epoch whose augmentation is drawn."""
         return int(self._epoch)
 
+    @checked
     def set_epoch(self, epoch: int) -> None:
         """Draws other augmentations from the next batch on, in running workers too."""
         self._epoch.fill_(epoch)
@@ -141,23 +147,21 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         44
     """
 
+    @checked
     def __init__(
         self,
-        split: datasets.IterableDataset,
+        split: "datasets.IterableDataset",
         transform: ImageTransform,
         *,
-        batch_size: int,
-        num_samples: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        block_size: int = 1000,
-        on_bad_image: str = "error",
+        batch_size: Count,
+        num_samples: Count,
+        rank: Annotated[int, Whole("[0, inf)")] = 0,
+        world_size: Count = 1,
+        seed: Seed = 0,
+        block_size: Count = 1000,
+        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("block_size", block_size), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size - 1), got {rank}")
         self.batches = num_samples // world_size // batch_size
         if self.batches < 1:
@@ -183,6 +187,8 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         if workers > _MOST_WORKERS:
             raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {workers}")
         if info:
+            import fsspec.asyn  # type: ignore[import-untyped]
+
             fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise, as datasets says of its own
         epoch = self.epoch
         passed = int(self._passed[1]) if self._passed[0] == epoch else 0
@@ -195,6 +201,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         """The epoch that the next iteration is of."""
         return int(self._epoch)
 
+    @checked
     def set_epoch(self, epoch: int) -> None:
         """Other shards, order and augmentation from the next iteration on, in running workers too."""
         self._epoch.fill_(epoch)
@@ -214,7 +221,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return int(self._bad[self._bad[:, 0] == self.epoch, 1].sum())
 
     def _iterate(self, epoch: int, worker: int, workers: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        placeholder = {"pixel_values": self.reader.transform.blank(), "labels": IGNORED}
+        placeholder = self.reader.placeholder()
         for _ in range(start):
             yield placeholder
         self._bad[worker] = torch.tensor([epoch, 0])
@@ -255,8 +262,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
                     mine = range((offset - base) % step, len(table), step)
                     found += len(mine)
                     for index in mine[skip:]:
-                        row = table.slice(index, 1).to_pylist()[0]
-                        yield f"image {base + index} of shard {shard}", row
+                        yield f"image {base + index} of shard {shard}", table.slice(index, 1).to_pylist()[0]
                     skip = max(skip - len(mine), 0)
                     base += len(table)
             if not found:
@@ -276,22 +282,46 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         return parts
 
 
-def read_image(image: Any) -> bytes | Pictures.Image:
+def read_image(image: Any) -> bytes | memoryview | Image.Image:
     """The file behind an undecoded cell of an image column (a dict of ``bytes`` and ``path``); else the cell itself.
 
     Raises:
-        FileNotFoundError: The cell names a file that is not there.
+        BadImageError: The cell is empty, or the file that it names cannot be read.
+        OSError: A file elsewhere, which is there, cannot be read now.
 
     Example:
         >>> read_image({"bytes": b"...", "path": None})
         b'...'
     """
-    if not isinstance(image, dict):
-        return image
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with xopen(image["path"], "rb") as file:
-        return file.read()
+    file = image if isinstance(image, dict) else {"bytes": image, "path": None}
+    if file["bytes"] is not None:
+        return file["bytes"]
+    if not file["path"]:
+        raise BadImageError("there is no image, the cell is empty")
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(file["path"], "rb") as opened:
+            return opened.read()
+    except OSError as error:
+        if "://" in file["path"] and not isinstance(error, FileNotFoundError):
+            raise  # the network, which says nothing about the image
+        raise BadImageError(f"the file cannot be read: {error.strerror or error}") from error
+
+
+def thumbnail(split: Any, index: int, side: int) -> Image.Image | None:
+    """A small upright copy of an image of a split; None where there is none, or it cannot be read."""
+    if "image" not in (split.column_names or ()):
+        return None
+    from datasets import Image as ImageFeature
+
+    try:
+        cell = split.cast_column("image", ImageFeature(decode=False)).with_format(None)[int(index)]["image"]
+        image = read_upright(read_image(cell), side)
+    except (BadImageError, OSError):
+        return None
+    image.thumbnail((side, side))
+    return image
 
 
 class _Reader:
@@ -306,20 +336,46 @@ class _Reader:
         self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
     ) -> dict[str, Any]:
         """Seeds the random numbers and leaves them so. ``count`` says whether a bad image is a new one."""
+        if not isinstance(label, int) or (label < 0 and label != IGNORED):
+            raise ValueError(f"{where} must have the number of a class as its label, got {label!r}")
         seed_sample(self.seed, epoch, index)
         try:
-            pixels: Tensor = self.transform(read_image(image))
-        except (BadImageError, FileNotFoundError) as error:
+            pixels = self.transform(read_image(image))
+        except BadImageError as error:
+            path = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
+            place = f"{where} ({path})" if path else where
             if self.on_bad_image == "error":
-                raise BadImageError(f"{where}: {error}") from error
+                raise BadImageError(f"{place}: {error}") from error
             if count():
-                logger.warning("%s is skipped: %s", where, error)
-            return {"pixel_values": self.transform.blank(), "labels": IGNORED}
-        return {"pixel_values": pixels, "labels": label}
+                logger.warning("%s is skipped: %s", place, error)
+            return self.placeholder()
+        return _example(pixels, label)
+
+    def placeholder(self) -> dict[str, Any]:
+        """A black image as the transform gives them, which the loss and the metrics leave out."""
+        if hasattr(self.transform, "blank"):
+            return _example(self.transform.blank(), IGNORED)
+        return _example(torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), IGNORED)
+
+
+def _cells(row: Any) -> tuple[Any, int]:
+    """Image and label from an Arrow table of one row. The pixels of a PPM file stay where they are, on the disk."""
+    image, label = row.column("image"), row.column("label")[0].as_py()
+    if image.null_count or (file := image[0]["bytes"].as_buffer()) is None or file[:2] != b"P6":
+        return image[0].as_py(), label
+    return {"bytes": memoryview(file), "path": image[0]["path"].as_py()}, label
+
+
+def _example(pixels: Tensor | dict[str, Tensor], label: int) -> dict[str, Any]:
+    return (pixels if isinstance(pixels, dict) else {"pixel_values": pixels}) | {"labels": label}
 
 
 def _undecoded(split: Any) -> Any:
+    if not hasattr(split, "cast_column"):
+        raise TypeError(f"split must be a data set of `datasets`, got a {type(split).__name__}")
+    from datasets import Image as ImageFeature
+
     missing = {"image", "label"} - set(split.column_names or ())
     if missing:
         raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
-    return split.cast_column("image", Image(decode=False))
+    return split.cast_column("image", ImageFeature(decode=False))

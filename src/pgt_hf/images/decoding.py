@@ -1,88 +1,178 @@
-"""Decodes bytes to an upright PIL image, JPEG at a reduced size; a ``BadImageError`` says why it cannot."""
+"""The one decoder: a file's bytes to an upright 8-bit image, JPEG at a reduced size, or a ``BadImageError``."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from typing import Annotated
 
-from PIL import ExifTags, Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from ..limits import Count, Whole, checked
+from .jpeg import decode_rows
+from .raw import ppm, ppm_pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
+File = bytes | memoryview | Image.Image
 
-_UPRIGHT = 1
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TURNS = {  # EXIF's orientation, and what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEPTHS = (8, 12, 16, 31)  # bits of a grey level
 
 
 class BadImageError(ValueError):
     """An image that cannot be used: truncated, in no known format, or too large to decode. The message says which."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader hands on the whole traceback of its worker.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
 
 def decode(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
 ) -> tuple[Image.Image, Size | None]:
     """Decodes the part of an image that will be used.
 
-    ``plan`` takes the width and height of the upright image, before anything is decoded. It returns the box to use,
-    and the size that it will be scaled to, if known. The box is decoded at no less than ``margin`` times that size, if
-    the file has as much.
+    ``plan`` takes the width and height of the upright image. It returns the box to use, and the size that it will be
+    scaled to, if known. The box is decoded at no less than ``margin`` times that size, if the file has as much.
 
     Returns:
-        The box of the upright image, perhaps reduced by 2, 4 or 8, and the size that ``plan`` gave.
+        The box of the upright image, perhaps reduced by 2, 4 or 8, in mode L or RGB; and the size that ``plan`` gave.
 
     Raises:
-        BadImageError: The image cannot be decoded, or is too large for it.
+        BadImageError: The image cannot be decoded, or has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels at the size
+            that it would be decoded at, which its header tells.
+
+    Example:
+        >>> decode(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].size
+        (30, 20)
     """
-    try:
-        return _decode(image, plan, margin)
-    except BadImageError:
-        raise
-    except Exception as error:  # PIL's decoders raise whatever meets them
-        raise BadImageError(f"the image cannot be decoded: {error}") from error
+    decoded, size = _decode(image, plan, margin, fast=False)
+    assert isinstance(decoded, Image.Image)
+    return decoded, size
 
 
-def shrink(image: bytes, shorter_side: int, quality: int) -> bytes:
-    """The image as JPEG with its shorter side at most ``shorter_side`` pixels.
+def decode_rgb(
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
+) -> tuple[np.ndarray, Size | None]:
+    """The same pixels as ``decode``, as an array (H, W, 3), and faster: JPEG by simplejpeg, PPM without a copy.
 
-    EXIF orientation is applied, other metadata are dropped, grey stays grey. An image that is small enough and upright
-    comes back byte for byte, in whatever format it is.
+    Raises:
+        BadImageError: As ``decode``.
+
+    Example:
+        >>> decode_rgb(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
+        (20, 30, 3)
+    """
+    if isinstance(image, bytes | memoryview) and (pixels := ppm_pixels(image)) is not None:
+        height, width, _ = pixels.shape
+        check_pixels(width * height, f"{width} x {height} pixels")
+        (left, top, right, bottom), size = plan(width, height)
+        return pixels[top:bottom, left:right].copy(), size
+    decoded, size = _decode(image, plan, margin, fast=True)
+    return (np.array(to_rgb(decoded)) if isinstance(decoded, Image.Image) else decoded), size
+
+
+def _decode(
+    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
+) -> tuple[Image.Image | np.ndarray, Size | None]:
+    if isinstance(image, memoryview):
+        image = image.tobytes()
+    jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
+    with _errors():
+        source = _open(image) if isinstance(image, bytes) else image
+        if not jpeg:  # it is decoded whole; PNG may name its orientation last, and TIFF turns itself
+            check_pixels(source.width * source.height, f"{source.width} x {source.height} pixels")
+            source.load()
+        orientation = _orientation(source)
+        width, height = source.size if orientation < 5 else source.size[::-1]
+    box, size = plan(width, height)
+    with _errors():
+        whole = box == (0, 0, width, height)
+        reduction = 1
+        if isinstance(source, JpegImageFile) and isinstance(image, bytes):
+            if size is not None:
+                reduction = _reduction(box, size, margin)
+                source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
+            # Of a progressive file libjpeg keeps the whole, however small the result.
+            decoded = width * height if "progressive" in source.info else source.width * source.height
+            check_pixels(decoded, f"{width} x {height} pixels, decoded at 1/{reduction}")
+            if fast and orientation == 1 and source.mode in ("L", "RGB"):
+                left, top, right, bottom = (0, 0, *source.size) if whole else _scaled(box, reduction)
+                pixels = decode_rows(image, width, height, bottom, reduction)
+                if pixels is not None:
+                    return pixels[top:bottom, left:right], size
+            source.load()
+        if orientation in _TURNS:
+            source = source.transpose(_TURNS[orientation])
+        source = _grey(source)
+        if not whole:
+            source = source.crop(_scaled(box, reduction))
+        return source if source.mode == "L" else to_rgb(source), size
+
+
+@checked
+def shrink(image: bytes, shorter_side: Count, quality: Annotated[int | None, Whole("[1, 95]")]) -> bytes:
+    """The image as JPEG with its shorter side at most ``shorter_side`` pixels; as PPM if ``quality`` is None.
+
+    EXIF orientation is applied, other metadata are dropped. For JPEG, grey stays grey, and an image that is small
+    enough and upright comes back byte for byte, in whatever format it is. PPM is RGB, with nothing to decode.
 
     Raises:
         BadImageError: It cannot be decoded: small ones are decoded too, to find out.
     """
-
-    def plan(width: int, height: int) -> tuple[Box, Size]:
-        scale = min(shorter_side / min(width, height), 1)
-        return (0, 0, width, height), (max(round(height * scale), 1), max(round(width * scale), 1))
-
-    decoded, size = decode(image, plan, margin=2)
+    if quality is None:
+        return ppm(np.asarray(read_upright(image, shorter_side)))
+    smaller, size = decode(image, _shorter_side(shorter_side), margin=2)
     assert size is not None
-    source = _open(image)
-    if _orientation(source) == _UPRIGHT and source.size == size[::-1]:
-        return image
-    smaller = decoded if decoded.mode == "L" else to_rgb(decoded)
+    with _errors():
+        source = _open(image)
+        if source.size == size[::-1] and _orientation(source) == 1:
+            return image
     file = BytesIO()
-    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=int(quality))
     return file.getvalue()
 
 
-def read_upright(image: bytes | Image.Image) -> Image.Image:
-    """The whole image, upright and with three 8-bit channels.
+def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
+    """The whole image, upright and with three 8-bit channels; or a smaller copy of it.
+
+    Raises:
+        BadImageError: As ``decode``.
 
     Example:
-        >>> read_upright(Image.new("L", (80, 60))).mode
-        'RGB'
+        >>> read_upright(Image.new("L", (80, 60)), shorter_side=30).size
+        (40, 30)
     """
-    return to_rgb(decode(image, lambda width, height: ((0, 0, width, height), None))[0])
+    if shorter_side is None:
+        return to_rgb(decode(image, lambda width, height: ((0, 0, width, height), None))[0])
+    whole, size = decode(image, _shorter_side(shorter_side), margin=2)
+    assert size is not None
+    return to_rgb(whole).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image with three 8-bit channels; real sets contain grey, 16-bit, palette, CMYK and transparent ones.
 
+    Grey of more than 8 bits (modes I, I;16 and F) is scaled from the smallest of these ranges that holds its largest
+    value: 8, 12, 16 and 31 bits, and for floats [0, 1] before these. Values below 0, and NaN, are black.
+
     Example:
         >>> to_rgb(Image.new("CMYK", (8, 8))).mode
         'RGB'
     """
-    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    image = _grey(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -94,39 +184,72 @@ def check_pixels(pixels: int, what: str) -> None:
         )
 
 
-def _decode(
-    image: bytes | Image.Image, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int
-) -> tuple[Image.Image, Size | None]:
-    source = _open(image) if isinstance(image, bytes) else image
-    orientation = _orientation(source)
-    width, height = source.size if orientation < 5 else source.size[::-1]
-    box, size = plan(width, height)
-
-    reduction = 1
-    if isinstance(image, bytes) and isinstance(source, JpegImageFile) and size is not None:
-        reduction = _reduction(box, size, margin)
-        source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
-    check_pixels(source.width * source.height, f"{width} x {height} pixels, decoded at 1/{reduction}")
-    source.load()
-    if orientation != _UPRIGHT:
-        source = ImageOps.exif_transpose(source)
-    return (source if box == (0, 0, width, height) else source.crop(_scaled(box, reduction))), size
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError("the image cannot be decoded: it is empty, damaged or in no known format") from error
+    except Exception as error:  # PIL's decoders raise whatever meets them
+        raise BadImageError(f"the image cannot be decoded: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:
-    # Image.open refuses large images by their header, before draft() can make them affordable.
-    return JpegImageFile(BytesIO(data)) if data.startswith(b"\xff\xd8\xff") else Image.open(BytesIO(data))
+    if data.startswith(b"\xff\xd8\xff"):  # Image.open refuses large ones, before draft() can make them affordable
+        return JpegImageFile(BytesIO(data))
+    if data.startswith(_PNG):
+        _check_png(data)
+    return Image.open(BytesIO(data))
+
+
+def _check_png(data: bytes) -> None:
+    """Compares the checksums of all chunks, most of which PIL passes over."""
+    view, place, kind = memoryview(data), len(_PNG), b""
+    while kind != b"IEND":
+        end = place + 8 + int.from_bytes(view[place : place + 4], "big")
+        kind, checksum = bytes(view[place + 4 : place + 8]), view[end : end + 4]
+        if len(checksum) < 4:
+            raise BadImageError("the image cannot be decoded: the PNG file is truncated or damaged")
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(checksum, "big"):
+            raise BadImageError(f"the image cannot be decoded: the checksum of PNG chunk {kind!r} is wrong")
+        place = end + 4
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's number, 1 to 8; from 5 on, width and height are exchanged."""
     if isinstance(image, JpegImageFile) and not image.info.keys() & {"exif", "xmp"}:
-        return _UPRIGHT
+        return 1
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a broken EXIF block says nothing about the image
-        return _UPRIGHT
-    return orientation if orientation in range(1, 9) else _UPRIGHT
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits becomes mode L, see ``to_rgb``; convert() would clip it."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    top = levels.max(initial=0)
+    if image.mode == "F" and top <= 1:
+        levels = (levels * 255).round()
+    else:
+        depth = next((bits for bits in _DEPTHS if top < 2**bits), _DEPTHS[-1])
+        levels = levels / 2 ** (depth - 8)
+    return Image.fromarray(levels.clip(max=255).astype(np.uint8))
+
+
+def _shorter_side(side: int) -> Callable[[int, int], tuple[Box, Size]]:
+    """A plan for the whole image with its shorter side at most ``side`` pixels."""
+
+    def plan(width: int, height: int) -> tuple[Box, Size]:
+        scale = min(side / min(width, height), 1)
+        return (0, 0, width, height), (max(round(height * scale), 1), max(round(width * scale), 1))
+
+    return plan
 
 
 def _reduction(box: Box, size: Size, margin: int) -> int:

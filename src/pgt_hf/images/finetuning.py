@@ -5,7 +5,7 @@ PEFT does LoRA; this module joins them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,16 @@ from transformers import PreTrainedModel
 
 from ..extras import require
 from ..heads import last_linear
-from .models import fit_image_size
+from ..limits import Count, NonNegative, Number, Positive, Rate, checked
+from .models import check_names, fit_image_size
+from .rules import Side
 
 # Transformers' models have numbered blocks under these names; what comes after them (a last norm) goes with the head.
 _BLOCK = r"\.(?:layers?|blocks?|stages?)\.(\d+)"
 _LAYERS = {"stem": r"\w+\.embed", "blocks": [(f".*?{_BLOCK}.*?{_BLOCK}", None), (f".*?{_BLOCK}", None)]}
 
 
+@checked
 def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:
     """Gives a classifier a new, untrained last layer for other classes, and their names; all else stays.
 
@@ -37,8 +40,7 @@ def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrain
         >>> model.config.id2label
         {0: 'cat', 1: 'dog'}
     """
-    if len(label_names) < 2:
-        raise ValueError(f"label_names must name at least 2 classes, got {list(label_names)}")
+    check_names(label_names)
     network = getattr(model, "timm_model", None)
     if network is not None:
         network.reset_classifier(len(label_names))
@@ -56,7 +58,8 @@ def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrain
     return model
 
 
-def set_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
+@checked
+def set_image_size(model: PreTrainedModel, side: Side) -> PreTrainedModel:
     """Sets the side of the images, in pixels, that a timm network is trained on, evaluated on and saved with.
 
     Raises:
@@ -66,8 +69,6 @@ def set_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
         >>> set_image_size(load_classifier("tf_efficientnet_lite0"), 96).config.pretrained_cfg["input_size"]
         [3, 96, 96]
     """
-    if side < 1:
-        raise ValueError(f"side must be at least 1, got {side}")
     network = getattr(model, "timm_model", None)
     if network is None:
         raise ValueError(f"the image size can be set for timm models, got {side} for a {type(model).__name__}")
@@ -78,6 +79,7 @@ def set_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
     return model
 
 
+@checked
 def freeze_backbone(model: nn.Module) -> nn.Module:
     """Leaves only the last layer trainable: a linear probe.
 
@@ -88,19 +90,23 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
         >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         1026
     """
+    heads = last_linear(model)
+    if not heads:
+        raise ValueError(f"model must have a linear layer at its end, got a {type(model).__name__} with none")
     model.requires_grad_(False)
-    for layer in last_linear(model):
+    for layer in heads:
         layer.requires_grad_(True)
     return _evaluate_frozen_layers(model)
 
 
+@checked
 def parameter_groups(
     model: nn.Module,
-    lr: float,
+    lr: Rate,
     *,
-    weight_decay: float = 0.0,
-    layer_decay: float | None = None,
-    head_lr_scale: float = 1.0,
+    weight_decay: NonNegative = 0.0,
+    layer_decay: Annotated[float | None, Number("(0, 1]")] = None,
+    head_lr_scale: Positive = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups with learning rates of their own, for any optimizer and schedule.
 
@@ -123,10 +129,6 @@ def parameter_groups(
         >>> max(group["lr"] for group in groups), min(group["lr"] for group in groups)
         (1.0, 0.0001953125)
     """
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
-    if not head_lr_scale > 0:
-        raise ValueError(f"head_lr_scale must be above 0, got {head_lr_scale}")
     base: Any = getattr(model, "get_base_model", lambda: model)()
     network = getattr(base, "timm_model", base)
     options: dict[str, Any] = {
@@ -156,7 +158,14 @@ def parameter_groups(
     return split
 
 
-def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropout: float = 0.0) -> Any:
+@checked
+def add_lora(
+    model: PreTrainedModel,
+    rank: Count = 8,
+    *,
+    scale: Positive = 2.0,
+    dropout: Annotated[float, Number("[0, 1)")] = 0.0,
+) -> Any:
     """Freezes the network and puts a trainable low-rank update beside its linear and convolutional layers (PEFT).
 
     The head is trained whole. Grouped convolutions (depthwise ones) stay as they are. Frozen layers run as in
@@ -175,8 +184,6 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     Example:
         >>> model = add_lora(create_model("vit_tiny_patch16_224", ["cat", "dog"]), rank=4)
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
     require("peft", "LoRA")
     from peft import LoraConfig, get_peft_model
 
@@ -199,7 +206,8 @@ def add_lora(model: PreTrainedModel, rank: int = 8, *, scale: float = 2.0, dropo
     return _evaluate_frozen_layers(get_peft_model(model, config))
 
 
-def class_weights(labels: ArrayLike, classes: int) -> Tensor:
+@checked
+def class_weights(labels: ArrayLike, classes: Count) -> Tensor:
     """Weights that let every class count the same, ``N / (C n_c)``, whose mean over the images is 1.
 
     ``labels`` are the class numbers of the training images, (N). A class without an image gets 0, and C counts the
@@ -213,6 +221,8 @@ def class_weights(labels: ArrayLike, classes: int) -> Tensor:
         tensor([0.6667, 2.0000])
     """
     numbers = np.asarray(labels)
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers.ndim != 1):
+        raise TypeError(f"labels must hold class numbers, of shape (N,), got {numbers.dtype} of shape {numbers.shape}")
     if not numbers.size or numbers.min() < 0 or numbers.max() >= classes:
         raise ValueError(f"labels must lie in [0, {classes}) and not be empty, got {numbers.size} of them")
     count = torch.from_numpy(np.bincount(numbers, minlength=classes))

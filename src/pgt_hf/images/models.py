@@ -6,7 +6,6 @@ and ``pipeline`` read it. The two variants are registered with timm, as ``pgt_re
 import it before you load a checkpoint of one; ``load_classifier`` does.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,16 @@ from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+from ..limits import checked
+from .rules import Side, TimmModel
 
+
+@checked
 def create_model(
-    name: str,
+    name: TimmModel,
     label_names: Sequence[str],
     *,
-    image_size: int = 224,
+    image_size: Side = 224,
     pretrained: bool = False,
     norm_free: bool = False,
     small_images: bool = False,
@@ -51,17 +54,16 @@ def create_model(
         >>> model(torch.zeros(1, 3, 64, 64)).logits.shape
         torch.Size([1, 2])
     """
-    if len(label_names) < 2:
-        raise ValueError(f"label_names must name at least 2 classes, got {list(label_names)}")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models())
-        raise ValueError(f"name must be a timm model, got {name!r}; near: {close or 'see timm.list_models()'}")
+    check_names(label_names)
     architecture, model_args = name, dict(timm_kwargs)
     if norm_free or small_images:
         architecture = pgt_resnet.__name__
         model_args |= {"base": name, "norm_free": norm_free, "small_images": small_images}
 
-    network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
+    try:
+        network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
+    except OSError as error:
+        raise OSError(f"pretrained: timm's weights of {name!r} are not available: {error}") from error
     model_args |= fit_image_size(network, image_size)
     names = dict(enumerate(label_names))
     config = TimmWrapperConfig(
@@ -76,6 +78,12 @@ def create_model(
     return model
 
 
+def check_names(label_names: Sequence[str]) -> None:
+    """Raises ValueError unless there are at least two names, all different."""
+    if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+        raise ValueError(f"label_names must name at least 2 classes, each once, got {list(label_names)[:20]}")
+
+
 def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
     """Adapts a timm network whose parameters depend on the image size, such as a ViT, in place.
 
@@ -85,6 +93,9 @@ def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
     set_input_size = getattr(network, "set_input_size", None)
     if set_input_size is None:
         return {}
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))
+    if side % max(patch):
+        raise ValueError(f"image_size must be a multiple of {max(patch)}, the side of a patch, got {side}")
     set_input_size(img_size=side)
     return {"img_size": side}
 

@@ -6,19 +6,27 @@ is an error that says what to do.
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
-from datasets.exceptions import DatasetNotFoundError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, train_and_validation
+from ..limits import Count, DataSet, Seed, checked
+from ..splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
+from ..tables import in_words
+from .dataset import read_image
+from .decoding import BadImageError, read_upright
+from .folders import read_local
+from .raw import map_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +37,19 @@ GATED = (DEFAULT_DATASET,)
 _IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _DIGIT_SHARDS = 8
+_TRIED = 64  # images or labels, before a split is said to have none that can be read
 
 
+@checked
 def load_image_dataset(
-    name: str = DEFAULT_DATASET,
+    name: Annotated[str, DataSet(("digits",))] = DEFAULT_DATASET,
+    config: str | None = None,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
+    max_train_samples: Count | None = None,
+    max_eval_samples: Count | None = None,
+    seed: Seed = 0,
     streaming: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.
@@ -49,10 +60,12 @@ def load_image_dataset(
 
     Args:
         name: "digits" (1,797 handwritten 8x8 digits inside scikit-learn, a stratified fifth of them for validation),
-            a folder of Parquet files or of images as ``datasets`` lays them out, a CSV file, a folder of them (named
-            after the splits), one Parquet file, or a Hub id. Paths in a CSV file are relative to its folder.
-        image_column: The column with the images; by default image, img, image_path, file_name, filename or path, or
-            the only column of images.
+            a folder with a folder of images for each class (below train, validation, test, if it has splits), a CSV,
+            TSV, JSON or Parquet file, a folder of them (named after the splits), a folder that ``datasets`` wrote, or
+            a Hub id. Paths in a table are relative to its folder.
+        config: The configuration, where a Hub data set has several.
+        image_column: The column with the images; by default the only column of images, or image, img, image_path,
+            file_name, filename or path.
         label_column: The column with the classes; by default label, labels, fine_label or class.
         max_train_samples: Keep at most this many, drawn by ``seed``; with ``streaming`` the first ones.
         max_eval_samples: The same for validation.
@@ -68,21 +81,33 @@ def load_image_dataset(
         PermissionError: The data set is gated and cannot be read with the present token, if any.
         FileNotFoundError: There is no such folder or data set.
         ConnectionError: The Hub could not be reached.
-        ValueError: No image or label column, no labelled images, or labels that differ between the splits. With
-            ``streaming`` also: a split is missing, or the classes have no names.
+        ValueError: No image or label column, no image that can be read, a row without a label, a class that
+            ``train`` lacks, or a file that is damaged; the message names it. With ``streaming`` also: a split is
+            missing, or the classes have no names.
 
     Example:
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
     check_access(name)
-    if streaming and name != DIGITS:
-        return _stream(name, image_column, label_column, max_train_samples, max_eval_samples, seed)
-    splits = _digits(seed) if name == DIGITS else _load(name)
+    local = (_digits(seed), {}) if name == DIGITS else read_local(name)
+    if local is not None and config is not None:
+        raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+    if local is None and streaming:
+        return _stream(name, config, image_column, label_column, max_train_samples, max_eval_samples, seed)
+    splits, folders = (_load(name, config), {}) if local is None else local
+    columns = (image_column, label_column)
     splits = DatasetDict(
-        {key: _image_and_label(split, name, image_column, label_column) for key, split in splits.items()}
+        {
+            key: _image_and_label(
+                split, name, *columns, folders.get(key), optional=key != "train" and "train" in splits
+            )
+            for key, split in splits.items()
+        }
     )
     splits = train_and_validation(splits, name, seed)
+    for split in splits.values():
+        _check_readable(split, name)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     drawn = DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
     if not streaming:
@@ -132,45 +157,44 @@ def _is_cached(name: str) -> bool:
     return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
-def _load(name: str, **options: Any) -> Any:
-    tables = _tables(name)
-    if tables:
-        options = {"data_files": {split: str(file) for split, file in tables.items()}} | options
+def _load(name: str, config: str | None, **options: Any) -> Any:
+    """From the Hub, or a folder as ``datasets`` writes it."""
+    if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
+        found = datasets.load_from_disk(name)
+        return found if isinstance(found, DatasetDict) else DatasetDict({"train": found})
+    if not options and any(Path(name).glob("*.arrow")):  # load_dataset would copy them
+        return map_arrow(Path(name))
     try:
-        return datasets.load_dataset(next(iter(tables.values())).suffix[1:] if tables else name, **options)
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
+        return datasets.load_dataset(name, config, **options)
+    except FileNotFoundError as error:
+        if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
             reason = "the present token has no access to it" if get_token() else "no token was found"
             raise PermissionError(_how_to_get(name, reason)) from error
         raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor a data set on the Hub that can be read"
+            f"{name!r} is neither a local file or folder of images nor a data set on the Hub that can be read: "
+            f"{in_words(error)}"
         ) from error
     except ConnectionError as error:
         raise ConnectionError(
             f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
         ) from error
-
-
-def _tables(name: str) -> dict[str, Path]:
-    """The CSV or Parquet file of each split, where ``name`` is such a file or a folder of CSV files."""
-    path = Path(name)
-    if path.is_file() and path.suffix in (".csv", ".parquet"):
-        return {"train": path}
-    found = sorted(path.glob("*.csv")) if path.is_dir() else []
-    if not found or any(file.stem == "metadata" for file in found):  # `datasets` reads metadata.csv with the images
-        return {}
-    return {file.stem: file for file in found} if len(found) > 1 else {"train": found[0]}
+    except (DatasetsError, ValueError) as error:
+        if "onfig name is missing" in str(error):
+            choices = datasets.get_dataset_config_names(name)
+            raise ValueError(f"dataset_config must be one of {choices} for {name!r}, got None") from error
+        raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
 
 
 def _stream(
     name: str,
+    config: str | None,
     image_column: str | None,
     label_column: str | None,
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
 ) -> dict[str, Dataset | IterableDataset]:
-    splits = _load(name, streaming=True)
+    splits = _load(name, config, streaming=True)
     held_out = next((key for key in EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
     if "train" not in splits or held_out is None:
         raise ValueError(
@@ -181,11 +205,13 @@ def _stream(
         raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
 
     # Asked for the split alone, load_dataset would still download every file of the data set.
-    files = datasets.load_dataset_builder(name).config.data_files
+    files = datasets.load_dataset_builder(name, config).config.data_files
     alone = {held_out: list(files[held_out])}
     options = {"features": splits["train"].features, "verification_mode": "no_checks"}
-    validation = _load(name, data_files=alone, split=held_out, **options)
+    validation = _load(name, config, data_files=alone, split=held_out, **options)
     validation = _image_and_label(validation, name, image_column, label_column)
+    validation = labelled_rows(validation, f"{name!r}, split {held_out!r}")
+    _check_readable(validation, name)
 
     known = splits["train"].info.splits or {}
     rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
@@ -200,8 +226,7 @@ def _begins_labelled(split: IterableDataset) -> bool:
     label = next((column for column in _LABEL_COLUMNS if column in (split.column_names or ())), None)
     if label is None:
         return True  # named by the user; what is wrong with it is said where it is read
-    first = next(iter(split.select_columns([label])), {label: -1})[label]
-    return first is not None and first != -1
+    return any(row[label] not in (None, -1) for row in islice(split.select_columns([label]), _TRIED))
 
 
 def _count_rows(files: Sequence[str]) -> int | None:
@@ -231,31 +256,75 @@ def _digits(seed: int) -> DatasetDict:
     return DatasetDict({"train": halves["train"], "validation": halves["test"]})
 
 
-def _image_and_label(split: Any, name: str, image_column: str | None, label_column: str | None) -> Any:
-    """Of a ``Dataset`` as of an ``IterableDataset``."""
+def _image_and_label(
+    split: Any,
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    folder: Path | None = None,
+    *,
+    optional: bool = False,
+) -> Any:
+    """Of a ``Dataset`` as of an ``IterableDataset``; the image alone where the labels are ``optional`` and absent."""
     if split.features is None:
         raise ValueError("the columns of the stream have no types; write it as Parquet with `datasets` first")
     of_images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
     of_classes = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
-    image = find_column(split.column_names, "image", image_column, _IMAGE_COLUMNS, of_images)
-    label = find_column(split.column_names, "label", label_column, _LABEL_COLUMNS, of_classes)
-    split = split.select_columns([image, label])
-    for old, new in ((image, "image"), (label, "label")):
+    among = split.column_names if image_column else of_images or split.column_names
+    try:
+        columns = {find_column(among, "image", image_column, _IMAGE_COLUMNS, of_images): "image"}
+        try:
+            label = find_column(split.column_names, "label", label_column, _LABEL_COLUMNS, of_classes)
+            if label in columns:
+                raise ValueError(f"image_column and label_column must be two columns, got {label!r} for both")
+            columns[label] = "label"
+        except ValueError:
+            if not optional:
+                raise
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    split = split.select_columns(list(columns))
+    for old, new in columns.items():
         if old != new:
             split = split.rename_column(old, new)
-    return _as_images(split, name)
+    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None))
 
 
-def _as_images(split: Any, name: str) -> Any:
-    """Paths become images; those in a local table are relative to its folder."""
-    if isinstance(split.features["image"], Image):
+def _as_images(split: Any, name: str, folder: Path | None) -> Any:
+    """Bytes and paths of files become images; paths in a local table are relative to its ``folder``."""
+    feature = split.features["image"]
+    if isinstance(feature, Image):
         return split
-    if isinstance(split.features["image"], Value) and Path(name).exists():
-        place = Path(name).resolve()
-        folder = str(place if place.is_dir() else place.parent)
-        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": folder})
-    return split.cast_column("image", Image())
+    kind = "dict" if isinstance(feature, dict) else str(getattr(feature, "dtype", ""))
+    if kind not in ("string", "large_string", "binary", "large_binary", "dict"):
+        raise ValueError(f"{name!r}: the column of images must hold images or their paths, it holds {feature}")
+    if kind.endswith("string") and folder is not None:
+        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder.resolve())})
+    try:
+        return split.cast_column("image", Image())
+    except (TypeError, ValueError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{name!r}: the column of images holds {feature}, no images: {in_words(error)}") from error
 
 
-def _locate(image: str, folder: str) -> dict[str, str]:
-    return {"image": str(Path(folder, image))}  # an absolute path stays as it is
+def _check_readable(split: Dataset, name: str) -> None:
+    """Raises BadImageError if none of some images, drawn from all over the split, can be read."""
+    first: BadImageError | None = None
+    cells = split.cast_column("image", Image(decode=False))
+    rows = sorted({place * split.num_rows // _TRIED for place in range(_TRIED)})
+    for row in rows:
+        cell = cells[row]["image"]
+        try:
+            read_upright(read_image(cell), shorter_side=1)
+            return
+        except BadImageError as error:
+            first = first or BadImageError(f"image {row} ({cell and cell['path']}): {error}")
+    raise BadImageError(f"{name!r}: no image can be read, {len(rows)} were tried: {first}") from first
+
+
+def _locate(image: str | None, folder: str) -> dict[str, str | None]:
+    if not image or "://" in image:
+        return {"image": image or None}
+    path = Path(folder, image)  # an absolute path stays as it is
+    if "\\" in image and not path.exists():
+        path = Path(folder, image.replace("\\", "/"))  # written on Windows
+    return {"image": str(path)}

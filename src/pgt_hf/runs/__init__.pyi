@@ -1,10 +1,14 @@
+from ..atomic import warn_on_failure as warn_on_failure
+from .data import describe_data as describe_data
+from .data import load_validation as load_validation
 from .dataset_terms import Terms as Terms
 from .dataset_terms import dataset_terms as dataset_terms
+from .environment import command as command
 from .environment import command_line as command_line
 from .environment import describe_code as describe_code
-from .environment import describe_data as describe_data
 from .environment import describe_environment as describe_environment
 from .environment import package_versions as package_versions
+from .environment import recipe as recipe
 from .folder import RunFolder as RunFolder
 from .folder import add_to_record as add_to_record
 from .folder import write_evaluation as write_evaluation
@@ -16,5 +20,6 @@ from .record import read_evaluation as read_evaluation
 from .record import read_history as read_history
 from .record import read_record as read_record
 from .record import read_run as read_run
+from .record import run_folder as run_folder
 from .report import report_run as report_run
 from .report import write_report as write_report

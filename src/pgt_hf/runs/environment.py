@@ -1,11 +1,11 @@
 """Where a run comes from: command, code, data, packages, device."""
 
+import os
 import platform
-import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,67 @@ import torch
 _PACKAGES = (
     "pgt_hf", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub",
 )  # fmt: skip
+_SETTINGS = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES")  # of the environment: they choose the devices
 
 
-def command_line() -> str:
-    """The command that started this program, without tokens, for messages that say how to resume.
+def command_line(**changes: object) -> str:
+    """The command that started this program, on as many processes, to be pasted into a shell; without tokens.
+
+    ``changes`` are flags to give in place of those that were given; None leaves a flag out.
 
     Example:
-        >>> print(f"resume with: accelerate launch {command_line()} --resume auto")
+        >>> print("resume with:", command_line(resume="auto"))
+        resume with: accelerate launch recipes/imagenet.py --dataset-name digits --resume auto
     """
     kept, skip = [], False
-    for word in sys.argv:
-        option = re.fullmatch(r"--[\w-]*token(=.*)?", word)
-        if not (skip or option):
-            kept.append(word)
-        skip = option is not None and option[1] is None
-    return shlex.join(kept)
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            flag = word[2:].partition("=")[0].replace("-", "_")
+            skip = flag in changes or flag.endswith("token")
+        kept += [] if skip else [word]
+    for flag, value in changes.items():
+        kept += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    settings, launcher = _launcher()
+    return " ".join([*settings, command(*launcher, sys.argv[0], *kept)])
+
+
+def command(*words: str) -> str:
+    """A command for the shell; programs of this environment that the shell would not find get their path.
+
+    Example:
+        >>> command("pgt-hf", "predict", "runs/my photos", "new.jpg")
+        "pgt-hf predict 'runs/my photos' new.jpg"
+    """
+    found = shutil.which(words[0])
+    here = Path(sys.executable).with_name(words[0])
+    program = words[0] if found and Path(found).parent == here.parent else str(here)
+    return shlex.join([program, *words[1:]])
+
+
+def recipe(name: str) -> str:
+    """The path of another recipe, beside the one that runs."""
+    return str(Path(sys.argv[0]).with_name(name))
+
+
+def _launcher() -> tuple[list[str], list[str]]:
+    """Settings of the environment; and ``accelerate launch`` with its options, another launcher, or python."""
+    import psutil  # comes with accelerate
+
+    before: list[str] = []
+    environment = dict(os.environ)
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+        if sys.argv[0] in words and "python" in Path(words[0]).name:
+            before, environment = words[1 : words.index(sys.argv[0])], parent.environ()
+    except psutil.Error:  # another user's process
+        pass
+    settings = [f"{key}={environment[key]}" for key in _SETTINGS if key in environment]
+    if before[:2] == ["-m", "accelerate.commands.launch"]:
+        before = ["accelerate", "launch", *before[2:]]
+    elif before:
+        before = [Path(before[0]).name, *before[1:]]
+    return settings, before or ["python"]
 
 
 def describe_code() -> dict[str, Any]:
@@ -48,19 +94,6 @@ def describe_code() -> dict[str, Any]:
         return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "-s"))}
     except (OSError, subprocess.CalledProcessError):  # installed from a wheel, or no git on this machine
         return {}
-
-
-def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a data set, its revision if it came from the Hub, and each split's size and fingerprint."""
-    described: dict[str, Any] = {"name": name}
-    for split, dataset in splits.items():
-        rows = getattr(dataset, "num_rows", None)
-        described[split] = {"images": rows, "fingerprint": getattr(dataset, "_fingerprint", None)}
-        sources = getattr(dataset.info, "download_checksums", None) or {}
-        revisions = {found[1] for source in sources if (found := re.search(r"@([0-9a-f]{40})/", str(source)))}
-        if revisions:
-            described["revision"] = " ".join(sorted(revisions))
-    return described
 
 
 def describe_environment(processes: int) -> dict[str, Any]:

@@ -3,22 +3,30 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..atomic import replacing
+from ..atomic import replacing, warn_on_failure
 from .environment import describe_code, describe_environment
-from .record import CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
+from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
 logger = logging.getLogger(__name__)
+
+PREVIOUS = "previous"  # in a run's folder: the runs that were in it before
+_LOCK = ".run.lock"
+_claimed: dict[Path, FileLock] = {}
 
 _TIMING = ("runtime", "per_second", "preparation_time", "epoch")
 
@@ -28,13 +36,19 @@ class RunFolder(TrainerCallback):
 
     ``run.json`` is written before the first step, ``history.jsonl`` and ``training_curve.png`` while it trains,
     ``metrics.json`` by ``finish``. A resumed run goes on in the same ``history.jsonl``: what came after the checkpoint
-    is dropped from it. Where it is resumed with other arguments, or another number of processes, a warning names them.
+    is dropped from it. Where it is resumed with other arguments, or another number of processes, a warning names them;
+    other data is an error. A new run in a folder that has one moves the old one to ``previous/<when it started>``.
+    Two programs cannot run in one folder at once. A file that cannot be written in training is a warning.
 
     Args:
         path: The folder, ``args.output_dir``.
         description: What ``run.json`` says: JSON values, such as ``{"arguments": {...}, "data": {...}}``. Code and
             environment are added, arguments that hold a token are left out.
         title: Above the curve.
+
+    Raises:
+        RuntimeError: When training starts: another program is running in the folder.
+        ValueError: When training is resumed: the data has changed.
 
     Example:
         >>> record = RunFolder("runs/imagenet", {"arguments": {"alpha": 0.25}, "seed": 0}, title="ResNet-50")
@@ -48,21 +62,50 @@ class RunFolder(TrainerCallback):
         self.description = dict(description) | {"arguments": public}
         self.title = title
         self._started = time.perf_counter()
+        self._written = 0  # entries of the log that are in history.jsonl
+        self._checked = False
+
+    def check_resume(self, checkpoint: str | None, allow_changed_data: bool = False) -> None:
+        """Compares the data with that of the run that is to be resumed; training does so too, but later.
+
+        Args:
+            checkpoint: What will be resumed from; None, and there is nothing to compare.
+            allow_changed_data: Warn, and go on with the data as it is now.
+
+        Raises:
+            ValueError: The data has changed; the message says what.
+        """
+        self._checked = True
+        changes = self._changed_data() if checkpoint else []
+        if changes and not allow_changed_data:
+            raise ValueError(
+                f"the data is not that of the run in {self.path}: {'; '.join(changes)}. Resume with the data of that "
+                "run, or give --allow-changed-data to go on with this"
+            )
+        if changes:
+            logger.warning("resumed with other data: %s", "; ".join(changes))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        claim_folder(self.path)
         known = {"code": describe_code(), "environment": describe_environment(args.world_size)}
-        if state.global_step > 0 and (changes := self._changes(args.world_size)):
-            logger.warning(
-                "resumed with other settings, so this is not the run that was stopped: %s", "; ".join(changes)
-            )
+        before = {}
+        if state.global_step > 0:
+            if not self._checked:
+                self.check_resume("from its state")
+            before = read_record(self.path)
+            if changes := self._changes(args.world_size):
+                logger.warning(
+                    "resumed with other settings, so this is not the run that was stopped: %s", "; ".join(changes)
+                )
+        else:
+            self._move_previous()
         started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-        before = read_record(self.path) if state.global_step > 0 else {}
         _write_json(self.path / RECORD, before | self.description | known | started)
-        with replacing(self.path / HISTORY) as draft:
-            draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+        self._written = 0
+        self._write_history(state)
 
     def _changes(self, processes: int) -> list[str]:
         """What differs from the run.json that the stopped run has left."""
@@ -70,6 +113,32 @@ class RunFolder(TrainerCallback):
         now = json.loads(json.dumps(self.description["arguments"] | {"processes": processes}, default=str))
         old = before.get("arguments", {}) | {"processes": before.get("environment", {}).get("processes")}
         return [f"{key} was {old[key]}, is {now[key]}" for key in now if key in old and old[key] != now[key]]
+
+    def _changed_data(self) -> list[str]:
+        """What differs in the splits from what run.json says of them."""
+        before, now = read_record(self.path).get("data", {}), self.description.get("data", {})
+        return [
+            f"{split} {key} was {before[split][key]}, is {now[split][key]}"
+            for split in now
+            if isinstance(now[split], Mapping) and isinstance(before.get(split), Mapping)
+            for key in now[split]
+            if key in before[split] and before[split][key] != now[split][key]
+        ]
+
+    def _move_previous(self) -> None:
+        """Makes room for a new run: what an earlier one left here is kept together elsewhere."""
+        if not (self.path / RECORD).is_file():
+            return
+        started = re.sub(r"\D", "", str(read_record(self.path).get("started", ""))[:19]) or "unknown"
+        target = next(
+            path for n in count() if not (path := self.path / PREVIOUS / f"{started}-{n}".removesuffix("-0")).exists()
+        )
+        target.mkdir(parents=True)
+        # The record goes last: a kill in between leaves a folder whose rest is moved the next time.
+        for name in (*(name for name in CONTENTS if name != RECORD), EVALUATION, CONFIG, RECORD):
+            for path in self.path.glob(name):
+                path.rename(target / path.name)
+        logger.warning("the run that was in %s is in %s now", self.path, target)
 
     def on_log(
         self,
@@ -79,25 +148,54 @@ class RunFolder(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and state.log_history:
-            with open(self.path / HISTORY, "a", encoding="utf-8") as history:
-                history.write(json.dumps(state.log_history[-1]) + "\n")
+        if state.is_world_process_zero:
+            with warn_on_failure(HISTORY):
+                self._write_history(state)
+
+    def _write_history(self, state: TrainerState) -> None:
+        """Adds what was logged since the last time; all of it, if the file is gone or new."""
+        path = self.path / HISTORY
+        if self._written and path.is_file():
+            with open(path, "a", encoding="utf-8") as history:
+                history.writelines(json.dumps(entry) + "\n" for entry in state.log_history[self._written :])
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+        self._written = len(state.log_history)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
-            from ..analysis.run_plots import plot_training_curve
+            with warn_on_failure(CURVE):
+                from ..analysis.run_plots import plot_training_curve
 
-            plot_training_curve(state.log_history, self.path / CURVE, self.title)
+                plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
-    def finish(self, trainer: Any, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
+    def finish(
+        self, trainer: Any, metrics: Mapping[str, float], evaluation: "Evaluation | None" = None, **more: Any
+    ) -> dict[str, Any]:
         """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
 
         Args:
             trainer: Gives alpha, seed, steps, batch and processes.
             metrics: As ``trainer.evaluate`` gives them; timings are left out.
+            evaluation: What ``examine`` found of the model to use, the averaged one if there is one; is written too,
+                and adds the fitted temperature.
             **more: JSON values to add.
+
+        Raises:
+            RuntimeError: No step was taken, so there is no result.
         """
         args, state = trainer.args, trainer.state
+        if not state.global_step:
+            raise RuntimeError("no step was taken, so nothing was trained; nothing is recorded")
+        if evaluation is not None:
+            write_evaluation(self.path, evaluation)
+            averaged = "ema_" if any(key.startswith("eval_ema_") for key in metrics) else ""
+            more |= {key if key == "temperature" else averaged + key: v for key, v in evaluation.fitted().items()}
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not isinstance(trainer.train_dataset, IterableDataset):
+            batch = min(batch, len(trainer.train_dataset))
         losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
         result = {
             "dataset": self.description.get("data", {}).get("name"),
@@ -108,12 +206,38 @@ class RunFolder(TrainerCallback):
             "epochs": state.epoch,
             "steps": state.global_step,
             "learning_rate": args.learning_rate,
-            "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch": batch,
             "world_size": args.world_size,
             "seconds": round(time.perf_counter() - self._started, 1),
         }
         _write_json(self.path / RESULTS, result | more)
         return result | more
+
+
+def claim_folder(path: str | os.PathLike[str], wait: float = 5.0) -> None:
+    """Makes this process the only one that may run in a folder that exists, until it ends, however it ends.
+
+    Args:
+        path: The run's folder.
+        wait: Seconds to wait for a process that is about to end, such as one whose launcher was killed.
+
+    Raises:
+        RuntimeError: Another process is running in it.
+
+    Example:
+        >>> claim_folder("runs/digits")
+    """
+    folder = Path(path).resolve()
+    if folder in _claimed:
+        return
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise RuntimeError(
+            f"another run is going on in {path}: wait until it ends, stop it, or choose another --output-dir"
+        ) from None
+    _claimed[folder] = lock
 
 
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ..analysis.run_plots import (
     plot_probabilities,
     plot_training_curve,
 )
+from ..limits import checked
 from .record import CURVE, DIAGNOSTICS, read_history
 
 _PICTURES = {
@@ -28,6 +29,7 @@ _PICTURES = {
 }
 
 
+@checked
 def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Draws everything in the runs' files, into a folder ``plots`` in each, and returns the pictures' paths.
 
@@ -41,6 +43,8 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         >>> draw_runs(["runs/digits"])
     """
     require_matplotlib()
+    if not len(folders):
+        raise ValueError("folders must name at least one run, got none")
     drawn: list[Path] = []
     runs: dict[str, dict[str, float]] = {}
     for folder in map(Path, folders):

@@ -8,13 +8,15 @@ import torch
 
 from ..images.classifiers import load_classifier, preprocessing
 from ..images.decoding import BadImageError
+from ..limits import Count, checked
 from .record import model_folder, read_run
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
+@checked
 def predict_images(
-    folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]], *, top: int = 3
+    folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]], *, top: Count = 3
 ) -> dict[Path, list[tuple[str, float]]]:
     """The ``top`` likeliest classes of each image and their probabilities, the likeliest first.
 
@@ -30,8 +32,6 @@ def predict_images(
         >>> predict_images("runs/digits", ["three.png"], top=1)
         {PosixPath('three.png'): [('3', 0.998)]}
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
     files = [file for path in map(Path, paths) for file in (_images_in(path) if path.is_dir() else [path])]
     if not files:
         raise FileNotFoundError(f"there is no image; a folder is searched for {', '.join(_IMAGES)}")

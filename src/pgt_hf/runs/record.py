@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..limits import checked
+
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
 
@@ -43,19 +45,29 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "nll": ("nll", "Negative log-likelihood, softmax(z)", False),
     "nll_folded": ("nll", "Negative log-likelihood, softmax(alpha z)", False),
     "ece": ("ece", "Expected calibration error, softmax(z)", False),
+    "nll_fitted": ("nll", "Negative log-likelihood, softmax(z / T)", False),
     "ece_folded": ("ece", "Expected calibration error, softmax(alpha z)", False),
+    "ece_fitted": ("ece", "Expected calibration error, softmax(z / T)", False),
     "brier": ("brier_score", "Brier score, softmax(z)", False),
     "brier_folded": ("brier_score", "Brier score, softmax(alpha z)", False),
 }
 
 _HYPERPARAMETERS = (
-    "alpha", "preset", "optim", "optim_args", "learning_rate", "base_lr", "weight_decay", "lr_scheduler_type",
-    "warmup_steps", "warmup_epochs", "num_train_epochs", "epochs", "max_steps", "steps", "batch", "global_batch",
-    "batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_grad_norm",
+    "alpha", "preset", "optim", "optim_args", "learning_rate", "weight_decay", "schedule", "lr_scheduler_type",
+    "warmup_steps", "warmup_epochs", "epochs", "num_train_epochs", "steps", "max_steps", "batch", "batch_size",
+    "global_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_grad_norm",
     "clip_mode", "clip_value", "label_smoothing_factor", "mixup", "cutmix", "random_erasing",
     "auto_augment", "drop_path", "ema_decay", "image_size", "min_crop", "hflip",
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
+
+# What was asked for says nothing beside what was done: the first is shown, the others are left out where it is known.
+_SUPERSEDED = {
+    "schedule": ("lr_scheduler_type", "warmup_steps"),
+    "epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "batch": ("batch_size", "global_batch", "per_device_train_batch_size", "gradient_accumulation_steps"),
+}
 
 _OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
 
@@ -78,11 +90,19 @@ class Run:
 
     @property
     def scale(self) -> float:
-        """The factor to the logits that gives the better calibrated probabilities: alpha or 1."""
-        raw, folded = self.metrics.get("ece"), self.metrics.get("ece_folded")
-        if self.alpha is None or self.config.get("powergrad_folded") or raw is None or folded is None or folded > raw:
+        """The factor to the logits whose probabilities had the lowest NLL on held-out images: 1, alpha or 1/T."""
+        if self.config.get("powergrad_folded"):
             return 1.0
-        return self.alpha
+        fitted = 1 / self.settings.get("temperature", 1.0)
+        factors = {"nll": 1.0, "nll_folded": self.alpha or 1.0, "nll_fitted": fitted}
+        return factors[min(factors, key=lambda key: self.metrics.get(key, math.inf))]
+
+    @property
+    def probabilities(self) -> str:
+        """Those that ``scale`` gives, as ``softmax(z)``, ``softmax(0.25 z)`` or ``softmax(z / 1.3)``."""
+        if self.scale == 1:
+            return "softmax(z)"
+        return f"softmax({self.scale:g} z)" if self.scale == self.alpha else f"softmax(z / {1 / self.scale:.3g})"
 
     @property
     def dataset(self) -> str | None:
@@ -90,9 +110,11 @@ class Run:
         name = self.settings.get("dataset_name") or self.settings.get("dataset")
         if not isinstance(name, str) or not name:
             return None
-        return name if is_hub_id(name) else Path(name).name
+        local = self.settings.get("local_data") or not is_hub_id(name)
+        return Path(name).name if local else name
 
 
+@checked
 def read_run(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None, ema: bool | None = None
 ) -> Run:
@@ -130,11 +152,13 @@ def read_run(
     return Run(config, settings, {key: found[key] for key in METRICS if _is_number(found.get(key))}, history)
 
 
+@checked
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """``run.json``: arguments, code, data, seed, environment; empty if there is none."""
     return _json(Path(folder, RECORD)) or {}
 
 
+@checked
 def read_history(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
@@ -161,10 +185,16 @@ def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
     return Evaluation.from_json(content) if content else None
 
 
+@checked
 def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder of the model to use: that of the averaged weights if there are any, else the run's own."""
     averaged = Path(folder, EMA)
     return averaged if (averaged / CONFIG).is_file() else Path(folder)
+
+
+def run_folder(model: str | os.PathLike[str]) -> Path | None:
+    """The run that a folder, a checkpoint or the averaged model in it belongs to, if any."""
+    return next((place for place in (Path(model), Path(model).parent) if (place / RECORD).is_file()), None)
 
 
 def is_hub_id(name: str) -> bool:
@@ -179,8 +209,11 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 
 def shown_settings(run: Run) -> list[tuple[str, str]]:
-    """The settings of a run that may be shown in public, as text."""
-    shown = ((key, _public(run.settings.get(key))) for key in _HYPERPARAMETERS)
+    """The settings that a run was made with and that may be shown in public, as text."""
+    idle = {other for key, others in _SUPERSEDED.items() if run.settings.get(key) is not None for other in others}
+    if run.settings.get("schedule") is None:
+        idle |= {"warmup_epochs"}
+    shown = ((key, _public(run.settings.get(key))) for key in _HYPERPARAMETERS if key not in idle)
     return [(key, text) for key, text in shown if text is not None and (text not in _OFF or key in _TELLING_AT_ZERO)]
 
 
@@ -195,7 +228,15 @@ def _public(value: Any) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} must hold JSON, but cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{os.fspath(path)!r} must hold an object of JSON, got a {type(found).__name__}")
+    return found
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

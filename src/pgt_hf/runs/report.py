@@ -10,20 +10,22 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..analysis.calibration import scaled_logits
 from ..analysis.predictions import Evaluation, examine
 from ..analysis.result_plots import plot_reliability
 from ..analysis.run_plots import plot_training_curve
 from ..atomic import replacing
 from ..images.classifiers import load_classifier, match_labels, preprocessing
 from ..images.dataset import ImageDataset
-from ..images.sources import load_image_dataset
+from ..limits import Count, Whole, checked
 from ..splits import class_names
+from .data import load_validation
 from .dataset_terms import dataset_terms
 from .folder import write_evaluation
 from .record import METRICS, REPORT, Run, architecture, model_folder, read_evaluation, read_run, shown_settings
@@ -32,18 +34,21 @@ _MATRIX = 25  # up to so many classes, the confusion matrix is a table of number
 _PIXELS = 720  # side of the picture that it is otherwise
 
 
+@checked
 def report_run(
     folder: str | os.PathLike[str],
     dataset_name: str | None = None,
     *,
-    mistakes: int = 24,
-    max_images: int | None = None,
+    mistakes: Annotated[int, Whole("[0, inf)")] = 24,
+    max_images: Count | None = None,
 ) -> Path:
     """Looks at the predictions of a run's model, writes its report, and returns the report's path.
 
+    The images are those that the run held out, see ``load_validation``.
+
     Args:
         folder: The run.
-        dataset_name: As ``load_image_dataset`` takes it; by default what the run was trained on.
+        dataset_name: As ``load_image_dataset`` takes it; by default the run's own.
         mistakes: How many of the worst to show.
         max_images: Look at the first so many evaluation images only.
 
@@ -55,19 +60,18 @@ def report_run(
         >>> report_run("runs/digits")
     """
     run = read_run(folder)
-    name = dataset_name or run.settings.get("dataset_name")
-    if name is None:
-        raise ValueError("dataset_name must be given: the run does not say what it was trained on")
     where = model_folder(folder)
     model = load_classifier(where)
-    split = load_image_dataset(name)["validation"]
+    split = load_validation(folder, dataset_name)
     if match_labels(class_names(split), list(model.config.id2label.values())) != list(range(model.config.num_labels)):
-        raise ValueError(f"{name} has other classes than the model in {folder}, or another order of them")
+        raise ValueError(f"the data have other classes than the model in {folder}, or another order of them")
     images = ImageDataset(split, preprocessing(model, where), on_bad_image="skip")
-    write_evaluation(folder, examine(model, images, alpha=run.alpha, mistakes=mistakes, max_images=max_images))
+    alpha = None if run.config.get("powergrad_folded") else run.alpha
+    write_evaluation(folder, examine(model, images, alpha=alpha, mistakes=mistakes, max_images=max_images))
     return write_report(folder, run=run)
 
 
+@checked
 def write_report(
     folder: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
@@ -116,10 +120,11 @@ def write_report(
 
 def _headline(run: Run, evaluation: Evaluation | None) -> str:
     terms = dataset_terms(run.dataset)
+    shown = dict(run.metrics)
+    if evaluation is not None:  # the section on calibration has the rest
+        shown = {key: value for key, value in shown.items() if key in ("top1", "top5", "accuracy", "loss", "nll")}
     how = "" if run.alpha is None else f", PowerGrad Transform with alpha = {run.alpha:g}"
-    tiles = [
-        (f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}", METRICS[key][1]) for key, value in run.metrics.items()
-    ]
+    tiles = [(f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}", METRICS[key][1]) for key, value in shown.items()]
     if evaluation is not None:
         tiles.append((f"{evaluation.confusion.sum():,}", "images evaluated here"))
     inner = "".join(
@@ -141,12 +146,23 @@ def _curve(run: Run) -> str | None:
 
 
 def _calibration(evaluation: Evaluation) -> str:
-    file = io.BytesIO()
-    plot_reliability(evaluation.calibration, file, columns=2)
-    return (
-        "<p>Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
-        f"over-confident.</p>{_picture(file, 'Accuracy against confidence')}"
+    found, pictures, rows = evaluation.calibration, [], []
+    for name, scores in found.items():
+        file = io.BytesIO()
+        formula = f"softmax({scaled_logits(scores.temperature)})"
+        plot_reliability({f"{name}: {formula}": scores.reliability}, file)
+        pictures.append(_picture(file, f"Accuracy against confidence, {formula}"))
+        numbers = (scores.nll, scores.ece, scores.brier)
+        rows.append((name, formula, *(f"{number:.4f}" for number in numbers)))
+    advice = f"For probabilities, use <b>{evaluation.probabilities}</b>: its negative log-likelihood (NLL) is lowest."
+    legend = (
+        "Accuracy against confidence: on the diagonal the probabilities are right, below it the model is "
+        "over-confident. The best class, and so the accuracy, is the same for all. Folded are the probabilities that "
+        "PGT trained, with alpha multiplied into the logits; fitted are those at a temperature fitted to one half of "
+        "the images and scored on the other."
     )
+    table = _table(("probabilities", "formula", "NLL", "ECE", "Brier score"), rows)
+    return f"<p>{advice}</p>{table}<p class=legend>{legend}</p><div class=diagrams>{''.join(pictures)}</div>"
 
 
 def _confusion(evaluation: Evaluation) -> str:
@@ -167,8 +183,8 @@ def _confusion(evaluation: Evaluation) -> str:
         return f"{matrix}<p>No image was classified wrong.</p>"
     return (
         f"{matrix}<div class=pair>"
-        f"<div><h3>Most confused</h3>{_table(('class', 'taken for', 'images'), confused)}</div>"
-        f"<div><h3>Hardest classes</h3>{_table(('class', 'right', 'images'), low)}</div></div>"
+        f"<div><h3>Most confused</h3>{_table(('true class', 'predicted', 'images'), confused)}</div>"
+        f"<div><h3>Hardest classes</h3>{_table(('true class', 'right', 'images'), low)}</div></div>"
     )
 
 
@@ -180,12 +196,16 @@ def _matrix(names: Sequence[str], counts: NDArray[np.int64]) -> str:
     rows = []
     for i, name in enumerate(names):
         cells = "".join(
-            f'<td class="{"hit" if i == j else "miss"}" style="--share:{shares[i, j]:.3f}" '
-            f'title="{escape(name)} taken for {escape(names[j])}: {shares[i, j]:.1%}">{counts[i, j] or ""}</td>'
+            f'<td class="{_kind(i == j, counts[i, j])}" style="--share:{shares[i, j]:.3f}" '
+            f'title="true {escape(name)}, predicted {escape(names[j])}: {shares[i, j]:.1%}">{counts[i, j] or ""}</td>'
             for j in range(len(names))
         )
         rows.append(f"<tr><th scope=row>{escape(_short(name))}</th>{cells}</tr>")
     return f"<div class=wide><table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _kind(right: bool, images: int) -> str:
+    return ("hit" if right else "miss") if images else "none"
 
 
 def _matrix_picture(counts: NDArray[np.int64]) -> str:
@@ -205,7 +225,9 @@ def _matrix_picture(counts: NDArray[np.int64]) -> str:
     image = Image.fromarray(pixels).resize((len(pixels) * scale,) * 2, Image.Resampling.NEAREST)
     file = io.BytesIO()
     image.save(file, "PNG")
-    return f"<div class=framed>{_picture(file, 'Confusion matrix: right predictions blue, wrong ones red')}</div>"
+    return (
+        f"<div class=framed>{_picture(file, 'Confusion matrix: right predictions blue, wrong ones red', 'png')}</div>"
+    )
 
 
 def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
@@ -213,18 +235,19 @@ def _mistakes(evaluation: Evaluation, pictures: bool) -> str:
     if not evaluation.mistakes:
         return "<p>No image was classified wrong.</p>"
     intro = (
-        "<p>The wrong predictions with the highest confidence; the number is the image's index in the data set.</p>"
+        "<p>The wrong predictions that the model was surest of. The percentage is the probability of the wrong class, "
+        f"{evaluation.probabilities}; the number is the image's index in the evaluation split.</p>"
     )
     if not pictures:
         rows = [(m.index, names[m.label], names[m.predicted], f"{m.confidence:.1%}") for m in evaluation.mistakes]
         note = "<p>The images are not shown, since the data set's licence may not allow it.</p>"
-        return intro + note + _table(("image", "class", "taken for", "confidence"), rows)
+        return intro + note + _table(("image", "true class", "predicted", "probability"), rows)
     cards = []
     for mistake in evaluation.mistakes:
         picture = f'<img src="{mistake.picture}" alt="image {mistake.index}">' if mistake.picture else ""
         cards.append(
-            f"<figure>{picture}<figcaption><b>{escape(names[mistake.label])}</b> taken for "
-            f"<b>{escape(names[mistake.predicted])}</b><br>{mistake.confidence:.1%} · #{mistake.index}"
+            f"<figure>{picture}<figcaption>true: <b>{escape(names[mistake.label])}</b><br>"
+            f"predicted: <b>{escape(names[mistake.predicted])}</b>, {mistake.confidence:.1%}<br>#{mistake.index}"
             "</figcaption></figure>"
         )
     return f"{intro}<div class=mistakes>{''.join(cards)}</div>"
@@ -237,12 +260,12 @@ def _section(title: str, content: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     top = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"
 
 
-def _picture(png: io.BytesIO, alt: str) -> str:
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<img class=plot src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+def _picture(file: io.BytesIO, alt: str, kind: str = "svg+xml") -> str:
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class=plot src="data:image/{kind};base64,{data}" alt="{escape(alt)}">'
 
 
 def _short(name: str, length: int = 14) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from ..limits import checked
 from ..schedules import AlphaScheduler, Shape, check_schedule
 
 
@@ -29,6 +30,7 @@ class AlphaScheduleCallback(TrainerCallback):
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[schedule])
     """
 
+    @checked
     def __init__(self, shape: str | Shape = "cosine", end_alpha: float = 1.0, warmup_steps: float = 0) -> None:
         check_schedule(shape, end_alpha, warmup_steps)
         if warmup_steps >= 1 and warmup_steps != int(warmup_steps):

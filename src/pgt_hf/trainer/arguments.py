@@ -1,13 +1,50 @@
 """``TrainingArguments`` and the few settings that PGT adds."""
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+import torch
 from transformers.training_args import TrainingArguments
 
-from ..clipping import check_clipping
+from ..clipping import CLIP_MODES, check_clipping
 from ..functional import check_alpha
-from ..optim import DEFAULT_ALPHA
+from ..limits import Needs, Number, OneOf, Positive, Share, Text, Whole, WritableFolder, check_fields
+from ..optim import DEFAULT_ALPHA, PREFIX
+from .registration import SET_ELSEWHERE, parse_optim_args
+
+_LOWER_IS_BETTER = re.compile(r"(eval_)?(ema_)?(nll|ece|brier)(_folded)?")  # Trainer knows it of losses alone
+_COUNT, _SEED = Whole("[1, inf)"), Whole("[0, 4294967295]")
+# What Trainer's own arguments may be. It takes what lies outside, and fails late, trains to nan, or does nothing.
+RULES: dict[str, Any] = {
+    "output_dir": WritableFolder(),
+    "learning_rate": Number("[0, 1e6]"),
+    "weight_decay": Number("[0, 1e6]"),
+    "adam_beta1": Number("[0, 1)"),
+    "adam_beta2": Number("[0, 1)"),
+    "adam_epsilon": Number("[0, 1]"),
+    "num_train_epochs": Number("(0, 1e9]"),
+    "max_steps": Whole("[1, inf)", also=(-1,)),
+    "warmup_steps": Number("[0, inf)"),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "eval_accumulation_steps": _COUNT,
+    "label_smoothing_factor": Number("[0, 1]"),
+    "logging_steps": Number("(0, inf)"),
+    "eval_steps": Number("(0, inf)"),
+    "save_steps": Number("(0, inf)"),
+    "eval_delay": Number("[0, inf)"),
+    "save_total_limit": _COUNT,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": Whole("[0, 1024]"),
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_timeout": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "torch_empty_cache_steps": _COUNT,
+    "neftune_noise_alpha": Number("[0, inf)"),
+}
 
 
 @dataclass
@@ -32,25 +69,53 @@ class PowerGradTrainingArguments(TrainingArguments):
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
     """
 
-    alpha: float | None = field(
+    RULES: ClassVar[dict[str, Any]] = RULES
+
+    max_grad_norm: Annotated[float | None, Number("[0, inf)"), Needs("clip_mode", (None,))] = field(
+        default=1.0, metadata={"help": "Clip gradients to this global norm; 0 is off."}
+    )
+    alpha: Share | None = field(
         default=None, metadata={"help": f"PGT's exponent in [0, 1], default {DEFAULT_ALPHA}; 1 is plain training."}
     )
-    clip_mode: str | None = field(default=None, metadata={"help": "Clip gradients by 'norm', 'value' or 'agc'."})
-    clip_value: float | None = field(default=None, metadata={"help": "The bound for clip_mode."})
-    powergrad_head: str | None = field(
+    clip_mode: Annotated[str | None, OneOf(CLIP_MODES)] = field(
+        default=None, metadata={"help": "Clip gradients by 'norm', 'value' or 'agc'."}
+    )
+    clip_value: Annotated[float | None, Number("(0, inf)"), Needs("clip_mode")] = field(
+        default=None, metadata={"help": "The bound for clip_mode."}
+    )
+    powergrad_head: Annotated[str | None, Text()] = field(
         default=None, metadata={"help": "Dotted name of the head, if it cannot be detected."}
     )
-    hub_fold: bool = field(default=False, metadata={"help": "Multiply alpha into the head of published weights."})
-    hub_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for uploads at the end of training."})
+    hub_fold: Annotated[bool, Needs("push_to_hub")] = field(
+        default=False, metadata={"help": "Multiply alpha into the head of published weights."}
+    )
+    hub_timeout: Positive = field(
+        default=600.0, metadata={"help": "Seconds to wait for uploads at the end of training."}
+    )
 
     def __post_init__(self) -> None:
+        check_fields(type(self), vars(self), RULES)
         self.alpha_given = self.alpha is not None
         self.alpha = DEFAULT_ALPHA if self.alpha is None else float(check_alpha(self.alpha))
         check_clipping(self.clip_mode, self.clip_value)
-        if not self.hub_timeout > 0:
-            raise ValueError(f"hub_timeout must be a number of seconds above 0, got {self.hub_timeout}")
+        if self.clip_mode is not None and self.max_grad_norm not in (None, 0, type(self).max_grad_norm):
+            raise ValueError(
+                f"max_grad_norm must be left out with clip_mode {self.clip_mode!r}, got {self.max_grad_norm}"
+            )
         if self.hub_fold and self.alpha == 0:
             raise ValueError("hub_fold needs an alpha above 0: 0 would make every probability 1/C")
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 must not both be true, got true for both")
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError("fp16 must be false where there is no accelerator, as on the CPU, got true")
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim.startswith(PREFIX):
+            parse_optim_args(optim, self.optim_args, SET_ELSEWHERE)
+        elif self.optim_args and optim in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"optim_args must be left out with {optim!r}, which takes none, got {self.optim_args!r}")
+        lower_is_better = _LOWER_IS_BETTER.fullmatch(self.metric_for_best_model or "")
+        if getattr(self, "greater_is_better", None) is None and lower_is_better:
+            self.greater_is_better = False
         super().__post_init__()
         if self.clip_mode is not None:
             self.max_grad_norm = 0.0

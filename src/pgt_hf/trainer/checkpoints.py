@@ -1,65 +1,81 @@
-"""Atomic checkpoints for any Trainer, and a clean stop on SIGTERM."""
+"""``AtomicCheckpoints``: for any Trainer, checkpoints that are complete, verified and of a sound model."""
 
+import json
 import logging
 import os
 import shutil
-import signal
-import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy
 
-from ..runs.environment import command_line
+from ..data_workers import guard_workers
+from ..guard import ALPHA_KEY
+from ..manifest import MANIFEST, read_manifest, write_manifest
+from .checkpoint_folders import SET_ASIDE, find_checkpoint, list_checkpoints, rotate, set_aside, step_of
+from .stopping import EvaluationStopped
 
 logger = logging.getLogger(__name__)
 
-_SIGTERM_STATUS = 143  # 128 + SIGTERM: a scheduler sees that the run was stopped and is not finished
 STAGING = ".unfinished-checkpoint"  # not "checkpoint-<step>": nothing that looks for checkpoints finds it
+_STAGED_MODEL = ".unfinished-model"
+_NOT_SETTINGS = ("params", "initial_lr", ALPHA_KEY)  # alpha has rules of its own, see ``keep_asked_alpha``
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint of a run, or None.
-
-    Example:
-        >>> latest_checkpoint("runs/imagenet")
-        'runs/imagenet/checkpoint-5000'
-    """
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
-
-
-def find_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> str | None:
-    """What a recipe's ``--resume`` means: nothing, a checkpoint, or "auto", the newest one of the run, if any.
-
-    Raises:
-        FileNotFoundError: ``resume`` is neither "auto" nor the folder of a checkpoint.
-
-    Example:
-        >>> find_checkpoint("auto", "runs/not-yet-started") is None
-        True
-    """
-    if resume in (None, "auto"):
-        return latest_checkpoint(output_dir) if resume else None
-    if not Path(str(resume), TRAINER_STATE_NAME).is_file():
-        raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {resume!r}")
-    return resume
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message says which one is safe."""
 
 
 class AtomicCheckpoints(Trainer):
-    """Mixin for any Trainer: a ``checkpoint-<step>`` folder appears only when every file in it is on disk.
+    """Mixin for any Trainer: what is saved is complete and sound, and what is resumed from is what was saved.
 
-    A checkpoint is written beside the others under another name, flushed to disk, and renamed when it is complete. A
-    process that is killed while it saves leaves ``.unfinished-checkpoint``, which the next save replaces. Older
-    checkpoints are deleted (``save_total_limit``) only after the new one is complete.
+    - A ``checkpoint-<step>`` folder appears when all of it is on disk, with a manifest of sizes and checksums. A
+      process that is killed while it saves leaves ``.unfinished-checkpoint``, which the next save replaces.
+    - A model whose weights or optimizer state are not finite is not saved. Older checkpoints are deleted
+      (``save_total_limit``) only after the new one is complete, and never the newest one that a
+      ``DivergenceCallback`` has found to be good.
+    - Resuming verifies the checkpoint against its manifest, and ``resume_from_checkpoint=True`` or "auto" takes the
+      newest sound one. It must be of the same network and optimizer. The learning rate and the optimizer's settings
+      are those of the arguments; an evaluation that was due is made up for; ``train_loss`` is that of the whole run.
+
+    Raises:
+        CheckpointError: In training: a checkpoint could not be written.
+        ValueError: When resuming: no checkpoint is sound, or it is of another model or optimizer.
+
+    Example:
+        >>> class SafeTrainer(AtomicCheckpoints, Trainer): ...
+        >>> SafeTrainer(model, args, train_dataset=dataset).train(resume_from_checkpoint="auto")
     """
 
     _staging = False
+    _failure: str | None = None
+    _resumed_from: str | None = None
+    _asked: list[dict[str, Any]] | None = None  # the optimizer's settings before the first step
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        found = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if found is None and resume_from_checkpoint is True:
+            raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
+        self._resumed_from = found
+        if not any(isinstance(callback, _Resume) for callback in self.callback_handler.callbacks):
+            self.add_callback(_Resume(self))
+        output = super().train(found, *args, **kwargs)
+        return output._replace(training_loss=self._mean_loss())
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        return guard_workers(super()._get_dataloader(*args, **kwargs))
+
+    # --- saving
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
@@ -68,27 +84,69 @@ class AtomicCheckpoints(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
+        if not all(gather_object([self._is_finite()])):
+            if self.is_world_process_zero():
+                logger.warning("%s was not saved: the weights or the optimizer's state are not finite", name)
+            return
+        kept = {"made_with": self._made_with(), "asked": self._asked, "progress": self._progress()}
         if self.args.local_process_index == 0:
             shutil.rmtree(run / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staging = True
+        self._staging, self._failure = True, None
         try:
-            super()._save_checkpoint(model, trial)
+            with self._noting_failure():
+                super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
-        self._name_best(run, name)
-        self.accelerator.wait_for_everyone()
+        with self._noting_failure():
+            self._name_best(run, name)
+        self._stop_if_failed(run, name)
         # Where nodes share the folder the first of them moves it; each of the others moves what it has of its own.
+        for mine in (self.args.should_save, self.args.local_process_index == 0):
+            if mine and (run / STAGING / name).is_dir():
+                with self._noting_failure():
+                    write_manifest(run / STAGING / name, **kept)
+                    _publish(run, name)
+            self._stop_if_failed(run, name)
         if self.args.should_save:
-            _publish(run, name)
-        self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and (run / STAGING / name).is_dir():
-            _publish(run, name)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best)
+            rotate(run, self.args.save_total_limit, keep=self._protected(run, name))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        target = Path(output_dir or str(self.args.output_dir))
+        folder = target if self._staging else target / _STAGED_MODEL
+        with self._noting_failure():
+            super().save_model(str(folder), _internal_call=True)
+            self._save_more(folder)
+        if self._staging:
+            return
+        self._stop_if_failed(target, "the model")
+        if self.args.should_save:
+            for path in [path for path in folder.rglob("*") if path.is_file()]:
+                _flush(path)
+                final = target / path.relative_to(folder)
+                final.parent.mkdir(exist_ok=True)
+                path.replace(final)
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_more(self, folder: Path) -> None:
+        """What belongs to the model beside its weights, for a subclass to save."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._noting_failure():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._noting_failure():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._noting_failure():
+            super()._save_rng_state(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._staging:  # an upload in the background must not read a folder that is about to be renamed
@@ -101,62 +159,177 @@ class AtomicCheckpoints(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(run / STAGING / name / TRAINER_STATE_NAME))
 
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Remembers what could not be written: this process goes on, or the others would wait for it for ever."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._failure = self._failure or " ".join(str(error).split())
 
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM (a pre-empted machine, ``scancel``): finish the step, save a checkpoint, stop.
+    def _stop_if_failed(self, run: Path, what: str) -> None:
+        failures = [failure for failure in gather_object([self._failure]) if failure]
+        if not failures:
+            return
+        if self.args.local_process_index == 0:
+            for staged in (STAGING, _STAGED_MODEL):
+                shutil.rmtree(run / staged, ignore_errors=True)
+        safe = [path.name for path in list_checkpoints(run) if not (path / SET_ASIDE).is_file()]
+        safe_text = (
+            f"{safe[-1]} in {run} is safe: resume from it" if safe else "No checkpoint was saved before: start again"
+        )
+        raise CheckpointError(f"{what} could not be written to {run}: {failures[0]}. {safe_text} when this is mended")
 
-    All processes stop at the same step, whichever got the signal. ``stopped`` says afterwards that it happened.
+    def _is_finite(self) -> bool:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for state in getattr(self.optimizer, "state", {}).values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        local = (getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors)
+        finite = [tensor.isfinite().all().to(self.args.device) for tensor in local if tensor.is_floating_point()]
+        return not finite or bool(torch.stack(finite).all())
 
-    Example:
-        >>> stop = StopOnSigterm()
-        >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[stop])
-        >>> trainer.train()
-        >>> stop.leave(trainer)
-    """
+    def _protected(self, run: Path, name: str) -> Any:
+        """Says of a checkpoint whether it must not be deleted: the one just saved, the best, the last known good."""
+        seen = [getattr(callback, "last_sound_step", None) for callback in self.callback_handler.callbacks]
+        sound = max((step for step in seen if step is not None), default=None)
+        good = [path for path in list_checkpoints(run) if sound is not None and step_of(path) <= sound]
+        usable = [path.name for path in good if not (path / SET_ASIDE).is_file()]
+        protected = {name, Path(self.state.best_model_checkpoint or "").name, *usable[-1:]}
+        return lambda checkpoint: checkpoint.name in protected
 
-    def __init__(self) -> None:
-        self.stopped = False
-        self._asked = False
-        self._before: Any = None
-        self._group: Any = None
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer's own deleting is not atomic
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        if args.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
+    # --- resuming
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._anyone_asked():
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+    def _made_with(self) -> dict[str, Any]:
+        """What a run must have in common with a checkpoint to resume from it."""
+        layout = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        return {
+            "network": type(self.model).__name__,
+            "weights": sum(tensor.numel() for tensor in self.model.state_dict().values()),
+            "layout": f"{zlib.crc32(repr(layout).encode()):08x}",
+            "optimizer": type(optimizer).__name__,
+            "parameter groups": [len(group["params"]) for group in optimizer.param_groups],
+        }
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped:  # the epoch was cut short: there is nothing to evaluate, and the checkpoint stands
-            control.should_evaluate = control.should_save = False
+    def _check_fits(self, checkpoint: str) -> None:
+        if not Path(checkpoint, MANIFEST).is_file() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        before, now = read_manifest(checkpoint).get("made_with", {}), self._made_with()
+        wrong = [key for key in before if before[key] != now.get(key)]
+        if wrong:
+            known = [key for key in wrong if key not in ("layout", "parameter groups")] or wrong
+            found = ", ".join(f"{key} {before[key]}, here {now.get(key)}" for key in known)
+            raise ValueError(
+                f"{checkpoint} cannot be resumed from, it was made by another run ({found}). Give the options of that "
+                "run, or start a new one from its weights"
+            )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads states; a setting of the optimizer that was asked to be another now, such as the rate, is kept."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self._check_fits(checkpoint)
+        self._asked = _settings(self.optimizer.param_groups)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{checkpoint} does not fit this run: {error}") from error
+        before = read_manifest(checkpoint).get("asked", []) if Path(checkpoint, MANIFEST).is_file() else []
+        groups = self.optimizer.param_groups
+        for group, old, now in zip(groups, before, self._asked, strict=False):
+            changed = {key: value for key, value in now.items() if key in old and old[key] != value}
+            if (rate := changed.pop("lr", None)) is not None:
+                group["lr"] *= rate / old["lr"] if old["lr"] else 1.0
+                group["initial_lr"] = rate
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in changed.items()})
+        if before and hasattr(self.lr_scheduler, "base_lrs"):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
-    def leave(self, trainer: Trainer) -> None:
-        """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
-        if not self.stopped:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run: Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # --- evaluation, and the loss of the whole run
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(model, trial)
+            self.control.should_training_stop = True
+
+    def _evaluation_was_due(self) -> bool:
+        state, strategy = self.state, self.args.eval_strategy
+        by_steps = strategy == IntervalStrategy.STEPS and state.global_step % max(state.eval_steps, 1) == 0
+        by_epoch = strategy == IntervalStrategy.EPOCH and float(state.epoch or 0.5).is_integer()
+        done = any(
+            entry.get("step") == state.global_step and any(key.startswith("eval_") for key in entry)
+            for entry in state.log_history
+        )
+        return (by_steps or by_epoch) and not done
+
+    def _progress(self) -> dict[str, Any]:
+        """Sums of the loss so far; a collective call."""
+        pending = gather_object([self._tr_loss.item()])
+        return {
+            "loss": self._total_loss_scalar,
+            "pending": sum(pending) / len(pending),
+            "logged": self._globalstep_last_logged,
+        }
+
+    def _mean_loss(self) -> float:
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
+        super().log(logs, *args, **kwargs)
+
+
+class _Resume(TrainerCallback):
+    """Where training begins: a resumed run takes up the sums of its loss, and an evaluation that was due."""
+
+    def __init__(self, trainer: AtomicCheckpoints) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._resumed_from is None:
+            trainer._asked = _settings(trainer.optimizer.param_groups)
             return
         if trainer.is_world_process_zero():
-            again = f"accelerate launch {command_line()} --resume auto"
-            print(f"\nStopped by SIGTERM at step {trainer.state.global_step}; resume with: {again}")
-        trainer.end()
-        sys.exit(_SIGTERM_STATUS)
+            set_aside(args.output_dir, state.global_step, f"the run was resumed from step {state.global_step}")
+        if Path(trainer._resumed_from, MANIFEST).is_file():
+            progress = read_manifest(trainer._resumed_from).get("progress", {})
+            trainer._total_loss_scalar = progress.get("loss", 0.0)
+            trainer._tr_loss += progress.get("pending", 0.0)
+            trainer._globalstep_last_logged = progress.get("logged", state.global_step)
+        if trainer._evaluation_was_due():
+            metrics = trainer._evaluate(None, None, skip_scheduler=True)
+            trainer._determine_best_metric(metrics, None)
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
 
-    def _anyone_asked(self) -> bool:
-        if self._group is None:
-            return self._asked
-        asked = torch.tensor(int(self._asked))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        return bool(asked.item())
+def _settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of an optimizer's groups as JSON has them, with the rate that the schedule starts from."""
+    asked = [group | {"lr": group.get("initial_lr", group["lr"])} for group in groups]
+    plain = (bool, int, float, str, list, tuple, type(None))
+    kept = [
+        {key: value for key, value in group.items() if key not in _NOT_SETTINGS and isinstance(value, plain)}
+        for group in asked
+    ]
+    return json.loads(json.dumps(kept))
 
 
 def _publish(run: Path, name: str) -> None:

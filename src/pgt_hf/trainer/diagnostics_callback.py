@@ -24,6 +24,8 @@ from ..analysis.diagnostics import (
     turned_angle,
     zeroed_filters,
 )
+from ..atomic import warn_on_failure
+from ..limits import checked
 from ..runs.record import DIAGNOSTICS
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
@@ -39,7 +41,7 @@ class DiagnosticsCallback(TrainerCallback):
     after ``max_grad_norm``, before ``clip_mode``.
 
     Args:
-        interval: Optimizer steps from one snapshot to the next.
+        interval: Optimizer steps from one snapshot to the next; by default 100, or fewer in a short run.
         capacity: The most snapshots that the file holds, see ``History``.
         head: The module whose output are the logits, or its name, as for ``attach_powergrad``.
 
@@ -51,8 +53,9 @@ class DiagnosticsCallback(TrainerCallback):
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[DiagnosticsCallback()])
     """
 
-    def __init__(self, interval: int = 100, capacity: int = 256, head: nn.Module | str | None = None) -> None:
-        self.interval = check_interval(interval)
+    @checked
+    def __init__(self, interval: int | None = None, capacity: int = 256, head: nn.Module | str | None = None) -> None:
+        self.interval = None if interval is None else check_interval(interval)
         self.history = History(capacity)
         self._head = head
         self._probe: LogitProbe | None = None
@@ -66,6 +69,8 @@ class DiagnosticsCallback(TrainerCallback):
             raise ValueError(
                 "DiagnosticsCallback reads whole parameters, which FSDP and DeepSpeed shard; leave it out"
             )
+        if self.interval is None:
+            self.interval = max(1, min(100, state.max_steps // 40))
         self.history = History(self.history.capacity)
         path = Path(args.output_dir, DIAGNOSTICS)
         if state.global_step > 0 and path.is_file():
@@ -74,7 +79,7 @@ class DiagnosticsCallback(TrainerCallback):
             self._probe = LogitProbe(kwargs["model"], self._head, features=True)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._probe is not None and state.global_step % self.interval == 0:
+        if self._probe is not None and state.global_step % (self.interval or 1) == 0:
             self._probe.listen()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -98,8 +103,10 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.history.save(Path(args.output_dir, DIAGNOSTICS))
+            path = Path(args.output_dir, DIAGNOSTICS)
+            with warn_on_failure(DIAGNOSTICS):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.history.save(path)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.on_save(args, state, control)

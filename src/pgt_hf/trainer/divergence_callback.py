@@ -3,15 +3,19 @@
 import logging
 import math
 import statistics
+import sys
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.diagnostics import recover_target
+from ..limits import Count, checked
+from ..runs.environment import command_line
+from .checkpoint_folders import SET_ASIDE, list_checkpoints, set_aside
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
 logger = logging.getLogger(__name__)
@@ -20,17 +24,19 @@ logger = logging.getLogger(__name__)
 class DivergenceCallback(TrainerCallback):
     """Stops a run within ``interval`` steps of diverging, and says what to try.
 
-    It checks the logits every ``interval`` steps, and every log entry. A run has diverged when logits, loss or
-    gradient norm are not finite; when the loss that is being minimised, the cross-entropy of ``alpha * logits``, or
-    ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the logged gradient norm is
-    1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter`` puts an average in the
-    place of a loss that is not finite.)
+    It checks the logits every ``interval`` steps and after each checkpoint, and every log entry. A run has diverged
+    when logits, loss or gradient norm are not finite; when the loss that is being minimised, the cross-entropy of
+    ``alpha * logits``, or ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the
+    logged gradient norm is 1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter``
+    replaces a loss that is not finite with an average.)
 
     In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is no
     divergence, and common at the start; only ``max_skipped`` skipped steps in a row stop the run, with other advice.
 
     When it stops a run, ``verdict`` says why ("divergence" or "overflow"), ``message`` is the advice, which is also
-    logged as an error, and ``trainer.state.log_history`` gets an entry with both.
+    logged as an error, and ``trainer.state.log_history`` gets an entry with both. No checkpoint is saved from the
+    first suspicion on, and those that were saved after the last check that found nothing (``last_sound_step``) are set
+    aside, so that resuming with "auto" takes an earlier one.
 
     Args:
         interval: Optimizer steps between two checks of the logits.
@@ -48,34 +54,37 @@ class DivergenceCallback(TrainerCallback):
         True
     """
 
+    @checked
     def __init__(
         self,
         interval: int = 10,
         factor: float = 5.0,
-        max_skipped: int = 12,
+        max_skipped: Count = 12,
         head: nn.Module | str | None = None,
     ) -> None:
         self.interval = check_interval(interval)
         if not factor > 1:
             raise ValueError(f"factor must be above 1, got {factor}")
-        if max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {max_skipped}")
         self.factor = factor
         self.max_skipped = max_skipped
         self.verdict: str | None = None
         self.message: str | None = None
         self.skipped = 0
+        self.last_sound_step: int | None = None
         self._head = head
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.verdict, self.message, self.skipped = None, None, 0
-        self._in_a_row, self._suspicions = 0, 0
+        self._in_a_row, self._suspicions, self._doubtful = 0, 0, False
+        self._saved = False
+        self.last_sound_step = state.global_step
         self._first_loss: float | None = None
         self._gradient_norms: list[float] = []
         self._probe = LogitProbe(kwargs["model"], self._head)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.interval == 0:
+        if state.global_step % self.interval == 0 or self._saved:
+            self._saved = False
             self._probe.listen()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -86,6 +95,7 @@ class DivergenceCallback(TrainerCallback):
         if self._in_a_row == self.max_skipped:
             self._stop("overflow", f"the last {self.max_skipped} steps overflowed", state, control, kwargs)
         if not self._probe.listening:
+            self._forbid_saving(control)
             return
         seen = self._probe.seen()
         self._probe.forget()
@@ -93,9 +103,18 @@ class DivergenceCallback(TrainerCallback):
         # A forward pass in fp16 may overflow in a sound network; one whose weights are finite is not lost yet.
         if trouble and skipped and all(parameter.isfinite().all() for parameter in kwargs["model"].parameters()):
             trouble = ""
-        trouble = _agree(trouble, args.device)
+        trouble, self._doubtful = _agree(trouble, self._suspicions > 0, args.device)
         if trouble:
             self._stop("divergence", trouble, state, control, kwargs)
+        elif not self._doubtful:
+            self.last_sound_step = state.global_step - 1  # the logits were those before this step's update
+        self._forbid_saving(control)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved = True  # the next step shows whether the model that was saved is sound
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._forbid_saving(control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
@@ -114,6 +133,33 @@ class DivergenceCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe.remove()
+        if self.verdict is None and not all(weight.isfinite().all() for weight in kwargs["model"].parameters()):
+            self._stop("divergence", "the weights are not finite", state, control, kwargs)
+        if self.verdict == "divergence" and state.is_world_process_zero:
+            set_aside(str(args.output_dir), self.last_sound_step or 0, "the run had diverged")
+
+    def leave(self, trainer: Trainer) -> None:
+        """If the run was stopped, says why and how to go on from the last good checkpoint, and exits with 1.
+
+        For a program that takes ``--resume`` and ``--learning-rate``.
+        """
+        if self.verdict is None:
+            return
+        good = [path for path in list_checkpoints(trainer.args.output_dir) if not (path / SET_ASIDE).is_file()]
+        rate = f"{trainer.args.learning_rate / 4:.3g}"
+        if good:
+            again = command_line(learning_rate=rate, resume="auto")
+            again = f"The last good checkpoint is {good[-1].name}. Resume from it with: {again}"
+        else:
+            again = f"There is no good checkpoint. Start again with: {command_line(learning_rate=rate)}"
+        trainer.end()
+        if not trainer.is_world_process_zero():
+            sys.exit(1)
+        sys.exit(f"error: {self.message} {again}")
+
+    def _forbid_saving(self, control: TrainerControl) -> None:
+        if self.verdict or self._doubtful:
+            control.should_save = False
 
     @torch.no_grad()
     def _examine(self, logits: Tensor, grad: Tensor, alpha: float) -> str:
@@ -149,7 +195,7 @@ class DivergenceCallback(TrainerCallback):
         state.log_history.append(
             {"step": state.global_step, "epoch": state.epoch, "verdict": verdict, "message": self.message}
         )
-        control.should_training_stop = True
+        control.should_training_stop, control.should_save = True, False
 
 
 _ADVICE = {
@@ -165,9 +211,9 @@ _ADVICE = {
 }
 
 
-def _agree(trouble: str, device: torch.device) -> str:
-    """All processes stop at the same step, or the others would wait for ever."""
+def _agree(trouble: str, suspicion: bool, device: torch.device) -> tuple[str, bool]:
+    """All processes stop at the same step, and doubt at the same step, or the others would wait for ever."""
     if PartialState().num_processes == 1:
-        return trouble
-    others = gather(torch.tensor([bool(trouble)], device=device)).any()
-    return trouble or ("another process is in trouble" if others else "")
+        return trouble, suspicion
+    lost, doubtful = gather(torch.tensor([[bool(trouble), suspicion]], device=device)).any(dim=0).tolist()
+    return trouble or ("another process is in trouble" if lost else ""), doubtful

@@ -7,11 +7,14 @@ the baseline's learning rate as many trials.
 from collections.abc import Callable
 from typing import Any
 
+from ..limits import Rate, Share, checked
+
 PAPER_ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # the published ones lie at 0.05, 0.25, 0.3 and 0.92
 
 
+@checked
 def powergrad_hp_space(
-    learning_rate: tuple[float, float], alpha: tuple[float, float] = (0.05, 1.0)
+    learning_rate: tuple[Rate, Rate], alpha: tuple[Share, Share] = (0.05, 1.0)
 ) -> Callable[[Any], dict[str, float]]:
     """A search space for ``Trainer.hyperparameter_search`` with Optuna: alpha and the learning rate together.
 

@@ -1,7 +1,11 @@
 """The settings that training image classifiers adds to ``PowerGradTrainingArguments``."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from transformers import SchedulerType
+
+from ..limits import Count, Needs, Number, OneOf, Share
 from .arguments import PowerGradTrainingArguments
 
 SCHEDULES = ("cosine", "step")
@@ -18,30 +22,43 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
         >>> args = ImageTrainingArguments("out", schedule="cosine", warmup_epochs=5, mixup=0.2, ema_decay=0.9998)
     """
 
-    schedule: str | None = field(default=None, metadata={"help": "timm's 'cosine' or 'step'; else lr_scheduler_type."})
-    warmup_epochs: float = field(default=0.0, metadata={"help": "Epochs of linear warm-up, part of the run."})
-    warmup_lr: float = field(default=0.001, metadata={"help": "First learning rate, as a share of learning_rate."})
-    min_lr: float = field(default=0.0, metadata={"help": "Learning rate where the cosine schedule ends."})
-    decay_epochs: list[int] = field(
+    lr_scheduler_type: Annotated[SchedulerType | str, Needs("schedule", (None,))] = field(
+        default="linear", metadata={"help": "transformers' schedule, in place of timm's."}
+    )
+    schedule: Annotated[str | None, OneOf(SCHEDULES)] = field(
+        default=None, metadata={"help": "timm's 'cosine' or 'step'; else lr_scheduler_type."}
+    )
+    warmup_epochs: Annotated[float, Number("[0, inf)"), Needs("schedule")] = field(
+        default=0.0, metadata={"help": "Epochs of linear warm-up, part of the run."}
+    )
+    warmup_lr: Annotated[float, Number("[0, 1]"), Needs("schedule")] = field(
+        default=0.001, metadata={"help": "First learning rate, as a share of learning_rate."}
+    )
+    min_lr: Annotated[float, Number("[0, inf)"), Needs("schedule", ("cosine",))] = field(
+        default=0.0, metadata={"help": "Learning rate where the cosine schedule ends."}
+    )
+    decay_epochs: Annotated[list[Count], Needs("schedule", ("step",))] = field(
         default_factory=lambda: [30, 60, 90], metadata={"help": "Epochs at which the step schedule decays."}
     )
-    decay_rate: float = field(default=0.1, metadata={"help": "What the step schedule multiplies the rate by."})
-    mixup: float = field(default=0.0, metadata={"help": "Mixup's Beta parameter; 0 is off."})
-    cutmix: float = field(default=0.0, metadata={"help": "CutMix's Beta parameter; 0 is off."})
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights, if any."})
-    ema_warmup: bool = field(default=False, metadata={"help": "Start the average with a short memory."})
+    decay_rate: Annotated[float, Number("[0, 1]"), Needs("schedule", ("step",))] = field(
+        default=0.1, metadata={"help": "What the step schedule multiplies the rate by."}
+    )
+    mixup: Annotated[float, Number("[0, inf)")] = field(
+        default=0.0, metadata={"help": "Mixup's Beta parameter; 0 is off."}
+    )
+    cutmix: Annotated[float, Number("[0, inf)")] = field(
+        default=0.0, metadata={"help": "CutMix's Beta parameter; 0 is off."}
+    )
+    random_erasing: Share = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
+    ema_decay: Annotated[float | None, Number("[0, 1)")] = field(
+        default=None, metadata={"help": "Decay of an average of the weights, if any."}
+    )
+    ema_warmup: Annotated[bool, Needs("ema_decay")] = field(
+        default=False, metadata={"help": "Start the average with a short memory."}
+    )
     channels_last: bool = field(default=False, metadata={"help": "Keep images and convolutions in NHWC order."})
 
     def __post_init__(self) -> None:
-        if self.schedule not in (None, *SCHEDULES):
-            raise ValueError(f"schedule must be None or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("random_erasing", "decay_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay!r}")
         super().__post_init__()
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr must be at most learning_rate, {self.learning_rate}, got {self.min_lr}")

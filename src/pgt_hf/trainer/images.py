@@ -8,6 +8,7 @@ stopped.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..data_workers import guard_workers, use_worker_server
+from ..functional import IGNORED
 from ..images.dataset import ImageStream
+from ..images.device_transforms import augment
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from ..splits import IGNORED
-from .checkpoints import AtomicCheckpoints, latest_checkpoint
+from .checkpoints import AtomicCheckpoints
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
@@ -36,7 +39,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
 
     Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
-    on the device; Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
+    on the device, where flips and colour jitter can be left to it too (``ImageTransform(..., on_device=True)``);
+    Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
     ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
     with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
     averaged model in the folder ``ema``.
@@ -66,6 +70,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     model: Any
     model_wrapped: Any
     lr_scheduler: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -90,13 +95,13 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             )
         if mixing and not args.dataloader_drop_last:
             raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        use_worker_server(args)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model, args, compute_loss_func=self._cross_entropy, **kwargs)
         if args.ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("ema_decay needs whole parameters on each process, and FSDP shards them: set it to None")
         self.ema: ModelEmaV3 | None = None
-        self._resumed_from: str | None = None
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
         self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
         self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
@@ -109,13 +114,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             self._erasing = RandomErasing(args.random_erasing, mode="pixel", device=args.device)
         self.add_callback(_Steps(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir) or True  # Trainer has the error message
-        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     # --- data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -123,19 +121,19 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if not isinstance(dataset, ImageStream):
             return super().get_train_dataloader()
         # A stream gives each process its own part already: Accelerate only moves the batches to the device.
-        workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
         return prepare_data_loader(
-            loader,
+            guard_workers(loader),
             self.accelerator.device,
             num_processes=1,
             process_index=0,
@@ -157,12 +155,20 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             return _Shuffle(dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "augmentation" not in self._signature_columns:  # it is used up before the model sees the batch
+            self._signature_columns.append("augmentation")
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         images, labels = inputs["pixel_values"], inputs.get("labels")
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if images.dtype == torch.uint8:
+        augmentation = inputs.pop("augmentation", None)
+        if augmentation is not None:
+            images = augment(images, augmentation)
+        if images.dtype == torch.uint8 or augmentation is not None:
             images = normalize(images, self._mean, self._std)
         if self.model.training and labels is not None:
             if self._mixup is not None:
@@ -194,7 +200,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
-        return loss / num_items_in_batch
+        # Of a batch whose images are all unreadable the loss is 0.
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=torch.finfo(loss.dtype).tiny)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
         values = super().set_initial_training_values(args, dataloader)
@@ -245,10 +252,16 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         finally:
             self.model, self.model_wrapped = before
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+    def _save_more(self, folder: Path) -> None:
         if self.ema is not None and self.args.should_save:
-            self.ema.module.save_pretrained(os.path.join(output_dir or self.args.output_dir, EMA))
+            self.ema.module.save_pretrained(folder / EMA)
+
+    def _is_finite(self) -> bool:
+        averaged = [] if self.ema is None else [*self.ema.module.state_dict().values()]
+        return super()._is_finite() and all(bool(tensor.isfinite().all()) for tensor in averaged)
+
+    def _made_with(self) -> dict[str, Any]:
+        return super()._made_with() | {"averaged weights (ema_decay)": self.args.ema_decay is not None}
 
     def _start_ema(self) -> None:
         self.ema = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=self.args.ema_warmup)

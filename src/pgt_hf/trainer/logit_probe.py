@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
+from ..limits import Whole
 
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
@@ -69,7 +70,6 @@ def alpha_of(optimizer: Any) -> float:
 
 
 def check_interval(interval: int) -> int:
-    """Returns the interval, or raises ValueError if it is below 1."""
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1, got {interval}")
+    """Returns the interval, or raises TypeError or ValueError unless it is a whole number of at least 1."""
+    Whole("[1, inf)").check("interval", interval)
     return interval

@@ -1,14 +1,16 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..attach import PowerGradHandle
+from ..heads import find_heads
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -26,6 +28,7 @@ class PowerGradTrainer(Trainer):
 
     Raises:
         TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
+        ValueError: There are fewer training examples than a batch, and ``dataloader_drop_last`` would leave out all.
 
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
@@ -52,12 +55,26 @@ class PowerGradTrainer(Trainer):
     ) -> None:
         if args is not None and not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
+        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+            find_heads(model, args.powergrad_head)  # an error before training, not at its first step
+        arguments = args or PowerGradTrainingArguments("trainer_output")
+        if (
+            arguments.dataloader_drop_last
+            and isinstance(train_dataset, Sized)
+            and not isinstance(train_dataset, IterableDataset)
+        ):
+            each = len(train_dataset) // arguments.world_size
+            if each < arguments.train_batch_size:
+                raise ValueError(
+                    f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
+                    f"{arguments.train_batch_size}: dataloader_drop_last would leave out all of them"
+                )
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
         super().__init__(
             model,
-            args or PowerGradTrainingArguments("trainer_output"),
+            arguments,
             data_collator,
             train_dataset,
             eval_dataset,
@@ -144,8 +161,8 @@ class PowerGradTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.
-        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
-            broadcast(buffer)
+        if self.args.world_size > 1:
+            _broadcast(list(self.model.buffers()))
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -171,3 +188,12 @@ class PowerGradTrainer(Trainer):
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
         self._logit_rows += norms.numel()
+
+
+def _broadcast(buffers: list[Tensor]) -> None:
+    """The first process's values for all: one call for each dtype, however many buffers there are."""
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):  # in one order on all processes
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        together = broadcast(torch.cat([buffer.flatten() for buffer in same]))
+        for buffer, part in zip(same, together.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(part.view_as(buffer))

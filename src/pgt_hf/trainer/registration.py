@@ -8,20 +8,31 @@ import ast
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..attach import release_powergrad
-from ..optim import PREFIX, allowed_options, create_optimizer, keep_asked_alpha
+from ..limits import near
+from ..optim import PREFIX, allowed_options, check_option, create_optimizer, keep_asked_alpha
 
 # Listed rather than asked from timm, whose import would make `import pgt_hf` slow.
 _NAMES = """
     sgd momentum sgdw adam adamw nadam nadamw radam adabelief adafactor adagrad adan adopt lamb lars lion madgrad muon
     rmsprop rmsproptf
 """
+# Options of ``create_optimizer`` that arguments of their own set, and that the records of a run read from there.
+SET_ELSEWHERE = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "alpha": "alpha",
+    "clip_mode": "clip_mode",
+    "clip_value": "clip_value",
+    "head": "powergrad_head",
+}
 TRAINER_OPTIMIZERS = tuple(PREFIX + name for name in _NAMES.split())
 
 
@@ -38,26 +49,35 @@ def register() -> None:
         trainer._parse_optim_args = _split  # type: ignore[attr-defined]
 
 
-def parse_optim_args(opt: str, optim_args: str | dict[str, str] | None) -> dict[str, Any]:
+def parse_optim_args(
+    opt: str, optim_args: str | dict[str, str] | None, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Turns ``optim_args`` into values of the types that the optimizer's options have.
 
+    Args:
+        opt: The optimizer.
+        optim_args: ``key=value,...``, or the pairs.
+        elsewhere: Options that arguments of their own set, by those arguments.
+
     Raises:
-        ValueError: It is not ``key=value,...``, a key is unknown for this optimizer, or a value has the wrong type;
+        ValueError: It is not ``key=value,...``, a key is unknown for this optimizer, or a value is not allowed;
             the message names them.
     """
     allowed = allowed_options(opt)
     values: dict[str, Any] = {}
     for key, text in (optim_args if isinstance(optim_args, dict) else _split(optim_args)).items():
+        if key in elsewhere:
+            raise ValueError(f"optim_args must leave out {key}, which {elsewhere[key]} sets, got {key}={text}")
         if key not in allowed:
-            raise ValueError(f"optim_args: {opt!r} has no option {key!r}; it takes {', '.join(sorted(allowed))}")
+            known = ", ".join(sorted(set(allowed) - set(elsewhere)))
+            raise ValueError(
+                f"optim_args: {opt!r} has no option {key!r}, got {key}={text}{near(key, allowed)}; it takes {known}"
+            )
         values[key] = value = _parse_value(text)
-        default = allowed[key].default
-        number = isinstance(default, (int, float)) and not isinstance(default, bool)
-        if (isinstance(default, bool) and not isinstance(value, bool)) or (
-            number and (isinstance(value, bool) or not isinstance(value, (int, float)))
-        ):
-            kind = "a number" if number else "true or false"
-            raise ValueError(f"optim_args: {key} must be {kind}, got {text!r}")
+        try:
+            check_option(key, value, allowed[key].default)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optim_args: {error}") from error
     return values
 
 
@@ -73,10 +93,13 @@ def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]
     betas = (args.adam_beta1, args.adam_beta2)
     if betas != (defaults["adam_beta1"].default, defaults["adam_beta2"].default) and "betas" in allowed:
         options["betas"] = betas
+    elsewhere = dict(SET_ELSEWHERE)
     if hasattr(args, "powergrad_options"):
         options |= args.powergrad_options()
+    else:  # plain TrainingArguments, which have no other place for them
+        elsewhere = {key: elsewhere[key] for key in ("lr", "weight_decay")}
     given = getattr(args, "alpha_given", False) or "alpha" in context.optim_args
-    options |= parse_optim_args(name, context.optim_args)
+    options |= parse_optim_args(name, context.optim_args, elsewhere)
     return (lambda: _create_asked if given else create_optimizer), {"opt": name, **options}
 
 
@@ -123,6 +146,6 @@ def _split(optim_args: str | None) -> dict[str, str]:
         if len(rest) != 1 or not key or not rest[0]:
             raise ValueError(f"optim_args must be key=value pairs separated by commas, got {item!r} in {optim_args!r}")
         if key in values:
-            raise ValueError(f"optim_args names {key!r} twice: {optim_args!r}")
+            raise ValueError(f"optim_args must name each option once, got {key!r} twice: {optim_args!r}")
         values[key] = rest[0]
     return values

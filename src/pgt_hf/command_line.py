@@ -1,0 +1,337 @@
+"""From the command line to dataclasses: every word is read and judged, and an error is one line.
+
+``limits.py`` says what arguments may be; this module reads them, shows them with ``--help`` and names them as flags.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import fields
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from . import __version__
+from .limits import ExistingPath, OneOf, check_fields, check_needs, near
+
+__all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
+
+
+def parse(
+    *kinds: type,
+    description: str | None,
+    defaults: Mapping[str, Any] | Callable[[Namespace], Mapping[str, Any]],
+    smoke: Mapping[str, Any] | None = None,
+    early: Sequence[str] = (),
+    adjust: Callable[[Namespace, set[str]], None] | None = None,
+    positional: str | None = None,
+) -> tuple[Any, ...]:
+    """Fills dataclasses from the command line; an error ends the program with one line.
+
+    Everything is held against the rules of ``limits.py`` before anything is loaded or written.
+
+    Args:
+        *kinds: Dataclasses, as ``HfArgumentParser`` takes them: each field is a flag.
+        description: The program's docstring.
+        defaults: In place of the fields' own; or a function that gives them, from the ``early`` arguments.
+        smoke: More defaults, with ``--smoke``; every flag still wins.
+        early: The arguments that ``defaults`` asks about; None where they were not given.
+        adjust: Changes all arguments, or refuses them with a ValueError, before the dataclasses are made. It also
+            gets the names of those that stand on the command line.
+        positional: The argument that may be given first, without its flag.
+
+    Returns:
+        The dataclasses, and all arguments as they were given, in one dict of JSON values for ``run.json``.
+
+    Example:
+        >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
+    """
+    quiet_libraries()
+    words = sys.argv[1:]
+    if positional and words and not words[0].startswith("-"):
+        words = [f"--{positional}", *words]
+    parser = _Parser(kinds, description=description, formatter_class=_Help, allow_abbrev=False)
+    sys.excepthook = partial(_excepthook, skips="on_bad_image" in _flags)
+    with errors_in_one_line(everywhere=True):
+        given = parser.begin(words)
+        asked = Namespace(**{name: given.get(name) for name in ("smoke", *early)})
+        chosen = dict(defaults(asked) if callable(defaults) else defaults)
+        chosen |= dict(smoke or {}) if asked.smoke else {}
+        if "num_train_epochs" in given and "max_steps" not in given:
+            chosen.pop("max_steps", None)  # which would win over the epochs that were asked for
+        if "lr_scheduler_type" in given and "schedule" not in given:
+            chosen.pop("schedule", None)  # the program's own, in whose place it is asked for
+        if "optim" in given and given["optim"] != chosen.get("optim") and "optim_args" not in given:
+            chosen.pop("optim_args", None)  # the default ones belong to the default optimizer
+        namespace = parser.finish(words, chosen)
+        values = vars(namespace)
+        config = {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
+        config = {key: value for key, value in config.items() if key not in ("config", "resume", "allow_changed_data")}
+        parser.check(values, set(given))
+        if adjust is not None:
+            adjust(namespace, set(given))
+        return *parser.parse_dict(values), json.loads(json.dumps(config, default=str))
+
+
+class _Score:
+    """A metric that ``ClassificationMetrics`` and Trainer report."""
+
+    def check(self, name: str, value: Any) -> None:
+        if value is not None and not re.fullmatch(r"(eval_)?(ema_)?(loss|top\d+|(nll|ece|brier)(_folded)?)", value):
+            scores = ("loss", "top1", "top5", "nll", "ece", "brier", "nll_folded", "ece_folded", "brier_folded")
+            raise ValueError(f"{name} must be one of {', '.join(scores)}, got {value!r}{near(value, scores)}")
+
+
+class _Parser(HfArgumentParser):
+    """Reads every word, or says in one line which it could not; what the words mean is for ``limits.py`` to judge."""
+
+    def __init__(self, kinds: Sequence[type], **options: Any) -> None:
+        self.words: Sequence[str] = ()
+        self.shown: Mapping[str, Any] = {}
+        self.rules: dict[str, Any] = {"metric_for_best_model": _Score()}
+        super().__init__(kinds, **options)
+        _flags.update({name: self.flag(name) for kind in kinds for name in _fields(kind)})
+        for action in self._actions:
+            if action.type is not None:
+                action.type = _as_it_is(action.type)
+            if action.choices is not None:
+                self.rules[action.dest] = OneOf([str(choice) for choice in action.choices])
+                action.choices = None
+        self.add_argument("--version", action="version", version=f"pgt_hf {__version__}")
+        self.add_argument(
+            "--help-all", action=_HelpAll, nargs=0, default=SUPPRESS, help="Show every argument of Trainer too."
+        )
+
+    def begin(self, words: Sequence[str]) -> dict[str, Any]:
+        """What stands on the command line, by argument."""
+        self.words = words
+        first = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+        first.error = self.error  # type: ignore[method-assign]
+        for action in self._actions:
+            if action.dest in _flags:
+                twin = copy(action)
+                twin.default, twin.required = SUPPRESS, False
+                first._add_action(twin)
+        return vars(first.parse_known_args(words)[0])
+
+    def finish(self, words: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
+        """All arguments, from the command line and these defaults."""
+        if unknown := set(defaults) - set(_flags):
+            raise ValueError(f"there are no arguments of these names: {', '.join(sorted(unknown))}")
+        self.shown = defaults
+        self.set_defaults(**defaults)
+        return self.parse_args(words)
+
+    def check(self, values: Mapping[str, Any], given: set[str]) -> None:
+        """Raises TypeError or ValueError for the first argument that its rule does not allow."""
+        if "resume_from_checkpoint" in given:
+            value = values["resume_from_checkpoint"]
+            raise ValueError(
+                f"--resume-from-checkpoint must be given as --resume, a checkpoint or 'auto', got {value!r}"
+            )
+        for name in sorted(given):
+            if isinstance(values[name], str) and not values[name].strip():
+                raise ValueError(f"{name} must not be empty, got {values[name]!r}")
+        known = {
+            name: value for name, value in values.items() if value is not None or self.shown.get(name, 0) is not None
+        }
+        for kind in self.dataclass_types:
+            try:
+                check_fields(kind, known, self.rules | getattr(kind, "RULES", {}))
+            except (TypeError, ValueError) as error:
+                name = str(error).split()[0]
+                if values.get("config") and name in values and name not in given:
+                    raise type(error)(f"{error}, in {values['config']!r}") from error
+                raise
+            check_needs(kind, values, given)
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's messages, in the form of all others."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        flags = re.match(r"argument ([^:]*): (.*)", message, re.DOTALL)
+        if unknown:
+            word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1])
+            close = near(word.partition("=")[0].replace("_", "-"), _flags.values())
+            message = f"{word.partition('=')[0]} is no argument of this program{close or '; see --help'}"
+        elif flags:
+            flag = flags[1].split("/")[-1]
+            after = [self.words[i + 1] for i, word in enumerate(self.words[:-1]) if word in flags[1].split("/")]
+            message = f"{flag} {flags[2]}"
+            if "expected" in flags[2]:
+                message = (
+                    f"{flag} must be followed by a value, got {after[-1]!r}"
+                    if after
+                    else (f"{flag} must be followed by a value, got none")
+                )
+        _end(message, everywhere=True)
+
+    def flag(self, name: str) -> str:
+        """The flag of a field."""
+        return f"--{name.replace('_', '-')}"
+
+    def format_help(self) -> str:
+        """Ours first, in the groups of the dataclasses, then what of Trainer's the program sets itself."""
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        hidden = 0
+        for kind in self.dataclass_types:
+            rest = set(_fields(TrainingArguments)) if issubclass(kind, TrainingArguments) else set()
+            names = _fields(kind)
+            title = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__.removesuffix("Arguments")).lower()
+            hidden += len(rest) - len(rest & set(self.shown))
+            groups = {title: [name for name in names if name not in rest]}
+            groups["Trainer"] = [name for name in names if name in rest and name in self.shown]
+            if self.everything:
+                groups["all of Trainer's"] = [name for name in names if name in rest and name not in self.shown]
+            for heading, group in groups.items():
+                formatter.start_section(heading)
+                formatter.add_arguments(
+                    [action for action in self._actions if action.dest in group and action.const is not False]
+                )
+                formatter.end_section()
+        formatter.start_section("about")
+        formatter.add_arguments([action for action in self._actions if action.dest not in _flags])
+        formatter.end_section()
+        if hidden and not self.everything:
+            formatter.add_text(f"{hidden} more arguments of transformers.TrainingArguments are shown by --help-all.")
+        return formatter.format_help()
+
+    everything = False
+
+
+class _HelpAll(Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.everything = True
+        parser.print_help()
+        parser.exit()
+
+
+def _fields(kind: Any) -> list[str]:
+    return [item.name for item in fields(kind) if item.init]
+
+
+def _as_it_is(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Leaves a word that cannot be read as it is: the rule for its argument then says what is allowed."""
+
+    def reading(word: str) -> Any:
+        try:
+            return read(word)
+        except (ArgumentTypeError, TypeError, ValueError):
+            return word
+
+    return reading
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments in a ``run.json``.
+
+    Raises:
+        ValueError: It is not there, or no such file.
+    """
+    ExistingPath("file").check("config", path)
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
+        if not isinstance(arguments, dict):
+            raise TypeError(f"its arguments are a {type(arguments).__name__}")
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"config must be the run.json of a run, got {os.fspath(path)!r}: {error}") from error
+    return arguments
+
+
+def quiet_libraries() -> None:
+    """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
+    import transformers.trainer
+
+    from .trainer import Progress
+
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
+    if "datasets" in sys.modules and not sys.stderr.isatty():
+        sys.modules["datasets"].disable_progress_bars()
+    processors = logging.getLogger("transformers.models.auto.image_processing_auto")
+    processors.addFilter(lambda record: "backend is not available" not in record.getMessage())  # another one is
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
+    """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
+    decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
+    if decoding is not None and issubclass(kind, decoding.BadImageError):
+        hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+@contextmanager
+def errors_in_one_line(*kinds: type[Exception], everywhere: bool = False) -> Iterator[None]:
+    """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
+
+    Args:
+        *kinds: The errors; by default those that building a run may raise, which are many.
+        everywhere: All processes are known to meet the same error, so the first one of a machine tells it.
+
+    Example:
+        >>> with errors_in_one_line():
+        ...     dataset = load_image_dataset("no/such-set")
+        SystemExit: error: 'no/such-set' is neither a local folder nor in the cache, and the Hub could not be reached
+    """
+    expected = kinds or (ImportError, OSError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except expected as error:
+        _end(str(error), everywhere)
+
+
+_PATIENCE = 10  # seconds
+_flags: dict[str, str] = {}  # of this program, by argument
+
+
+def _end(message: str, everywhere: bool = False) -> NoReturn:
+    """Ends the program with this line, in which arguments have the names that they have on the command line."""
+    named = re.compile(r"(?<![\w'\"./-])(\w+)(?![\w'\"=./(-])")
+
+    def rename(found: re.Match[str]) -> str:
+        word = found[1]
+        return _flags[word] if word in _flags and ("_" in word or found.start() == 0) else word
+
+    if "\n  1. " not in message:  # steps to take have lines of their own
+        message = " ".join(message.split())
+    line = f"error: {named.sub(rename, message)}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's summary, printed after it, shows of us
+        reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
+    if everywhere and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(_PATIENCE)  # the launcher ends us when the first process has told it
+        sys.exit(1)
+    sys.exit(line)
+
+
+class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Shows defaults, keeps the line breaks of the examples, and each flag in one spelling."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        flag = action.option_strings[-1]
+        value = action.metavar or action.dest.rsplit("_", 1)[-1].upper()
+        if action.nargs == "?":
+            return flag
+        return f"{flag} {value} ..." if action.nargs == "+" else flag if action.nargs == 0 else f"{flag} {value}"

@@ -1,0 +1,154 @@
+"""``StopOnSigterm``: on SIGTERM, or when its launcher dies, a run saves a checkpoint and says how to resume."""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..runs.environment import command_line
+from .checkpoint_folders import list_checkpoints
+
+_STATUS = 128 + signal.SIGTERM  # a scheduler sees that the run was stopped and is not finished
+_PATIENCE = 60.0  # seconds that a process may go on without its launcher: its peers may be gone, and it wait for them
+
+
+class EvaluationStopped(SystemExit):
+    """Ends an evaluation that was going on when the run was asked to stop."""
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM (a pre-empted machine, ``scancel``), or if its launcher dies, a run saves a checkpoint and stops.
+
+    All processes stop at the same step, whichever got the signal; an evaluation is cut short. ``stopped`` says
+    afterwards that it happened. Call ``listen`` when the program starts, and the signal also counts before training
+    (nothing is lost: the program says so and exits) and after it (the last checkpoint stands). The status is 143.
+
+    Example:
+        >>> stop = StopOnSigterm().listen()
+        >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[stop])
+        >>> trainer.train()
+        >>> stop.leave(trainer)
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asked: str | None = None
+        self._training = False
+        self._run: str | None = None  # the run's folder, once training has ended
+        self._group: Any = None
+        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._commands = "", ""
+        self._before: Any = None  # the handler to put back after training, unless listen() was called
+
+    def listen(self) -> "StopOnSigterm":
+        """Counts the signal from now on, to the end of the program. Only the main thread can start this."""
+        self._start()
+        self._before = None
+        return self
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._start()
+        self._training = True
+        if args.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._anyone_asked():
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._training and self._anyone_asked():
+            self.stopped = True
+            raise EvaluationStopped(_STATUS)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:  # the epoch was cut short: there is nothing to evaluate, and the checkpoint stands
+            control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.stopped = self.stopped or self._anyone_asked()
+        self._run = str(args.output_dir)
+        self._training = self.stopped  # if it was stopped, leave() has the last word
+        if self._before is not None:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, self._before)
+            self._ears = self._before = None
+
+    def leave(self, trainer: Trainer) -> None:
+        """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
+        if not self.stopped:
+            return
+        if trainer.is_world_process_zero():
+            self._say(f"at step {trainer.state.global_step}")
+        trainer.end()
+        sys.exit(_STATUS)
+
+    def _start(self) -> None:
+        if self._ears is not None or threading.current_thread() is not threading.main_thread():
+            return
+        self._commands = command_line(), command_line(resume="auto")  # while the launcher can be asked
+        ears, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        self._ears = ears, mouth
+        # The interpreter writes to the socket at once, even while the main thread waits for another process.
+        signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        self._before = signal.signal(signal.SIGTERM, _heard) or signal.SIG_DFL
+        threading.Thread(target=self._watch, args=(ears,), name="sigterm", daemon=True).start()
+
+    def _watch(self, ears: socket.socket) -> None:
+        """Waits for the signal, and for the end of the launcher, in a thread of its own."""
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        parent = os.getppid()
+        while True:
+            heard, _, _ = select.select([ears], [], [], 1.0 if launched else None)
+            if heard:
+                if signal.SIGTERM in ears.recv(64):
+                    self._stop("SIGTERM")
+            elif os.getppid() != parent:
+                self._stop("the end of its launcher")
+                threading.Event().wait(_PATIENCE)
+                os._exit(_STATUS)
+
+    def _stop(self, reason: str) -> None:
+        self._asked = reason
+        if not self._training:
+            if int(os.environ.get("RANK", "0")) == 0:
+                self._say("after the last step" if self._run else "before training began")
+            os._exit(_STATUS)
+
+    def _say(self, when: str) -> None:
+        saved = self._run is not None and bool(list_checkpoints(self._run))
+        advice = f"resume with: {self._commands[1]}" if saved else f"run it again with: {self._commands[0]}"
+        print(f"\nStopped by {self._asked or 'SIGTERM'} {when}; {advice}")
+        sys.stdout.flush()
+
+    def _anyone_asked(self) -> bool:
+        if self._group is None:
+            return self._asked is not None
+        asked = torch.tensor(int(self._asked is not None))
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        return bool(asked.item())
+
+
+def _heard(signum: int, frame: Any) -> None:
+    """In place of the default, which would end the process at once; ``_watch`` reads the signal."""
+
+
+def _forget() -> None:
+    """In a forked child (a data worker), SIGTERM means what it always means."""
+    if signal.getsignal(signal.SIGTERM) is _heard:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

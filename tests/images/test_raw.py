@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from test_transforms import config, difference, jpeg, photo
+
+from pgt_hf.images import (
+    BadImageError,
+    ImageDataset,
+    ImageStream,
+    ImageTransform,
+    decode,
+    decode_rgb,
+    load_image_dataset,
+    read_upright,
+    shrink,
+    write_arrow,
+)
+
+
+def whole(width: int, height: int):
+    return (0, 0, width, height), None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of training images and one of validation, as ``prepare.py --format raw`` writes them."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        files = [shrink(jpeg(photo(90, 70, seed=len(name) + number)), 60, None) for number in range(5)]
+        cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0, 1, 0]}
+        table = Dataset.from_dict(cells, features=features).data.table
+        write_arrow(table.cast(features.arrow_schema), tmp_path / f"{name}.arrow", rows_at_once=2)
+    return tmp_path
+
+
+def test_the_pixels_are_those_of_the_smaller_image():
+    file = shrink(jpeg(photo(300, 200)), 100, None)
+    expected = np.asarray(read_upright(jpeg(photo(300, 200)), 100))
+    assert expected.shape == (100, 150, 3)
+    np.testing.assert_array_equal(decode_rgb(memoryview(file), whole)[0], expected)
+    np.testing.assert_array_equal(np.asarray(decode(file, whole)[0]), expected)  # and Pillow reads it too
+    box = (10, 20, 40, 90)
+    np.testing.assert_array_equal(decode_rgb(file, lambda *_: (box, None))[0], expected[20:90, 10:40])
+
+
+def test_a_truncated_file_is_noticed():
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        decode_rgb(shrink(jpeg(photo()), 50, None)[:-1], whole)
+
+
+def test_a_folder_of_arrow_files_is_mapped_and_not_copied(folder):
+    splits = load_image_dataset(str(folder))
+    assert {key: split.num_rows for key, split in splits.items()} == {"train": 10, "validation": 5}
+    assert {str(file["filename"]) for file in splits["train"].cache_files} == {
+        str(folder / f"train-0000{number}-of-00002.arrow") for number in (0, 1)
+    }
+
+
+def test_samples_are_the_same_as_without_arrow(folder):
+    split = load_image_dataset(str(folder))["train"].shuffle(seed=0)
+    transform = ImageTransform(config(48), training=True, normalize=False)
+    images = ImageDataset(split, transform, seed=3)
+    images.set_epoch(2)
+    again = ImageDataset(split.with_format("numpy").flatten_indices(), transform, seed=3)
+    again.set_epoch(2)
+    for number, sample in enumerate(images.__getitems__(range(10))):
+        assert torch.equal(sample["pixel_values"], again[number]["pixel_values"])
+        assert sample["labels"] == split[number]["label"]
+    assert images[0]["pixel_values"].shape == (3, 48, 48)
+    assert difference(images[0]["pixel_values"], images[1]["pixel_values"])[0] > 1
+
+
+def test_a_folder_of_arrow_files_can_be_streamed(folder):
+    splits = load_image_dataset(str(folder), streaming=True)
+    transform = ImageTransform(config(48), training=True, normalize=False)
+    stream = ImageStream(splits["train"], transform, batch_size=2, num_samples=10)
+    assert [sample["labels"] for sample in stream].count(0) == 6
+    assert splits["validation"].num_rows == 5

@@ -1,0 +1,86 @@
+"""SIGTERM before, in and after training, in programs that are stopped as a scheduler would stop them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import TWO, environment
+from small import build
+
+from pgt_hf.trainer import StopOnSigterm
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import pathlib, sys, time
+sys.path.insert(0, {tests!r})
+from pgt_hf.trainer import StopOnSigterm
+stop = StopOnSigterm().listen()
+{body}
+"""
+BEFORE = "print('here', flush=True); time.sleep(60)"
+WAITING = """
+from accelerate import PartialState
+state = PartialState()
+if state.is_main_process:
+    print('here', flush=True)
+    time.sleep(60)
+state.wait_for_everyone()
+"""
+AFTER = """
+import small
+small.build(pathlib.Path("run"), save_strategy="epoch", num_train_epochs=1, callbacks=[stop]).train()
+print('here', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "launcher", "words"),
+    [
+        (BEFORE, [sys.executable], "Stopped by SIGTERM before training began; run it again with: "),
+        (WAITING, TWO, "Stopped by SIGTERM before training began; run it again with: "),
+        (AFTER, [sys.executable], "Stopped by SIGTERM after the last step; resume with: "),
+    ],
+    ids=["loading", "waiting for another process", "after training"],
+)
+def test_sigterm_outside_of_training_ends_the_program_at_once_with_one_line(tmp_path, body, launcher, words):
+    (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent), body=body))
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*launcher, "program.py", "--flag"], cwd=tmp_path, env=environment(), stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        while "here" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=40)
+    printed = (tmp_path / "log").read_text()
+    assert printed.count(words) == 1, printed
+    if launcher != TWO:
+        assert status == 143 and "Traceback" not in printed
+
+
+def test_callback_alone_gives_the_signal_back_after_training(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopOnSigterm()
+    build(tmp_path, max_steps=1, callbacks=[stop]).train()
+    assert signal.getsignal(signal.SIGTERM) is before and not stop.stopped
+
+
+def test_child_that_is_forked_dies_of_sigterm_and_its_parent_does_not(tmp_path):
+    program = PROGRAM.format(tests=".", body=(
+        "import os, signal\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(60)\n"
+        "time.sleep(0.5); os.kill(child, signal.SIGTERM)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])); time.sleep(1); print('alive')\n"
+    ))  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == [str(-signal.SIGTERM), "alive"], done.stderr
