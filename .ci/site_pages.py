@@ -24,6 +24,7 @@ PAGES = {  # in the checkout: on the site
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "studies/README.md": "study.md",
+    "studies/first/README.md": "first_study.md",
 }
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 HREF = re.compile(r'href="(?![a-z]+:|#)([^"#]+)')

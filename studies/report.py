@@ -3,223 +3,321 @@
 python -m studies.report
 """
 
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from pgt_hf.analysis import Comparison, History, compare, interval, new_figure, save
+from pgt_hf.analysis import Comparison, History, compare, new_figure, save
 
-from .run import HERE, read_rows
-from .settings import ALPHAS, PARTS, SEARCH_SEEDS, Setting, equivalents
+from .run import HERE, finalists, read_rows, trials, winner
+from .settings import (
+    ALPHAS,
+    HIGH_DECAY,
+    LADDERS,
+    NORMS,
+    RATES,
+    SCALES,
+    SEARCH_SEEDS,
+    SEEDS,
+    Row,
+    Search,
+    Setting,
+    plan,
+)
+from .tables import accuracy, difference, header, line, mean, place
 
-__all__ = ["main"]
+__all__ = ["Study", "main"]
 
-PAIRS = [(data, network) for data in ("tiny-imagenet", "fashion-mnist") for network in ("bn", "norm-free")]
-PGT = 0.25  # the alpha of the rows that are not about alpha
-SIGNIFICANT = 3
-Row = dict[str, Any]
+SCALE = "small"  # that of the page's tables
+NETWORKS = ("norm-free", "bn")
+SEARCHES = ("sgd/norm-free", "sgd/bn", "adamw/bn")
+Line = dict[str, Any]
 
 
 def main() -> None:
     """Everything that is drawn or tabulated, in place."""
-    study = Study(read_rows())
+    study = Study(read_rows(), SCALE)
     (HERE / "figures").mkdir(exist_ok=True)
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        readme = put(readme, name, table(study))
-    (HERE / "README.md").write_text(readme, encoding="utf-8")
+    place(HERE / "README.md", {name: TABLES[name](study) for name in TABLES if name != "evidence"})
+    place(HERE.parent / "docs" / "evidence.md", {"evidence": evidence(study)})
     for name, draw in FIGURES.items():
-        save(draw(study), HERE / "figures" / f"{name}.png", None)
-
-
-def put(text: str, name: str, lines: Iterable[str]) -> str:
-    """``text`` with these lines between the comments ``<!-- name -->`` and ``<!-- end -->``."""
-    block = f"<!-- {name} -->\n" + "\n".join(lines) + "\n<!-- end -->"
-    new, count = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"README.md must have one place for the table {name!r}, has {count}")
-    return new
+        figure = draw(study)
+        for axes in figure.axes:
+            axes.set_visible(axes.has_data())  # there may be no rows yet
+        save(figure, HERE / "figures" / f"{name}.png", None)
 
 
 class Study:
-    """The rows by setting; the trainings of the search apart from those of the tables."""
+    """The lines of one scale by what the plan says of them.
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.searched: dict[Setting, dict[float, float]] = {}
-        self.trained: dict[Setting, dict[int, Row]] = {}
-        for row in rows:
-            setting = Setting.from_row(row)
-            if row["seed"] == SEARCH_SEEDS[0]:
-                self.searched.setdefault(setting, {})[row["learning_rate"]] = row["select_top1"]
-            elif row["seed"] not in SEARCH_SEEDS:
-                self.trained.setdefault(setting, {})[row["seed"]] = row
+    Raises:
+        ValueError: A line of any scale does not agree with the plan, or with the search that is to have chosen it.
+    """
 
-    def values(self, setting: Setting, key: str | Callable[[Row], float]) -> list[float]:
-        """One for each seed, in their order; empty where there is none, as of a run that diverged."""
-        rows = [row for _, row in sorted(self.trained.get(setting, {}).items())]
-        values = [key(row) if callable(key) else row.get(key) for row in rows]
-        return [] if any(value is None for value in values) else values
+    def __init__(self, lines: list[Line], scale: str) -> None:
+        self.lines = lines
+        self.items = [item for name in SCALES for item in plan(name)]
+        self.searches = {item.name: item for item in self.items if isinstance(item, Search)}
+        rows = {(item.group, item.setting, item.learning_rate) for item in self.items if isinstance(item, Row)}
+        self.chosen = {name: winner(search, lines) for name, search in self.searches.items()}
+        self.trained: dict[tuple[str, Setting], dict[int, Line]] = {}
+        for each in lines:
+            setting, rate, by = Setting.from_row(each), each["learning_rate"], each["chosen_by"]
+            if by == "plan":
+                agrees = (each["group"], setting, rate) in rows
+            else:
+                agrees = by in self.searches and self._agrees(self.searches[by], each)
+            if not agrees:
+                raise ValueError(f"{by} did not choose learning rate {rate} for {setting}, seed {each['seed']}")
+            if setting.scale == scale and each["seed"] in SEEDS:
+                key = setting if by == "plan" else self.searches[by].setting
+                self.trained.setdefault((each["group"], key), {})[each["seed"]] = each
 
-    def versus(self, setting: Setting, baseline: Setting) -> Comparison | None:
-        """The difference in test top-1 over the seeds that both have."""
-        seeds = sorted(set(self.trained.get(setting, {})) & set(self.trained.get(baseline, {})))
-        if len(seeds) < 2:
-            return None
-        return compare(*([self.trained[which][seed]["test_top1"] for seed in seeds] for which in (setting, baseline)))
+    def _agrees(self, search: Search, each: Line) -> bool:
+        setting, rate, seed = Setting.from_row(each), each["learning_rate"], each["seed"]
+        if replace(setting, weight_decay=search.setting.weight_decay) != search.setting:
+            return False
+        if seed == SEARCH_SEEDS[0]:
+            inside = [search.rates[0] <= rate <= search.rates[1]]
+            inside += [search.decays[0] <= setting.weight_decay <= search.decays[1]]
+            return all(inside)
+        if seed == SEARCH_SEEDS[1]:
+            tried = trials(search, self.lines)
+            return any((rate, setting.weight_decay) == (row["learning_rate"], row["weight_decay"]) for row in tried)
+        return (setting, rate) == self.chosen[search.name]
+
+    def values(self, group: str, setting: Setting, key: str | Callable[[Line], float]) -> list[float]:
+        """One for each seed, in their order, without those of runs that have none."""
+        lines = [each for _, each in sorted(self.trained.get((group, setting), {}).items())]
+        found = (key(each) if callable(key) else each.get(key) for each in lines)
+        return [value for value in found if value is not None]
+
+    def versus(self, group: str, setting: Setting, baseline: Setting, key: str = "test_top1") -> Comparison | None:
+        """The paired difference over the seeds that both have."""
+        ours, theirs = (self.trained.get((group, which), {}) for which in (setting, baseline))
+        seeds = sorted(set(ours) & set(theirs))
+        return compare(*([of[seed][key] for seed in seeds] for of in (ours, theirs))) if len(seeds) > 1 else None
 
 
-def gap(row: Row) -> float:
-    return row["train_top1"] - row["test_top1"]
+def rung(network: str, alpha: float, decay: float) -> Setting:
+    """A setting of the ladder."""
+    return Setting("tiny-imagenet", network, alpha, weight_decay=decay, scale=SCALE)
 
 
-# --- tables
+def ladder(network: str) -> Callable[[Study], list[str]]:
+    """Accuracy, and filters that are dying, by weight decay and alpha."""
+
+    def table(study: Study) -> list[str]:
+        group = f"ladder/{network}"
+        lines = header("wd", "lr wd T", "alpha", "seeds", "train top-1 (%)", "test top-1 (%)", "minus alpha = 1",
+                       "filters below 0.1", "at 0")  # fmt: skip
+        for decay in LADDERS[network]:
+            for alpha in ALPHAS:
+                setting = rung(network, alpha, decay)
+                values = {key: study.values(group, setting, key) for key in KEYS}
+                if not values["test_top1"]:
+                    continue
+                lines.append(
+                    line(
+                        f"{decay:g}",
+                        mean(values["decay_time"]),
+                        f"{alpha:g}",
+                        str(len(values["test_top1"])),
+                        mean(values["train_top1"], 100),
+                        accuracy(values["test_top1"]),
+                        "" if alpha == 1 else difference(study.versus(group, setting, replace(setting, alpha=1.0))),
+                        mean(values["small_filters"]),
+                        mean(values["zeroed_filters"]),
+                    )
+                )
+        return lines
+
+    return table
 
 
-def header(*columns: str) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+KEYS = ("decay_time", "train_top1", "test_top1", "small_filters", "zeroed_filters")
 
 
-def line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+def rescue(study: Study) -> list[str]:
+    """The ladder's high weight decay again: what PGT does there, and what a plain run needs to do it."""
+    lines = header("network", "method", "batch", "lr", "wd", "seeds", "test top-1 (%)", "minus cross-entropy",
+                   "filters below 0.1", "at 0")  # fmt: skip
+    for group, setting, rate, baseline in _others(study):
+        values = {key: study.values(group, setting, key) for key in KEYS}
+        if not values["test_top1"]:
+            continue
+        found = "" if setting == baseline[1] else difference(_difference(study, (group, setting), baseline))
+        lines.append(
+            line(
+                f"{setting.network}, {setting.optimizer}",
+                describe(setting),
+                str(setting.batch),
+                f"{rate:g}",
+                f"{setting.weight_decay:g}",
+                str(len(values["test_top1"])),
+                accuracy(values["test_top1"]),
+                found,
+                mean(values["small_filters"]),
+                mean(values["zeroed_filters"]),
+            )
+        )
+    return lines
 
 
-def mean(values: Sequence[float], scale: float = 1.0) -> str:
-    return f"{scale * statistics.fmean(values):.{SIGNIFICANT}g}" if values else "-"
+Key = tuple[str, Setting]
 
 
-def accuracy(values: Sequence[float]) -> str:
-    if len(values) < 2:
+def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
+    """Rows at fixed settings beside the ladder, each after cross-entropy and PGT at the same settings."""
+    shown: set[Key] = set()
+    for item in study.items:
+        if not isinstance(item, Row) or item.setting.scale != SCALE or item.group.startswith("ladder"):
+            continue
+        own = item.group.startswith(("batch", "adamw"))  # groups with a baseline of their own
+        plain = replace(item.setting, alpha=1.0, method="pgt", parts=(), clip=None)
+        baseline = (item.group if own else f"ladder/{item.setting.network}", plain)
+        if not own and baseline not in shown:
+            shown.add(baseline)
+            for alpha in ALPHAS:
+                yield baseline[0], replace(plain, alpha=alpha), item.learning_rate, baseline
+        yield item.group, item.setting, item.learning_rate, baseline
+
+
+def _difference(study: Study, ours: Key, theirs: Key) -> Comparison | None:
+    left, right = study.trained.get(ours, {}), study.trained.get(theirs, {})
+    seeds = sorted(set(left) & set(right))
+    return compare(*([of[seed]["test_top1"] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
+
+
+def describe(setting: Setting) -> str:
+    """The method in words."""
+    if setting.method == "parts":
+        names = ["the head's three changes"] if "init" in setting.parts else []
+        names += ["1/alpha times the gradient into the features"] if "features" in setting.parts else []
+        names += ["norms learn 1/alpha times faster"] if set(NORMS) & set(setting.parts) else []
+        text = f"plain, {' and '.join(names)} (alpha {setting.alpha:g})"
+    else:
+        text = "cross-entropy" if setting.alpha == 1 else f"PGT, alpha {setting.alpha:g}"
+    return text + (" + AGC 0.01" if setting.clip == "agc" else "")
+
+
+def searches(study: Study) -> list[str]:
+    """Where each search is, and what it found."""
+    lines = header("network", "alpha", "trials", "pruned", "lr", "wd", "lr wd T",
+                   "top-1 on the search's images, seed 0 (%)", "second best")  # fmt: skip
+    for name in SEARCHES:
+        for alpha in ALPHAS:
+            search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
+            done = trials(search, study.lines)
+            best = finalists(done)
+            if not best:
+                continue
+            chosen = study.chosen[search.name]
+            top = next((row for row in best if chosen and row["learning_rate"] == chosen[1]), best[0])
+            lines.append(
+                line(
+                    _network(name),
+                    f"{alpha:g}",
+                    f"{len(done)} of {search.trials}",
+                    str(sum(row["verdict"] == "pruned" for row in done)),
+                    f"{top['learning_rate']:.3g}",
+                    f"{top['weight_decay']:.2g}",
+                    f"{top['decay_time']:.2g}",
+                    f"{100 * top['select_top1']:.2f}",
+                    f"{100 * best[1]['select_top1']:.2f}" if len(best) > 1 else "-",
+                )
+            )
+    return lines
+
+
+def _network(name: str) -> str:
+    optimizer, network = name.split("/")
+    return f"{network}, {optimizer}"
+
+
+def tuned(study: Study) -> list[str]:
+    """Each alpha at the learning rate and weight decay of its own search."""
+    lines = header("network", "alpha", "lr", "wd", "lr wd T", "seeds", "train top-1 (%)", "test top-1 (%)",
+                   "minus alpha = 1", "filters below 0.1", "epochs to alpha 1's last")  # fmt: skip
+    for name in SEARCHES:
+        group = f"search/{name}"
+        plain = study.searches[f"{SCALE}/{group}/1"].setting
+        for alpha in ALPHAS:
+            setting = replace(plain, alpha=alpha)
+            values = {key: study.values(group, setting, key) for key in (*KEYS, "learning_rate", "weight_decay")}
+            if not values["test_top1"]:
+                continue
+            lines.append(
+                line(
+                    _network(name),
+                    f"{alpha:g}",
+                    mean(values["learning_rate"]),
+                    f"{values['weight_decay'][0]:.2g}",
+                    mean(values["decay_time"]),
+                    str(len(values["test_top1"])),
+                    mean(values["train_top1"], 100),
+                    accuracy(values["test_top1"]),
+                    "" if alpha == 1 else difference(study.versus(group, setting, plain)),
+                    mean(values["small_filters"]),
+                    epochs_to(study, group, setting, plain),
+                )
+            )
+    return lines
+
+
+def epochs_to(study: Study, group: str, setting: Setting, baseline: Setting) -> str:
+    """The first epoch at which the mean curve is at the last point of the baseline's, over the seeds of both."""
+    ours, theirs = (study.trained.get((group, which), {}) for which in (setting, baseline))
+    seeds = set(ours) & set(theirs)
+    if not seeds:
         return "-"
-    centre, half = interval(values)
-    return f"{100 * centre:.2f} +- {100 * half:.2f}"
+    goal = statistics.fmean(theirs[seed]["curve"][-1] for seed in seeds)
+    curve = np.mean([ours[seed]["curve"] for seed in seeds], axis=0)
+    reached = np.flatnonzero(curve >= goal)
+    return str(int(reached[0]) + 1) if len(reached) else "not"
 
 
-def difference(found: Comparison | None) -> str:
-    if found is None:
+def evidence(study: Study) -> list[str]:
+    """The table of docs/evidence.md: one line for each weight decay, and one for what was searched."""
+    lines = header("network", "weight decay", "lr wd T", "seeds", *(f"alpha {alpha:g}" for alpha in ALPHAS))
+    for network in NETWORKS:
+        group = f"search/sgd/{network}"
+        rows = [(f"ladder/{network}", rung(network, 1.0, decay), f"{decay:g}") for decay in LADDERS[network]]
+        rows.append((group, study.searches[f"{SCALE}/{group}/1"].setting, "searched with lr"))
+        for name, plain, label in rows:
+            settings = [replace(plain, alpha=alpha) for alpha in ALPHAS]
+            counts = [len(study.values(name, setting, "test_top1")) for setting in settings]
+            if not any(counts):
+                continue
+            scale = mean(study.values(name, plain, "decay_time")) if name != group else ""
+            cells = [_cell(study, name, setting, plain) for setting in settings]
+            lines.append(line(network, label, scale, "/".join(map(str, counts)), *cells))
+    return lines
+
+
+def _cell(study: Study, group: str, setting: Setting, plain: Setting) -> str:
+    """Top-1 and dying filters; in bold where the paired interval of the difference to alpha 1 leaves out 0."""
+    top1 = study.values(group, setting, "test_top1")
+    if not top1:
         return "-"
-    text = f"{100 * found.difference:+.2f} +- {100 * found.half_width:.2f}"
-    return f"**{text}**" if found.found else text
-
-
-def rate(study: Study, setting: Setting) -> str:
-    rates = study.values(setting, "learning_rate")
-    return f"{rates[0]:.4g}" if rates else "-"
-
-
-def row(study: Study, label: str, setting: Setting, baseline: Setting) -> str:
-    against = "" if setting == baseline else difference(study.versus(setting, baseline))
-    top1 = study.values(setting, "test_top1")
-    return line(label, rate(study, setting), str(len(top1)), accuracy(top1), against)
-
-
-def alphas(study: Study) -> list[str]:
-    lines = header("data", "network", "alpha", "learning rate", "seeds", "test top-1 (%)", "minus alpha = 1")
-    for data, network in PAIRS:
-        for alpha in ALPHAS:
-            label = f"{data} | {network} | {alpha:g}"
-            lines.append(row(study, label, Setting(data, network, alpha), Setting(data, network)))
-    return lines
-
-
-def trends(study: Study) -> list[str]:
-    lines = header(
-        "data", "network", "alpha", "train top-1 (%)", "gap (points)", "train loss", "test NLL", "folded NLL",
-        "fitted NLL", "ECE", "folded ECE", "logit norm", "feature norm",
-    )  # fmt: skip
-    for data, network in PAIRS:
-        for alpha in ALPHAS:
-            setting = Setting(data, network, alpha)
-            cells = [mean(study.values(setting, "train_top1"), 100), mean(study.values(setting, gap), 100)]
-            keys = ["train_loss", "raw_nll", "folded_nll", "fitted_nll", "raw_ece", "folded_ece"]
-            if alpha == 1:  # nothing to fold
-                keys = [key.replace("folded", "raw") for key in keys]
-            cells += [mean(study.values(setting, key)) for key in (*keys, "logit_norm", "feature_norm")]
-            lines.append(line(data, network, f"{alpha:g}", *cells))
-    return lines
-
-
-def smoothing(study: Study) -> list[str]:
-    lines = header("data", "network", "alpha", "top-1 (%)", "smoothed", "smoothed minus not", "gap", "gap, smoothed")
-    for data, network in PAIRS:
-        for alpha in ALPHAS:
-            plain = Setting(data, network, alpha)
-            smooth = replace(plain, label_smoothing=0.1)
-            cells = [accuracy(study.values(which, "test_top1")) for which in (plain, smooth)]
-            cells.append(difference(study.versus(smooth, plain)))
-            cells += [mean(study.values(which, gap), 100) for which in (plain, smooth)]
-            lines.append(line(data, network, f"{alpha:g}", *cells))
-    return lines
-
-
-def methods(network: str) -> list[tuple[str, Setting]]:
-    pgt = Setting("tiny-imagenet", network, PGT)
-    (parts, _), (translated, _) = equivalents(pgt)
-    rows = [
-        ("cross-entropy", Setting("tiny-imagenet", network)),
-        (f"PGT, alpha {PGT:g}", pgt),
-        ("the same by all four parts", parts),
-        ("the same by a translated temperature", translated),
-        (f"temperature {1 / PGT:g}, lr searched", replace(pgt, method="temperature")),
-    ]
-    if network == "norm-free":
-        return rows
-    low = Setting("tiny-imagenet", network, 0.05)
-    rows += [("PGT, alpha 0.05", low), ("temperature 20, lr searched", replace(low, method="temperature"))]
-    return rows + [(f"only: {text}", replace(pgt, method="parts", parts=(part,))) for part, text in PARTS.items()]
-
-
-def same_by_other_means(study: Study) -> list[str]:
-    lines = header(
-        "network", "method", "learning rate", "seeds", "test top-1 (%)", "minus cross-entropy", "logit norm"
+    text = (
+        f"{100 * statistics.fmean(top1):.1f} ({statistics.fmean(study.values(group, setting, 'small_filters')):.0f})"
     )
-    for network in ("bn", "norm-free"):
-        for label, setting in methods(network):
-            cells = row(study, f"{network} | {label}", setting, Setting("tiny-imagenet", network))
-            lines.append(f"{cells} {mean(study.values(setting, 'logit_norm'))} |")
-    return lines
-
-
-def clipped() -> list[tuple[str, Setting]]:
-    plain = Setting("tiny-imagenet", "norm-free")
-    losses = {"cross-entropy": 1.0, f"PGT, alpha {PGT:g}": PGT}
-    return [
-        (loss + name, replace(plain, alpha=alpha, clip=clip))
-        for clip, name in ((None, ""), ("agc", " + AGC 0.01"), ("norm", " + GC 1.0"))
-        for loss, alpha in losses.items()
-    ]
-
-
-def clipping(study: Study) -> list[str]:
-    lines = header("method", "learning rate", "seeds", "test top-1 (%)", "minus cross-entropy", "smallest filter norm")
-    for label, setting in clipped():
-        cells = row(study, label, setting, Setting("tiny-imagenet", "norm-free"))
-        lines.append(f"{cells} {mean(study.values(setting, 'smallest_filter'))} |")
-    return lines
-
-
-def filters(study: Study) -> list[str]:
-    lines = header("data", "network", "alpha", "filters", "at zero", "below 0.1", "smallest norm")
-    for data, network in PAIRS:
-        for alpha in ALPHAS:
-            setting = Setting(data, network, alpha)
-            cells = [
-                mean(study.values(setting, key)) for key in ("zeroed_filters", "small_filters", "smallest_filter")
-            ]
-            lines.append(line(data, network, f"{alpha:g}", *map(str, study.values(setting, "filters")[:1]), *cells))
-    return lines
+    found = study.versus(group, setting, plain) if setting != plain else None
+    return f"**{text}**" if found is not None and found.found else text
 
 
 TABLES: dict[str, Callable[[Study], list[str]]] = {
-    "alphas": alphas,
-    "trends": trends,
-    "smoothing": smoothing,
-    "methods": same_by_other_means,
-    "clipping": clipping,
-    "filters": filters,
+    "ladder norm-free": ladder("norm-free"),
+    "ladder bn": ladder("bn"),
+    "rescue": rescue,
+    "searches": searches,
+    "tuned": tuned,
+    "evidence": evidence,
 }
 
 
@@ -230,111 +328,120 @@ def colour(alpha: float) -> str:
     return f"C{ALPHAS.index(alpha)}"
 
 
-def search_figure(study: Study) -> Figure:
+def ladder_figure(study: Study) -> Figure:
+    """Accuracy and dying filters by weight decay: the mean, and each seed as a dot."""
     figure, grid = new_figure(2, 2, (9, 6.5))
-    for axes, (data, network) in zip(grid.flat, PAIRS, strict=True):
-        for alpha in ALPHAS:
-            tried = sorted(study.searched.get(Setting(data, network, alpha), {}).items())
-            if tried:
-                axes.plot(
-                    [rate for rate, _ in tried], [100 * top1 for _, top1 in tried], "o-", color=colour(alpha),
-                    label=f"alpha = {alpha:g}",
-                )  # fmt: skip
-        axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 (%)", title=f"{data}, {network}")
-        rates = sorted({rate for line in axes.lines for rate in line.get_xdata()})
-        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
-        axes.minorticks_off()
-        if axes.lines:
-            axes.legend(fontsize=8)
-    figure.suptitle("The search: its first seed, on images that the tables do not use")
+    shown = {"test_top1": "test top-1 (%)", "small_filters": "filters below a tenth of their norm"}
+    for axes_of, network in zip(grid, NETWORKS, strict=True):
+        for axes, (key, label) in zip(axes_of, shown.items(), strict=True):
+            scale = 100 if key == "test_top1" else 1
+            for alpha in ALPHAS:
+                found = {
+                    decay: [
+                        scale * value for value in study.values(f"ladder/{network}", rung(network, alpha, decay), key)
+                    ]
+                    for decay in LADDERS[network]
+                }
+                centres = {decay: statistics.fmean(values) for decay, values in found.items() if values}
+                axes.plot(list(centres), list(centres.values()), "-", color=colour(alpha), label=f"alpha = {alpha:g}")
+                for decay, values in found.items():
+                    axes.plot([decay] * len(values), values, "o", markersize=4, alpha=0.6, color=colour(alpha))
+            axes.set(xscale="log", xlim=(0.5 * LADDERS[network][0], 2 * LADDERS[network][-1]), xlabel="weight decay")
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{network}, learning rate {RATES[network]:g}: {label}", fontsize=9)
+            axes.grid(alpha=0.3)
+        axes_of[0].legend(fontsize=8)
     return figure
 
 
-def difference_figure(study: Study) -> Figure:
-    figure, grid = new_figure(1, 4, (11, 3.2))
-    for axes, (data, network) in zip(grid.flat, PAIRS, strict=True):
-        found = {
-            alpha: comparison
-            for alpha in ALPHAS[1:]
-            if (comparison := study.versus(Setting(data, network, alpha), Setting(data, network)))
-        }
-        axes.errorbar(
-            list(found), [100 * c.difference for c in found.values()], [100 * c.half_width for c in found.values()],
-            fmt="o", capsize=3,
-        )  # fmt: skip
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel="alpha", title=f"{data}, {network}")
-        axes.set_xticks(list(found), [f"{alpha:g}" for alpha in found])
-        axes.minorticks_off()
-    grid[0, 0].set_ylabel("top-1 minus cross-entropy's (points)")
+def search_figure(study: Study) -> Figure:
+    """All trials: learning rate, weight decay, accuracy as colour; pruned ones small."""
+    begun = [name for name in SEARCHES if trials(study.searches[f"{SCALE}/search/{name}/1"], study.lines)]
+    figure, grid = new_figure(max(1, len(begun)), len(ALPHAS), (12, 3 * max(1, len(begun))))
+    for axes_of, name in zip(grid, begun, strict=False):
+        done = {a: trials(study.searches[f"{SCALE}/search/{name}/{a:g}"], study.lines) for a in ALPHAS}
+        best = max((row["select_top1"] for rows in done.values() for row in rows), default=1.0)
+        for axes, alpha in zip(axes_of, ALPHAS, strict=True):
+            if not (rows := done[alpha]):
+                continue
+            points = axes.scatter(
+                [row["learning_rate"] for row in rows],
+                [row["weight_decay"] for row in rows],
+                [15 if row["verdict"] == "pruned" else 60 for row in rows],
+                [100 * row["curve"][-1] for row in rows],
+                vmin=0,
+                vmax=100 * best,
+            )
+            axes.set(xscale="log", yscale="log", title=f"{_network(name)}, alpha = {alpha:g}", xlabel="learning rate")
+            search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
+            axes.set(xlim=search.rates, ylim=search.decays)
+            axes.xaxis.set_minor_formatter("")
+            axes.title.set_size(9)
+        axes_of[0].set_ylabel("weight decay")
+        figure.colorbar(points, ax=axes_of, label="top-1 (%)")
     return figure
 
 
-def trend_figure(study: Study) -> Figure:
-    shown = {
-        "logit norm": "logit_norm",
-        "test NLL": "raw_nll",
-        "test NLL, fitted temperature": "fitted_nll",
-        "train minus test top-1": lambda row: 100 * gap(row),
-    }
-    figure, grid = new_figure(len(PAIRS), len(shown), (12, 10), sharex=True)
-    for line_of, (data, network) in zip(grid, PAIRS, strict=True):
-        for axes, (label, key) in zip(line_of, shown.items(), strict=True):
-            points = {alpha: study.values(Setting(data, network, alpha), key) for alpha in ALPHAS}
-            for alpha, values in points.items():
-                axes.plot([alpha] * len(values), values, "o", color="C0", alpha=0.5)
-            centres = {alpha: statistics.fmean(values) for alpha, values in points.items() if values}
-            axes.plot(list(centres), list(centres.values()), "-", color="C0")
-            axes.set(xscale="log", title=label, xlabel="alpha")
-            axes.set_xticks(ALPHAS, [f"{alpha:g}" for alpha in ALPHAS])
-            axes.minorticks_off()
-        line_of[0].set_ylabel(f"{data}, {network}")
-    return figure
+def _recorded(group: str, alpha: float) -> dict[str, Any]:
+    path = HERE / "diagnostics" / f"{SCALE}_{group.replace('/', '_')}_{alpha:g}.npz"
+    return History.read(path) if path.is_file() else {}
 
 
 def filter_figure(study: Study) -> Figure:
-    """The norm of every filter over that which it began with; norm-free networks, one seed."""
-    shown = (1.0, PGT, 0.05)
-    figure, grid = new_figure(2, len(shown), (10, 5), sharex=True, sharey=True)
-    for line_of, data in zip(grid, ("tiny-imagenet", "fashion-mnist"), strict=True):
-        for axes, alpha in zip(line_of, shown, strict=True):
-            path = HERE / "diagnostics" / f"{data}_norm-free_{alpha:g}.npz"
-            for name, norms in History.read(path).items() if path.is_file() else ():
+    """The norm of every filter over that which it began with, at the ladder's high weight decay; one seed."""
+    figure, grid = new_figure(2, len(ALPHAS), (12, 6), sharey=True)
+    for axes_of, network in zip(grid, NETWORKS, strict=True):
+        for axes, alpha in zip(axes_of, ALPHAS, strict=True):
+            data = _recorded(f"ladder/{network}", alpha)
+            for name, norms in data.items():
                 if name.startswith("filter/") and not name.endswith(".fc"):
-                    axes.plot(norms / norms[0], color="C0", linewidth=0.4, alpha=0.3)
-            axes.set(title=f"{data}, alpha = {alpha:g}", ylim=(0, 2.5))
-        line_of[0].set_ylabel("filter norm / its first")
-    for axes in grid[1]:
-        axes.set_xlabel("snapshots, every 20 steps")
+                    axes.plot(data["step"], norms / norms[0], color="C0", linewidth=0.4, alpha=0.3)
+            axes.set(title=f"{network}, alpha = {alpha:g}", ylim=(0, 2), xlabel="step")
+            axes.title.set_size(9)
+        axes_of[0].set_ylabel("filter norm / its first")
     return figure
 
 
-def method_figure(study: Study) -> Figure:
-    rows = [("norm-free", clipped()), ("norm-free", methods("norm-free")[2:]), ("bn", methods("bn"))]
-    entries = [
-        (f"{label}  [{network}]", found)
-        for network, settings in rows
-        for label, setting in settings
-        if (found := study.versus(setting, Setting("tiny-imagenet", network))) and found.half_width
-    ]
-    figure, grid = new_figure(1, 1, (9, 1 + 0.32 * len(entries)))
-    axes = grid[0, 0]
-    axes.errorbar(
-        [100 * found.difference for _, found in entries], range(len(entries)),
-        xerr=[100 * found.half_width for _, found in entries], fmt="o", capsize=3,
-    )  # fmt: skip
-    axes.set_yticks(range(len(entries)), [label for label, _ in entries], fontsize=8)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title="Tiny-ImageNet", xlabel="top-1 minus cross-entropy's (points)")
+DYNAMICS = {
+    "weight_norm": "norm of the weight",
+    "effective_lr": "lr / norm of the weight squared",
+    "angle": "angle turned by a step (rad)",
+    "norm_scale": "mean |scale| of the norm",
+    "norm_bias": "mean bias of the norm",
+}
+
+
+def dynamics_figure(study: Study) -> Figure:
+    """What PGT does to layers under batch norm: the mean over the layers, one seed; at the high and searched wd."""
+    figure, grid = new_figure(2, len(DYNAMICS), (15, 5.5), sharex=True)
+    for axes_of, group in zip(grid, ("ladder/bn", "search/sgd/bn"), strict=True):
+        for alpha in ALPHAS:
+            data = _recorded(group, alpha)
+            for axes, key in zip(axes_of, DYNAMICS, strict=True):
+                layers = [values for name, values in data.items() if name.startswith(f"{key}/")]
+                if layers:
+                    log = key in ("effective_lr", "angle")
+                    centre = np.exp(np.log(np.maximum(layers, 1e-9)).mean(0)) if log else np.mean(layers, axis=0)
+                    axes.plot(data["step"][1:], centre[1:], color=colour(alpha), label=f"alpha = {alpha:g}")
+        for axes, (key, label) in zip(axes_of, DYNAMICS.items(), strict=True):
+            if key in ("effective_lr", "angle") and axes.lines:
+                axes.set_yscale("log")
+            axes.set_title(label, fontsize=9)
+            axes.grid(alpha=0.3)
+        high = f"wd {HIGH_DECAY['bn']:g}, lr {RATES['bn']:g}"
+        axes_of[0].set_ylabel(high if group.startswith("ladder") else "lr and wd searched")
+        if axes_of[0].lines:
+            axes_of[0].legend(fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
     return figure
 
 
 FIGURES: dict[str, Callable[[Study], Figure]] = {
+    "ladder": ladder_figure,
     "search": search_figure,
-    "differences": difference_figure,
-    "trends": trend_figure,
     "filters": filter_figure,
-    "methods": method_figure,
+    "dynamics": dynamics_figure,
 }
 
 

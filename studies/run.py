@@ -1,116 +1,72 @@
 """Trains everything that the study's tables need; started again, it goes on with what is missing.
 
-    python -m studies.run                                                    # from the Hub
-    python -m studies.run --tiny-imagenet FOLDER --fashion-mnist FOLDER      # from folders
-    python -m studies.run --only tiny-imagenet/bn --seeds 3                  # a part of it
-    python -m studies.report                                                 # tables and figures
+    python -m studies.run                                   # the small scale, in its order, from the Hub
+    python -m studies.run --tiny-imagenet FOLDER            # from a folder
+    python -m studies.run --only ladder/bn --seeds 2        # a part of it
+    python -m studies.run --scale large --device cuda       # ResNet-18
+    python -m studies.report                                # tables and figures
 
-Each training adds a line to ``results.jsonl``. A learning rate is searched on images that the tables do not show:
-three neighbours, a factor 2 apart, and on from the better end until the best has a worse one on either side; the best
-two are trained with a second seed, and the better mean is taken.
+Each training adds a line to ``results.jsonl``, on one core: for two, start it twice with different ``--only``. A
+search is Optuna's (TPE, with a pruner), on images that the tables do not show. Its best two trials get a second seed,
+and the better mean is taken. It is rebuilt from the lines of its trials, so it can be stopped at any time.
 """
 
 import json
 import logging
-import os
-import sys
 from argparse import ArgumentParser, Namespace
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
-from tqdm.auto import tqdm
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 
-from .images import CLASSES, Split, prepare, read
-from .settings import PLAN, RATIO, SEARCH_SEEDS, SEEDS, Job, Setting
-from .train import train
+from .images import Split, prepare, read
+from .settings import HIGH_DECAY, SCALES, SEARCH_SEEDS, SEEDS, Row, Search, Setting, plan
+from .train import Stop, never, train
 
-__all__ = ["carry_out", "main", "read_rows"]
+__all__ = ["Lab", "main", "read_rows", "winner"]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-LONGEST_SEARCH = 9
+KEPT = 50.0  # percent of the trials that the pruner lets pass at each epoch,
+WARMUP = 1 / 3  # after this share of the epochs
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """The whole plan, or what ``--only`` names of it."""
+    """The plan of a scale, or what ``--only`` names of it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
     args = parse()
-    for data in CLASSES:
-        prepare(data, getattr(args, data.replace("-", "_")), args.cache)
-    jobs = [job for job in PLAN if f"{job.setting.data}/{job.setting.network}".startswith(args.only)]
-    failed = 0
-    with ProcessPoolExecutor(args.workers, initializer=begin) as pool:
-        waiting = [pool.submit(carry_out, job, args.seeds, args.cache, RESULTS) for job in jobs]
-        for job, done in tqdm(list(zip(jobs, waiting, strict=True)), desc="settings"):
-            try:
-                done.result()
-            except Exception:  # the others go on; started again, this one is tried again
-                logging.exception("failed: %s", job.setting)
-                failed += 1
-    if failed:
-        sys.exit(f"error: {failed} of {len(jobs)} settings failed, see above")
+    scale = SCALES[args.scale]
+    path = args.cache / f"tiny-imagenet_{scale.classes}x{scale.images}_{scale.side}.npz"
+    prepare(scale, args.tiny_imagenet, path)
+    lab = Lab(read(path, args.device), args.results)
+    groups: dict[str, list[Row | Search]] = {}
+    for item in plan(args.scale):
+        if f"{item.group}/{item.setting.alpha:g}/{item.setting.weight_decay:g}".startswith(args.only):
+            groups.setdefault(item.group, []).append(item)
+    for items in groups.values():
+        for seed in SEEDS[: args.seeds]:  # so that all have one before any has two
+            for item in items:
+                lab.carry_out(item, seed)
 
 
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    add("--scale", choices=SCALES, default="small", help="classes, pixels, network and epochs")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--tiny-imagenet", help="a folder that load_dataset reads; by default the Hub's")
-    add("--fashion-mnist", help="the same, or a folder with the four *-ubyte.gz; by default the Hub's")
-    add("--cache", type=Path, default=Path("runs/study"), help="where the decoded images go")
-    add("--only", default="", help="the beginning of data/network, such as tiny-imagenet/bn")
-    add("--seeds", type=int, default=len(SEEDS), help="trainings of each setting after the search")
-    add("--workers", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
+    add("--cache", type=Path, default=Path("runs/study"), help="where the decoded images go: one file for each scale")
+    add("--results", type=Path, default=RESULTS, help="the file that gets the lines")
+    add("--only", default="", help="the beginning of GROUP/ALPHA/DECAY, such as search/sgd/bn/0.3")
+    add("--seeds", type=int, default=len(SEEDS), help="trainings of each setting of the tables")
     return parser.parse_args()
-
-
-def begin() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("pgt_hf").setLevel(logging.CRITICAL)  # what diverges in a search is noted in its row
-
-
-def carry_out(job: Job, seeds: int, cache: Path, results: Path) -> None:
-    """Searches the learning rate, then trains the setting, and its followers on three seeds at most."""
-    rate = search(job, cache, results)
-    for seed in SEEDS[:seeds]:
-        fetch(job.setting, rate, seed, cache, results)
-    for (setting, factor), seed in product(job.followers, SEEDS[: min(seeds, 3)]):
-        fetch(setting, rate * factor, seed, cache, results)
-
-
-def search(job: Job, cache: Path, results: Path) -> float:
-    """The best learning rate: by the first seed, and between its best two by the second as well."""
-
-    def score(rate: float, seed: int) -> float:
-        return fetch(job.setting, rate, seed, cache, results)["select_top1"]
-
-    first, second = SEARCH_SEEDS
-    scores = {rate: score(rate, first) for rate in (job.start / RATIO, job.start, job.start * RATIO)}
-    while len(scores) < LONGEST_SEARCH:
-        best, lowest, highest = max(scores, key=lambda rate: scores[rate]), min(scores), max(scores)
-        if lowest < best < highest:
-            break
-        further = lowest / RATIO if best == lowest else highest * RATIO
-        scores[further] = score(further, first)
-    finalists = sorted(scores, key=lambda rate: -scores[rate])[:2]
-    return max(finalists, key=lambda rate: scores[rate] + score(rate, second))
-
-
-def fetch(setting: Setting, rate: float, seed: int, cache: Path, results: Path) -> dict[str, Any]:
-    """The row of a training: the one that is there, or a new one."""
-    for row in read_rows(results):
-        if (Setting.from_row(row), row["learning_rate"], row["seed"]) == (setting, rate, seed):
-            return row
-    watched = setting == Setting(setting.data, "norm-free", setting.alpha) and seed == SEEDS[0]
-    name = f"{setting.data}_{setting.network}_{setting.alpha:g}.npz"
-    watch = results.parent / "diagnostics" / name if watched else None
-    row = setting.as_row() | {"learning_rate": rate, "seed": seed}
-    row |= train(setting, rate, seed, _splits(setting.data, cache), watch)
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
 
 
 def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
@@ -120,9 +76,116 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
-@lru_cache(maxsize=2)
-def _splits(data: str, cache: Path) -> dict[str, Split]:
-    return read(data, cache)
+@dataclass(frozen=True)
+class Lab:
+    """Where trainings are carried out: their images, and the file with a line for each of them."""
+
+    splits: dict[str, Split]
+    results: Path
+
+    def carry_out(self, item: Row | Search, seed: int) -> None:
+        """One seed of the tables; a search is brought to its end before."""
+        if isinstance(item, Row):
+            self.fetch(item.setting, item.learning_rate, seed, item.group, "plan")
+            return
+        setting, learning_rate = self.search(item)
+        self.fetch(setting, learning_rate, seed, item.group, item.name)
+
+    def search(self, search: Search) -> tuple[Setting, float]:
+        """The setting with the weight decay that was found, and the learning rate."""
+        space = {"learning_rate": search.rates, "weight_decay": search.decays}
+        distributions = {key: FloatDistribution(*bounds, log=True) for key, bounds in space.items()}
+        epochs = SCALES[search.setting.scale].epochs
+        while len(done := trials(search, read_rows(self.results))) < search.trials:
+            study = optuna.create_study(
+                direction="maximize",
+                sampler=optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, seed=len(done)),
+                pruner=optuna.pruners.PercentilePruner(KEPT, n_startup_trials=3, n_warmup_steps=int(WARMUP * epochs)),
+            )
+            for row in done:
+                study.add_trial(_as_trial(row, distributions))
+            if len(done) < len(search.anchors):
+                study.enqueue_trial(dict(zip(space, search.anchors[len(done)], strict=True)))
+            trial = study.ask(distributions)
+            self.fetch(
+                replace(search.setting, weight_decay=trial.params["weight_decay"]),
+                trial.params["learning_rate"],
+                SEARCH_SEEDS[0],
+                search.group,
+                search.name,
+                _pruner(trial),
+            )
+        for row in finalists(done):
+            self.fetch(Setting.from_row(row), row["learning_rate"], SEARCH_SEEDS[1], search.group, search.name)
+        found = winner(search, read_rows(self.results))
+        assert found is not None
+        return found
+
+    def fetch(
+        self, setting: Setting, learning_rate: float, seed: int, group: str, chosen_by: str, stop: Stop = never
+    ) -> dict[str, Any]:
+        """The line of a training: the one that is there, or a new one."""
+        row = setting.as_row() | {"learning_rate": learning_rate, "seed": seed, "group": group, "chosen_by": chosen_by}
+        for other in read_rows(self.results):
+            if all(other.get(key) == value for key, value in row.items()):
+                return other
+        high = setting.weight_decay == HIGH_DECAY[setting.network] and group.startswith(("ladder", "agc"))
+        watched = seed == SEEDS[0] and (high or chosen_by != "plan")
+        name = f"{setting.scale}_{group.replace('/', '_')}_{setting.alpha:g}.npz"
+        watch = self.results.parent / "diagnostics" / name if watched else None
+        row |= train(setting, learning_rate, seed, self.splits, stop, watch)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        logger.info(
+            "%s/%g %slr %.4g wd %.4g seed %d: %s %.2f%%, %d small filters, %.0f s", group, setting.alpha,
+            setting.parts or "", learning_rate, setting.weight_decay, seed, row["verdict"] or "",
+            100 * row["test_top1"], row["small_filters"], row["seconds"],
+        )  # fmt: skip
+        return row
+
+
+def trials(search: Search, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a search's trials, in their order; those of its finalists' second seed are not among them."""
+    return [row for row in rows if row.get("chosen_by") == search.name and row["seed"] == SEARCH_SEEDS[0]]
+
+
+def finalists(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The two best trials that were trained to the end."""
+    return sorted((row for row in done if row["verdict"] is None), key=lambda row: -row["select_top1"])[:2]
+
+
+def winner(search: Search, rows: list[dict[str, Any]]) -> tuple[Setting, float] | None:
+    """The setting and learning rate that a search has chosen; None before its end."""
+    done = trials(search, rows)
+    again = {
+        (row["learning_rate"], row["weight_decay"]): row["select_top1"]
+        for row in rows
+        if row.get("chosen_by") == search.name and row["seed"] == SEARCH_SEEDS[1]
+    }
+    pairs = [(row, again.get((row["learning_rate"], row["weight_decay"]))) for row in finalists(done)]
+    if len(done) < search.trials or any(second is None for _, second in pairs):
+        return None
+    best, _ = max(pairs, key=lambda pair: pair[0]["select_top1"] + (pair[1] or 0.0))
+    return Setting.from_row(best), best["learning_rate"]
+
+
+def _as_trial(row: dict[str, Any], distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
+    pruned = row["verdict"] == "pruned"
+    return optuna.trial.create_trial(
+        params={key: row[key] for key in distributions},
+        distributions=distributions,
+        intermediate_values=dict(enumerate(row["curve"], start=1)),
+        value=row["curve"][-1] if pruned else row["select_top1"],
+        state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+    )
+
+
+def _pruner(trial: optuna.Trial) -> Stop:
+    def stop(epoch: int, top1: float) -> bool:
+        trial.report(top1, epoch)
+        return trial.should_prune()
+
+    return stop
 
 
 if __name__ == "__main__":

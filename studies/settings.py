@@ -1,15 +1,15 @@
-"""What the study trains: one ``Setting`` for each row of its tables, and ``PLAN``, all of them in order."""
+"""What the study trains: ``Setting``, ``Scale``, and the plan of each scale: rows at fixed settings, and searches."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
-__all__ = ["ALPHAS", "PARTS", "PLAN", "SEARCH_SEEDS", "SEEDS", "Job", "Setting", "equivalents"]
+__all__ = ["ALPHAS", "PARTS", "SCALES", "SEARCH_SEEDS", "SEEDS", "Row", "Scale", "Search", "Setting", "plan"]
 
-ALPHAS = (1.0, 0.5, 0.25, 0.1, 0.05)
+ALPHAS = (1.0, 0.5, 0.3, 0.1)
 SEARCH_SEEDS = (0, 9)
-SEEDS = (1, 2, 3, 4, 5)  # of the trainings that the tables show; the search has not seen them
-RATIO = 2.0  # between neighbouring learning rates of the search
+SEEDS = (1, 2, 3, 4, 5)  # of the trainings that the tables show; the searches have not seen them
 
 # What turns plain cross-entropy into PGT under SGD, for a linear head (docs/method.md).
 PARTS = {
@@ -18,21 +18,55 @@ PARTS = {
     "decay": "the head's weight decay over alpha",
     "features": "the gradient that enters the features over alpha",
 }
+# With batch norm, convolutions do not feel the scale of their gradient; the scales and biases of the norms do.
+NORMS = {"norms": "the learning rate of the norms' scales and biases over alpha"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Data, network and length of a training.
+
+    Args:
+        classes: The first so many classes of Tiny-ImageNet.
+        images: Training images of a class; the next 40 are for the search, the validation images for the tables.
+        side: Pixels of the stored images.
+        crop: Pixels of the random crops.
+        network: A ResNet of timm's.
+        epochs: Passes over the training images.
+    """
+
+    classes: int
+    images: int
+    side: int
+    crop: int
+    network: str
+    epochs: int
+
+
+TEST_RESNET = "test_resnet"  # timm's smallest ResNet: 4 stages of one block, 32 to 96 channels, 0.4 million weights
+SCALES = {
+    "small": Scale(classes=40, images=160, side=28, crop=24, network=TEST_RESNET, epochs=30),
+    "medium": Scale(classes=100, images=160, side=36, crop=32, network=TEST_RESNET, epochs=30),
+    "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train, up to its learning rate and seed.
+    """One way to train, up to its learning rate and seed. Rows of the first study lack the last three fields.
 
     Args:
-        data: "tiny-imagenet" or "fashion-mnist".
+        data: "tiny-imagenet"; in the first study also "fashion-mnist".
         network: "bn" or "norm-free".
         alpha: PGT's exponent, the inverse temperature, or the alpha of the parts.
         method: "pgt" (which is cross-entropy at alpha 1), "temperature" (trained and tested on alpha * z), or "parts".
-        parts: Keys of ``PARTS``.
+        parts: Keys of ``PARTS`` and ``NORMS``.
         label_smoothing: In training.
         clip: None, "norm" or "agc".
         weight_decay: On weight matrices.
+        scale: A key of ``SCALES``; "first" is the first study.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        batch: Images of a step.
     """
 
     data: str
@@ -43,6 +77,9 @@ class Setting:
     label_smoothing: float = 0.0
     clip: str | None = None
     weight_decay: float = 5e-4
+    scale: str = "first"
+    optimizer: str = "sgd"
+    batch: int = 128
 
     def as_row(self) -> dict[str, Any]:
         """The fields as JSON has them; ``from_row`` is the way back."""
@@ -50,51 +87,96 @@ class Setting:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Setting":
-        fields = {field: row[field] for field in cls.__dataclass_fields__}
+        fields = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         return cls(**fields | {"parts": tuple(row["parts"])})
 
 
 @dataclass(frozen=True)
-class Job:
-    """A setting whose learning rate is searched, and those that take it over, each times a factor."""
+class Row:
+    """A training at settings that the plan fixes, on ``SEEDS``."""
 
+    group: str
     setting: Setting
-    start: float  # the search begins here and at both neighbours
-    followers: tuple[tuple[Setting, float], ...] = ()
+    learning_rate: float
 
 
-def _plan() -> Iterator[Job]:
-    tiny, fashion = "tiny-imagenet", "fashion-mnist"
-    for data, network, start in (
-        (tiny, "bn", 0.4),
-        (tiny, "norm-free", 0.1),
-        (fashion, "bn", 0.2),
-        (fashion, "norm-free", 0.05),
+@dataclass(frozen=True)
+class Search:
+    """Learning rate and weight decay, searched for one setting, then trained on ``SEEDS``.
+
+    Args:
+        group: What it is part of.
+        setting: Its weight decay does not count.
+        rates: The lowest and the highest learning rate.
+        decays: The same of the weight decay.
+        anchors: (learning rate, weight decay) of the first trials, the same for every alpha.
+        trials: The anchors included.
+    """
+
+    group: str
+    setting: Setting
+    rates: tuple[float, float]
+    decays: tuple[float, float]
+    anchors: tuple[tuple[float, float], ...] = field(repr=False)
+    trials: int = 16
+
+    @property
+    def name(self) -> str:
+        """Unique in the plans of all scales."""
+        return f"{self.setting.scale}/{self.group}/{self.setting.alpha:g}"
+
+
+# Weight decays at one learning rate, from one that does nothing to one that kills.
+RATES = {"norm-free": 0.05, "bn": 0.2}
+LADDERS = {"norm-free": (5e-4, 5e-3, 1e-2, 2e-2), "bn": (5e-4, 5e-3, 2e-2, 5e-2)}
+HIGH_DECAY = {"norm-free": 1e-2, "bn": 2e-2}
+PARTS_DECAY = {"norm-free": 5e-3, "bn": 2e-2}
+PLAIN_BATCH = 128
+
+
+def plan(scale: str) -> Iterator[Row | Search]:
+    """All of a scale, what decides most first."""
+    plain = Setting("tiny-imagenet", "norm-free", scale=scale, batch=PLAIN_BATCH)
+    yield from _ladder(plain)
+    yield from _searches(plain, (0.0125, 0.8), (1e-4, 3e-2), ((0.1, 5e-4), (0.3, 5e-4), (0.1, 4e-3), (0.03, 4e-3)))
+    bn = replace(plain, network="bn")
+    yield from _ladder(bn)
+    # What a plain run has to be given to do as PGT does.
+    head, norms = ("init", "rate", "decay"), ("norms",)
+    for network, parts in (
+        ("norm-free", ("features",)),
+        ("norm-free", head),
+        ("bn", head),
+        ("bn", norms),
+        ("bn", head + norms),
     ):
-        for alpha in ALPHAS:
-            setting = Setting(data, network, alpha)
-            followers = [(replace(setting, label_smoothing=0.1), 1.0)]
-            if data == tiny and alpha == 0.25:
-                followers += equivalents(setting)
-            yield Job(setting, start, tuple(followers))
-    for network, start in (("bn", 0.4), ("norm-free", 0.1)):
-        for alpha in (0.25, 0.05) if network == "bn" else (0.25,):
-            # Cross-entropy of alpha z has alpha times PGT's gradient.
-            yield Job(Setting(tiny, network, alpha, "temperature"), start / alpha)
-    for part in PARTS:
-        yield Job(Setting(tiny, "bn", 0.25, "parts", (part,)), 0.4)
-    for clip in ("agc", "norm"):
-        for alpha in (1.0, 0.25):
-            yield Job(Setting(tiny, "norm-free", alpha, clip=clip), 0.1)
+        setting = replace(plain, network=network, alpha=0.3, method="parts", parts=parts)
+        yield Row(f"parts/{network}", replace(setting, weight_decay=PARTS_DECAY[network]), RATES[network])
+    for alpha in (1.0, 0.3):  # clipping
+        clipped = replace(plain, alpha=alpha, clip="agc", weight_decay=HIGH_DECAY["norm-free"])
+        yield Row("agc/norm-free", clipped, RATES["norm-free"])
+    for batch, alpha in product((64, 256, 1024), (1.0, 0.3)):  # the learning rate grows with it
+        setting = replace(plain, alpha=alpha, batch=batch, weight_decay=HIGH_DECAY["norm-free"])
+        yield Row("batch/norm-free", setting, RATES["norm-free"] * batch / PLAIN_BATCH)
+    yield from _searches(bn, (0.05, 1.6), (1e-4, 3e-2), ((0.2, 5e-4), (0.6, 5e-4), (0.2, 4e-3), (0.06, 4e-3)))
+    adamw = replace(bn, optimizer="adamw", weight_decay=0.1)
+    for alpha in ALPHAS:
+        yield Row("adamw/bn", replace(adamw, alpha=alpha), 3e-3)
+    head = replace(adamw, alpha=0.3, method="parts", parts=("init", "rate", "decay"))
+    yield from (Row("adamw/bn", setting, 3e-3) for setting in (head, replace(head, alpha=0.1)))
+    anchors = ((3e-3, 0.05), (1e-2, 0.05), (3e-3, 0.5), (1e-3, 0.5))
+    yield from _searches(adamw, (5e-4, 3e-2), (1e-2, 2.0), anchors)
 
 
-def equivalents(setting: Setting) -> list[tuple[Setting, float]]:
-    """Two other ways to write a run of PGT, exact under SGD, with the factors on its learning rate."""
-    alpha, decay = setting.alpha, setting.weight_decay
-    return [
-        (replace(setting, method="parts", parts=tuple(PARTS)), 1.0),
-        (replace(setting, method="temperature", weight_decay=alpha * decay), 1 / alpha),
-    ]
+def _ladder(plain: Setting) -> Iterator[Row]:
+    for decay, alpha in product(LADDERS[plain.network], ALPHAS):
+        setting = replace(plain, alpha=alpha, weight_decay=decay)
+        yield Row(f"ladder/{plain.network}", setting, RATES[plain.network])
 
 
-PLAN = tuple(_plan())
+def _searches(
+    plain: Setting, rates: tuple[float, float], decays: tuple[float, float], anchors: tuple[tuple[float, float], ...]
+) -> Iterator[Search]:
+    group = f"search/{plain.optimizer}/{plain.network}"
+    for alpha in ALPHAS:
+        yield Search(group, replace(plain, alpha=alpha), rates, decays, anchors)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -31,8 +32,11 @@ from pgt_hf.analysis import (
     lemma_threshold,
     log_power_sum,
     logit_statistics,
+    normalization_statistics,
+    normalized_layers,
     probability_histograms,
     recover_target,
+    turned_angle,
     zeroed_filters,
 )
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
@@ -77,6 +81,58 @@ def test_filter_and_gradient_norms_name_every_layer_and_zeroed_filters_are_count
     assert gradient_norms(model) == {}
     model(torch.ones(1, 3, 4, 4)).sum().backward()
     assert gradient_norms(model)["0"] == model[0].weight.grad.norm()
+
+
+def test_normalised_layers_are_those_whose_scale_the_output_does_not_feel():
+    model = timm.create_model("test_resnet", num_classes=4)
+    pairs = normalized_layers(model)
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert set(pairs) == convolutions and len({id(norm) for _, norm in pairs.values()}) == len(pairs)
+    x = torch.randn(8, 3, 32, 32)
+    before = model(x)
+    with torch.no_grad():
+        for factor, (layer, _) in enumerate(pairs.values(), start=2):
+            layer.weight.mul_(factor)
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)], ["0"]),
+        ([nn.Linear(3, 8), nn.ReLU(), nn.GroupNorm(2, 8)], ["0"]),
+        ([nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3)], []),
+        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(4)], []),
+        ([nn.Linear(3, 8), nn.LayerNorm(8)], []),
+    ],
+)
+def test_a_norm_belongs_to_the_layer_before_it_with_as_many_outputs(layers, found):
+    assert list(normalized_layers(nn.Sequential(*layers))) == found
+
+
+def test_normalisation_statistics_are_those_of_each_layer_and_its_own_learning_rate():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False))
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([3.0, 4.0]).view(2, 1, 1, 1)
+        model[1].weight[:] = torch.tensor([-1.0, 2.0])
+        model[1].bias[:] = torch.tensor([-1.0, 2.0])
+        model[2].weight[:] = 1
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.4}]
+    found = normalization_statistics(model, torch.optim.SGD(groups, lr=0.5))
+    expected = {"weight_norm/0": 5, "effective_lr/0": 0.02, "norm_scale/0": 1.5, "norm_bias/0": 0.5}
+    expected |= {"weight_norm/2": 2, "effective_lr/2": 0.1}
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    assert list(normalization_statistics(model, torch.optim.SGD(model[2].parameters(), lr=0.5))) == [
+        "weight_norm/2",
+        "effective_lr/2",
+    ]
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 1e-3, 1.0, 3.0, math.pi])
+def test_angle_between_weights_is_exact_however_small(angle):
+    first = torch.tensor([[5.0, 0.0]])
+    second = torch.tensor([[math.cos(angle), math.sin(angle)]])
+    assert turned_angle(first, second).item() == pytest.approx(angle, rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.25, 1.0])
@@ -203,6 +259,23 @@ def test_recorded_cosine_and_gradient_are_those_of_the_step_done_by_hand(tmp_pat
     assert found["logit_gradient_norm"][0] == pytest.approx(ours.norm().item() / 16, rel=1e-4)
     expected = copy.resnet.embedder.embedder.convolution.weight.grad.norm().item()
     assert found["gradient/resnet.embedder.embedder.convolution"][0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_recorded_step_is_the_one_that_the_optimizer_took(tmp_path):
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(SMALL)
+    start = {name: layer.weight.detach().clone() for name, (layer, _) in normalized_layers(model).items()}
+    args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant")
+    PowerGradTrainer(model, args, train_dataset=images(), callbacks=[DiagnosticsCallback(interval=1)]).train()
+    found = History.read(tmp_path / "diagnostics.npz")
+    assert len(start) == 8  # every convolution
+    for name, (layer, norm) in normalized_layers(model).items():
+        cosine = F.cosine_similarity(start[name].double().flatten(), layer.weight.double().flatten(), dim=0)
+        assert 0 < found[f"angle/{name}"][0] == pytest.approx(cosine.acos().item(), rel=1e-3)
+        assert found[f"weight_norm/{name}"][0] == pytest.approx(start[name].norm().item(), rel=1e-5)
+        assert found[f"effective_lr/{name}"][0] == pytest.approx(0.05 / start[name].norm().item() ** 2, rel=1e-5)
+        assert (found[f"norm_scale/{name}"][0], found[f"norm_bias/{name}"][0]) == (1, 0)
+        assert not torch.equal(norm.weight, torch.ones_like(norm.weight))  # recorded before the step
 
 
 def test_powergrad_trainer_sends_the_scalars_to_its_log(recorded):

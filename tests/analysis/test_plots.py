@@ -13,6 +13,7 @@ from pgt_hf.analysis import (
     plot_filter_norms,
     plot_gradients,
     plot_logits,
+    plot_normalization,
     plot_probabilities,
     plot_reliability,
     plot_training_curve,
@@ -67,6 +68,8 @@ def recorded(folder, alpha: float, layers: int = 5) -> None:
         for layer in range(layers):
             values[f"filter/layer{layer}.conv"] = generator.random(100) * (layer > 0 or step < 60)
             values[f"gradient/layer{layer}.conv"] = generator.random() * (step > 0)
+            for kind in ("weight_norm", "effective_lr", "angle", "norm_scale", "norm_bias"):
+                values[f"{kind}/layer{layer}.conv"] = generator.random() if layer or step < 60 else np.inf
         history.add(step, values)
     folder.mkdir()
     history.save(folder / "diagnostics.npz")
@@ -80,11 +83,11 @@ def test_one_command_draws_all_that_the_runs_files_hold(tmp_path, capsys):
         recorded(tmp_path / f"run-{alpha:g}", alpha)
     folders = [str(tmp_path / name) for name in ("run-1", "run-0.1")]
     main(["plot", *folders])
-    pictures = {"logits", "filters", "gradients", "probabilities", "training_curve"}
+    pictures = {"logits", "filters", "gradients", "normalization", "probabilities", "training_curve"}
     first, second = ({path.stem for path in (tmp_path / name / "plots").iterdir()} for name in ("run-1", "run-0.1"))
     assert (first, second) == (pictures | {"against_alpha"}, pictures)
     printed = capsys.readouterr().out.split()
-    assert len(printed) == 11
+    assert len(printed) == 13
     assert all(pixels(Path(path)).std() > 5 for path in printed)
 
 
@@ -112,6 +115,7 @@ def test_reliability_diagrams_with_empty_bins_and_left_over_panels_are_drawn(tmp
         (lambda path: plot_logits({"step": [0]}, path), "data has nothing to draw"),
         (lambda path: plot_filter_norms({"step": [0]}, path), "no filter norms"),
         (lambda path: plot_gradients({"step": [0]}, path), "no gradient norms"),
+        (lambda path: plot_normalization({"step": [0]}, path), "no normalised layers"),
         (lambda path: plot_probabilities({"step": [0]}, path), "no logits were seen"),
         (lambda path: plot_reliability({}, path), "at least one diagram, got none"),
         (lambda path: plot_against_alpha({"a": {"alpha": 1, "loss": 1}}, path), "at least two"),

@@ -19,8 +19,11 @@ from .diagnostics import gradient_norms as gradient_norms
 from .diagnostics import lemma_threshold as lemma_threshold
 from .diagnostics import log_power_sum as log_power_sum
 from .diagnostics import logit_statistics as logit_statistics
+from .diagnostics import normalization_statistics as normalization_statistics
+from .diagnostics import normalized_layers as normalized_layers
 from .diagnostics import probability_histograms as probability_histograms
 from .diagnostics import recover_target as recover_target
+from .diagnostics import turned_angle as turned_angle
 from .diagnostics import zeroed_filters as zeroed_filters
 from .figures import new_figure as new_figure
 from .figures import require_matplotlib as require_matplotlib
@@ -46,5 +49,6 @@ from .run_plots import plot_against_alpha as plot_against_alpha
 from .run_plots import plot_filter_norms as plot_filter_norms
 from .run_plots import plot_gradients as plot_gradients
 from .run_plots import plot_logits as plot_logits
+from .run_plots import plot_normalization as plot_normalization
 from .run_plots import plot_probabilities as plot_probabilities
 from .run_plots import plot_training_curve as plot_training_curve

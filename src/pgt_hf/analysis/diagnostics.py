@@ -21,6 +21,7 @@ from ..limits import NonNegative, Share, Whole, checked
 CURVE_ALPHAS = (0.0, 0.05, 0.1, 0.25, 0.5)  # of the curves of p' against p
 ZERO_NORM = 1e-3  # a freshly drawn filter's norm is about 1
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _SURE = 10  # classes that a gradient's scale is read from: far from underflow, and most of them not the target
 
 
@@ -93,6 +94,70 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     }
     norms = torch._foreach_norm(list(gradients.values())) if gradients else []
     return dict(zip(gradients, norms, strict=True))
+
+
+@checked
+def normalized_layers(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The layers whose output a batch or group norm normalises, and these norms, by the layer's dotted name.
+
+    A norm belongs to the convolution or linear layer defined right before it, if it has as many channels as that has
+    outputs. The scale of such a layer's weight does not change the network's output.
+
+    Example:
+        >>> list(normalized_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))))
+        ['0']
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    last: tuple[str, Any] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS):
+            last = name, module
+        elif isinstance(module, _NORMS):
+            channels = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+            if last is not None and len(last[1].weight) == channels:
+                found[last[0]] = last[1], module
+            last = None
+    return found
+
+
+@checked
+@torch.no_grad()
+def normalization_statistics(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What decides how fast each normalised layer learns, one number each, as ``KIND/LAYER``.
+
+    Returns:
+        ``weight_norm`` (L2, of the whole weight), ``effective_lr`` (the learning rate over its square), ``norm_scale``
+        and ``norm_bias`` (means of the absolute scales and of the biases of the norm, if it has them). Layers that
+        ``optimizer`` does not train are left out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+        >>> nn.init.constant_(model[0].weight, 2.0)
+        >>> normalization_statistics(model, torch.optim.SGD(model.parameters(), lr=0.1))["effective_lr/0"]
+        tensor(0.0250)
+    """
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, Tensor] = {}
+    for name, (layer, norm) in normalized_layers(model).items():
+        if id(layer.weight) not in rates:
+            continue
+        found[f"weight_norm/{name}"] = length = layer.weight.float().norm()
+        found[f"effective_lr/{name}"] = rates[id(layer.weight)] / length.square()
+        if norm.weight is not None:
+            found |= {f"norm_scale/{name}": norm.weight.abs().mean(), f"norm_bias/{name}": norm.bias.mean()}
+    return found
+
+
+@checked
+def turned_angle(before: Tensor, after: Tensor) -> Tensor:
+    """The angle between two weights, in radians, exact for small ones too; 0 between two zeros.
+
+    Example:
+        >>> turned_angle(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]))
+        tensor(1.5708)
+    """
+    first, second = (nn.functional.normalize(weight.detach().float().flatten(), dim=0) for weight in (before, after))
+    return 2 * torch.atan2((first - second).norm(), (first + second).norm())
 
 
 @checked

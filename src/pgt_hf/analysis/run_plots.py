@@ -104,23 +104,48 @@ def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = No
     layers = _layers(data, "gradient/")
     if not layers:
         raise ValueError("data has no gradient norms to draw")
-    from matplotlib import colormaps
-
-    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     figure, grid = new_figure(1, 1, (8, 4.5))
     axes = grid[0, 0]
-    named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
-    for number, ((name, norms), colour) in enumerate(zip(layers.items(), colours, strict=True)):
-        label = shorten(name) if number in named else None
-        values = np.where(norms > 0, norms, np.nan)
-        axes.plot(data["step"], values, _line(data), markersize=3, color=colour, linewidth=1.1, label=label)
-    if any((norms > 0).any() for norms in layers.values()):
-        axes.set_yscale("log")
+    _draw_layers(axes, data, layers)
     axes.set_xlabel("step")
     axes.set_ylabel("L2 norm of the weight's gradient")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
     save(figure, path, title)
+
+
+@checked
+def plot_normalization(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
+    """Draws how fast each layer under a batch or group norm learns, from the first (dark) to the last (light).
+
+    One panel each for the weight's norm, the effective learning rate, the angle turned by a step, and the norm's scale
+    and bias, if the run recorded them.
+    """
+    panels = {label: layers for key, label in _NORMALIZATION.items() if (layers := _layers(data, f"{key}/"))}
+    if not panels:
+        raise ValueError("data has no normalised layers to draw")
+    figure, grid = new_figure(2, 3, (12, 6), sharex=True)
+    for axes, (label, layers) in zip(grid.flat, panels.items(), strict=False):
+        _draw_layers(axes, data, layers, log=label != _NORMALIZATION["norm_bias"])
+        axes.set_title(label, fontsize=10)
+    grid.flat[len(panels) - 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    finish(grid, len(panels), "step")
+    save(figure, path, title)
+
+
+def _draw_layers(axes: Any, data: Mapping[str, Any], layers: Mapping[str, Any], log: bool = True) -> None:
+    """A line for each layer; of many, only the first and the last are named."""
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    named = {0, len(layers) - 1} if len(layers) > 12 else range(len(layers))
+    log = log and any((values > 0).any() for values in layers.values())
+    for number, ((name, values), colour) in enumerate(zip(layers.items(), colours, strict=True)):
+        drawn = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
+        label = shorten(name) if number in named else None
+        axes.plot(data["step"], drawn, _line(data), markersize=3, color=colour, linewidth=1.1, label=label)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
 
 
 @checked
@@ -218,6 +243,13 @@ _STATISTICS = {
     "logit_variance": "mean variance of the logits",
     "feature_norm": "mean L2 norm of the pooled features",
     "gradient_cosine": "cosine of PGT's and the plain gradient",
+}
+_NORMALIZATION = {
+    "weight_norm": "L2 norm of the weight",
+    "effective_lr": "learning rate / norm of the weight squared",
+    "angle": "angle turned by the step (radians)",
+    "norm_scale": "mean |scale| of the norm",
+    "norm_bias": "mean bias of the norm",
 }
 FINALS = {
     "loss": "training loss",

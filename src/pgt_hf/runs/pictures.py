@@ -13,6 +13,7 @@ from ..analysis.run_plots import (
     plot_filter_norms,
     plot_gradients,
     plot_logits,
+    plot_normalization,
     plot_probabilities,
     plot_training_curve,
 )
@@ -23,6 +24,7 @@ _PICTURES = {
     "logits": (plot_logits, "logit_norm"),
     "filters": (plot_filter_norms, "filter/"),
     "gradients": (plot_gradients, "gradient/"),
+    "normalization": (plot_normalization, "weight_norm/"),
     "probabilities": (plot_probabilities, "curve_power_sums"),
 }
 

@@ -17,8 +17,11 @@ from ..analysis.diagnostics import (
     gradient_norms,
     log_power_sum,
     logit_statistics,
+    normalization_statistics,
+    normalized_layers,
     probability_histograms,
     recover_target,
+    turned_angle,
     zeroed_filters,
 )
 from ..atomic import warn_on_failure
@@ -57,6 +60,8 @@ class DiagnosticsCallback(TrainerCallback):
         self._head = head
         self._probe: LogitProbe | None = None
         self._logs: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}  # the weights of normalised layers before the step that is recorded
+        self._values: dict[str, Any] = {}
         self._warned = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -80,11 +85,20 @@ class DiagnosticsCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._probe is None or not self._probe.listening:
             return
-        values, alpha = self._measure(kwargs["model"], kwargs["optimizer"], args.label_smoothing_factor)
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._values = self._measure(model, optimizer, args.label_smoothing_factor)
+        self._before = {name: layer.weight.detach().clone() for name, (layer, _) in normalized_layers(model).items()}
         self._probe.forget()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not self._values:
+            return
+        layers = normalized_layers(kwargs["model"])
+        turned = {f"angle/{name}": turned_angle(old, layers[name][0].weight) for name, old in self._before.items()}
+        values, self._values, self._before = _to_numpy(self._values | turned), {}, {}
         # float16 holds a norm to 3 digits, in half the space.
         half = {key: value.astype("float16") if key.startswith("filter/") else value for key, value in values.items()}
-        self.history.add(state.global_step, half | {"alpha": alpha})
+        self.history.add(state.global_step, half | {"alpha": alpha_of(kwargs["optimizer"])})
         self._logs = {key: value.item() for key, value in values.items() if not value.ndim and "/" not in key}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -105,7 +119,7 @@ class DiagnosticsCallback(TrainerCallback):
         return logs
 
     @torch.no_grad()
-    def _measure(self, model: nn.Module, optimizer: Any, smoothing: float) -> tuple[dict[str, Any], float]:
+    def _measure(self, model: nn.Module, optimizer: Any, smoothing: float) -> dict[str, Tensor]:
         assert self._probe is not None
         alpha = alpha_of(optimizer)
         norms = filter_norms(model)
@@ -114,6 +128,7 @@ class DiagnosticsCallback(TrainerCallback):
         nothing = torch.full((), math.nan, device=next(iter(norms.values())).device)  # a frozen layer
         values |= {f"gradient/{name}": gradients.get(name, nothing) for name in norms}
         values["zeroed_filters"] = zeroed_filters(norms.values())
+        values |= normalization_statistics(model, optimizer)
         if self._probe.features is not None:
             values["feature_norm"] = self._probe.features.float().flatten(1).norm(dim=1).mean()
         if (seen := self._probe.seen()) is not None:
@@ -129,7 +144,7 @@ class DiagnosticsCallback(TrainerCallback):
         elif not self._warned:
             self._warned = True
             logger.warning("no logits were seen, as in a compiled model: only weights and gradients are recorded")
-        return _to_numpy(values), alpha
+        return values
 
 
 def _to_numpy(values: dict[str, Tensor]) -> dict[str, Any]:
