@@ -283,6 +283,7 @@ def _rows() -> Iterator[Row]:
     yield "logit_statistics", analysis.logit_statistics, lambda: {"logits": z()}, {"logits": "tensor"}
     yield "filter_norms", analysis.filter_norms, lambda: {"model": nn.Linear(2, 2)}, {"model": "module"}
     yield "gradient_norms", analysis.gradient_norms, lambda: {"model": nn.Linear(2, 2)}, {"model": "module"}
+    yield "normalized_layers", analysis.normalized_layers, lambda: {"model": nn.Linear(2, 2)}, {"model": "module"}
     yield "gradient_cosine", analysis.gradient_cosine, lambda: {"logits": z(), "target": one_hot(), "alpha": 0.5}, {
         "logits": "tensor", "target": "tensor", "alpha": "nonnegative",
     }  # fmt: skip
