@@ -68,7 +68,7 @@ class LanguageArguments:
     tokenizer_name: Annotated[str | None, ModelName()] = field(
         default=None, metadata={"help": "Hub id or folder of a tokenizer; by default one is trained on the text."}
     )
-    vocab_size: Annotated[int, Whole("[257, 10000000]")] = field(
+    vocab_size: Annotated[int, Whole("[259, 10000000]")] = field(
         default=8192, metadata={"help": "Tokens of the tokenizer that is trained."}
     )
     block_size: Annotated[int, Whole("[2, 1000000]")] = field(

@@ -427,7 +427,7 @@ def test_folding_where_it_would_be_wrong_is_an_error():
         fold_powergrad(gemma()[0], 0.25)
     with pytest.raises(ValueError, match="above 0"):
         fold_powergrad(nn.Linear(3, 2), 0)
-    with pytest.raises(ValueError, match="no linear layer"):
+    with pytest.raises(ValueError, match="must have a linear layer at its head"):
         fold_powergrad(nn.ReLU(), 0.25)
 
 

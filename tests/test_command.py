@@ -80,7 +80,7 @@ def test_what_cannot_be_predicted_is_one_line(run, images, tmp_path):
         ([str(run), str(images)], r"error: .*broken\.png: the image cannot be decoded"),
         ([str(run), str(tmp_path / "none.png")], "No such file"),
         ([str(tmp_path), str(images)], "there is no model in"),
-        ([str(run), str(images), "--top", "0"], "top must be at least 1, got 0"),
+        ([str(run), str(images), "--top", "0"], "top must be a whole number of at least 1, got 0"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["predict", *arguments])

@@ -137,9 +137,9 @@ def test_it_works_on_what_accelerate_wraps_and_in_its_checkpoints(tmp_path):
     ("options", "message"),
     [
         ({"shape": "linaer"}, "shape must be one of constant, linear, cosine, step or a function, got 'linaer'"),
-        ({"total_steps": 0}, "total_steps must be a whole number above 0, got 0"),
+        ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
         ({"end_alpha": -0.1}, r"alpha must lie in \[0, 1\], got -0.1"),
-        ({"warmup_steps": -1}, "warmup_steps must be a number of at least 0, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
         ({"warmup_steps": 11}, "warmup_steps must not be above total_steps=10, got 11"),
     ],
 )
@@ -150,7 +150,7 @@ def test_bad_arguments_are_named(options, message):
 
 @pytest.mark.parametrize("milestones", [(), (0.5, 0.5), (0.6, 0.3), (0.0,), (0.5, 1.0)])
 def test_milestones_must_rise_between_0_and_1(milestones):
-    with pytest.raises(ValueError, match="milestones must rise"):
+    with pytest.raises(ValueError, match="milestones must "):
         steps(*milestones)
 
 

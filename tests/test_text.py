@@ -75,7 +75,7 @@ def test_a_folder_with_both_splits_keeps_them_and_names_its_columns(tmp_path):
     [
         ({"text_column": "boddy"}, r"text_column must be one of \['text', 'label'\], got 'boddy'"),
         ({"label_column": "stars"}, "label_column must be one of .* got 'stars'"),
-        ({"max_train_samples": 0}, "number of samples must be at least 1, got 0"),
+        ({"max_train_samples": 0}, "max_train_samples must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_columns_and_numbers_are_named(tmp_path, options, message):
@@ -207,5 +207,5 @@ def test_the_tokenizer_gives_every_text_back_and_survives_saving(tmp_path):
     text = "unseen: über 10 €\n\ttabs"
     for one in (tokenizer, again):
         assert one.decode(one(text)["input_ids"], skip_special_tokens=True) == text
-    with pytest.raises(ValueError, match="vocab_size must be at least 259, got 100"):
+    with pytest.raises(ValueError, match="vocab_size must be a whole number in .259, 10000000., got 100"):
         train_tokenizer([], vocab_size=100)

@@ -127,7 +127,7 @@ def load_plain_text(
 
 @checked
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: Annotated[int, Whole("[257, 10000000]")]
+    texts: Iterable[str], vocab_size: Annotated[int, Whole("[259, 10000000]")]
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer like GPT-2's, of at most ``vocab_size`` tokens, with those of a classifier.
 
@@ -140,8 +140,6 @@ def train_tokenizer(
         'a small text'
     """
     special = ["<pad>", "<cls>", "<end>"]
-    if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -203,11 +203,11 @@ def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: top_k_accuracy([[0, 1]], [0], k=(0, 5)), r"k must be .* got \(0, 5\)"),
-        (lambda: ClassificationMetrics(top_k=0), "top_k must be at least 1, got 0"),
-        (lambda: ClassificationMetrics(bins=0), "bins must be at least 1, got 0"),
+        (lambda: top_k_accuracy([[0, 1]], [0], k=(0, 5)), "k must be a whole number of at least 1, got 0"),
+        (lambda: ClassificationMetrics(top_k=0), "top_k must be a whole number of at least 1, got 0"),
+        (lambda: ClassificationMetrics(bins=0), "bins must be a whole number of at least 1, got 0"),
         (lambda: ClassificationMetrics(alpha=-1), "alpha must lie in"),
-        (lambda: reliability([0.5], [1], bins=0), "bins must be at least 1, got 0"),
+        (lambda: reliability([0.5], [1], bins=0), "bins must be a whole number of at least 1, got 0"),
         (lambda: reliability([0.5, 0.6], [1]), r"shape \(N,\), got \(2,\) and \(1,\)"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0, 3])), r"labels must lie in \[0, 3\) .* got 0 to 3"),
         (lambda: score_logits(torch.zeros(2, 3), torch.tensor([0])), r"got \(2, 3\) and \(1,\)"),

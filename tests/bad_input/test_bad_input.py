@@ -1,4 +1,4 @@
-"""Wrong input is met with one clear error; ``make bad-input`` tries all calls and command lines, this a sample of them."""
+"""Wrong input is met with one clear error: a sample of the calls and command lines that ``make bad-input`` tries."""
 
 import pytest
 from calls import calls

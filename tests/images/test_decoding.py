@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pgt_hf.analysis import Mistake, plot_mistakes
 from pgt_hf.images import BadImageError, ImageDataset, ImageTransform, collate, preprocessing, read_upright
@@ -164,8 +164,9 @@ def bad_files(folder: Path) -> dict[str, bytes | Path | None]:
     }
 
 
-class Model:  # what preprocessing() asks a transformers model
-    config = type("Config", (), {})()
+def transformers_model() -> ViTForImageClassification:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=16, **sizes))
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation", "transformers"])
@@ -174,7 +175,7 @@ def test_bad_images_of_any_kind_are_skipped_or_named(kind, workers, tmp_path, mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
     if kind == "transformers":
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
-        transform = preprocessing(Model(), tmp_path / "model")
+        transform = preprocessing(transformers_model(), tmp_path / "model")
     else:
         transform = ImageTransform(CONFIG, training=kind == "training")
     bad = bad_files(tmp_path)
@@ -200,13 +201,13 @@ def test_transformers_models_see_images_upright(tmp_path):
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    transform = preprocessing(Model(), tmp_path)
+    transform = preprocessing(transformers_model(), tmp_path)
     turned, plain = (transform(file_of(photo(), **options)) for options in ({"exif": exif}, {}))
     torch.testing.assert_close(turned, plain.transpose(1, 2).flip(2), atol=0.03, rtol=0)
 
 
 def test_error_of_a_setting_is_not_taken_for_a_bad_image():
-    with pytest.raises(ValueError, match="math domain error|nonnegative") as error:
+    with pytest.raises(ValueError, match="scale must be a number in .0, 1., got -1.0") as error:
         ImageTransform(CONFIG, training=True, scale=(-1.0, -0.5))(file_of(photo()))
     assert not isinstance(error.value, BadImageError)
 
