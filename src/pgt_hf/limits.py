@@ -199,8 +199,8 @@ class WritableFolder:
         if longest > 255:
             raise ValueError(f"a name of {longest} bytes is too long")
         folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tried-for-writing-") as inner:
-            Path(inner, "file").write_bytes(b"0")
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name on Linux: a kill leaves nothing either
+            file.write(b"0")
 
 
 @dataclass(frozen=True)

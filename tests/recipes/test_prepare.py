@@ -171,7 +171,7 @@ def test_killed_run_goes_on_where_it_stopped(prepared, tmp_path):
     done = {path.name: path.stat().st_mtime_ns for path in incomplete.glob("*.parquet")}
     assert 3 <= len(done) < 50
     assert not output.exists()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="a file or folder that exists"):
         load_image_dataset(str(output))  # a half-prepared set cannot be taken for a whole one
 
     error = run(options(big, output, "--quality", "80"), check=False)[1]

@@ -80,7 +80,7 @@ def test_classification_takes_a_file_and_names_a_column_that_is_missing(tmp_path
     (tmp_path / "rows.csv").write_text("\n".join(["body,class", *rows]))
     same = ["--smoke", "--dataset-name", "rows.csv", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"no text column among \[.body., .class.\]; name it with text_column"):
+    with pytest.raises(SystemExit, match=r"no text column among .*; name it with --text-column"):
         call(text_classification, monkeypatch, *same)
     call(text_classification, monkeypatch, *same, "--text-column", "body", "--max-steps", "20", "--warmup-steps", "0")
     metrics = metrics_of(tmp_path / "runs" / "text")
@@ -110,11 +110,12 @@ def test_perplexities_are_those_of_the_saved_model_as_it_is_and_folded(modelled,
     model = AutoModelForCausalLM.from_pretrained(modelled / kind).eval()
     assert type(model).__name__ == model.config.architectures[0] == "LlamaForCausalLM"
     measured = []
-    for _ in range(2):
+    for folded in (False, True):
+        if folded:
+            fold_powergrad(model, alpha=0.5)
         with torch.no_grad():
             losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in blocks.split(16)]
         measured.append(math.exp(sum(losses) / len(blocks)))
-        fold_powergrad(model, alpha=0.5)
     metrics = metrics_of(modelled / kind)
     # Two processes count a last batch's filler too.
     assert [metrics["perplexity"], metrics["perplexity_folded"]] == pytest.approx(measured, rel=0.02)
