@@ -25,7 +25,7 @@ RUN := PYTHONPATH="$(CURDIR)/src" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-lowest faults lint format typecheck bad-input audit bench clean
+.PHONY: help venv demo test test-fast test-all test-lowest faults lint format typecheck bad-input audit bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +43,7 @@ test: venv ## Run the test suite
 	$(RUN) -m pytest -n 2 $(ARGS)
 
 test-fast: venv ## Run the tests that take no more than seconds, in less than two minutes
-	$(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n 2 -m "not slow and not long" $(ARGS)
 
 test-lowest: ## Run the test suite with the oldest versions that pyproject.toml allows
 	@"$(PYTHON)" .ci/make_venv.py --lowest
@@ -54,6 +54,9 @@ faults: venv ## Kill, damage and resume trainings and prepared data, for an hour
 	$(RUN) tests/faults/prepare_faults.py $(ARGS)
 	$(RUN) tests/faults/runs.py
 	$(RUN) tests/faults/data_workers.py
+
+test-all: venv ## Run the test suite, with the variants that take long
+	$(RUN) -m pytest -n 2 -m "" $(ARGS)
 
 lint: venv ## Check format, style and types
 	$(RUN) -m ruff format --check .

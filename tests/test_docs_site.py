@@ -32,10 +32,10 @@ def test_site_builds_without_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("page", "link"),
     [
-        ("docs/trainer.md", "no_such_page.md"),
+        pytest.param("docs/trainer.md", "no_such_page.md", marks=pytest.mark.long),
         ("docs/trainer.md", "method.md#no-such-heading"),
-        ("docs/trainer.md", "../no_such_file.py"),
-        ("README.md", "docs/no_such_page.md"),
+        pytest.param("docs/trainer.md", "../no_such_file.py", marks=pytest.mark.long),
+        pytest.param("README.md", "docs/no_such_page.md", marks=pytest.mark.long),
         ("docs/notebooks/trainer.ipynb", "no_such_notebook.ipynb"),
     ],
 )

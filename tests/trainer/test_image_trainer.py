@@ -162,7 +162,13 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("optim", "stop"),
-    [("powergrad_sgd", 4), ("powergrad_sgd", 7), ("powergrad_sgd", 10), ("powergrad_lamb", 7), ("adamw_torch", 4)],
+    [
+        ("powergrad_sgd", 4),
+        pytest.param("powergrad_sgd", 7, marks=pytest.mark.long),
+        ("powergrad_sgd", 10),
+        ("powergrad_lamb", 7),
+        pytest.param("adamw_torch", 4, marks=pytest.mark.long),
+    ],
 )
 def test_resumed_run_ends_with_the_very_bits_of_the_uninterrupted_one(tmp_path, optim, stop):
     settings = STRONG | {"optim": optim, "optim_args": None, "save_strategy": "steps", "save_steps": 3}

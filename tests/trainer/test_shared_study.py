@@ -224,7 +224,10 @@ def test_a_database_that_goes_away_is_waited_for(postgres, impatient, caplog):
     worker.start()
     time.sleep(1)
     postgres.stop()
-    time.sleep(2)
+    for _ in range(600):  # until the worker has asked for it
+        if "trying again" in caplog.text:
+            break
+        time.sleep(0.1)
     postgres.start()
     worker.join(60)
     points = completed_points(study_in(name), 4, GRID[:4])
