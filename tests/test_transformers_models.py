@@ -11,6 +11,7 @@ from transformers_models import COMPILED, MODELS
 from pgt_hf import attach_powergrad
 
 ALPHA = 0.25
+LONG = {"T5ForConditionalGeneration": [pytest.mark.long]}
 COMPILED_BY_INDUCTOR = ("BertForSequenceClassification", "BertForQuestionAnswering", "T5ForConditionalGeneration")
 needs_a_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
@@ -31,7 +32,10 @@ def gradients(model):
     [
         *((name, None) for name in MODELS),
         *((name, "aot_eager") for name in COMPILED),
-        *(pytest.param(name, "inductor", marks=[needs_a_compiler, pytest.mark.slow]) for name in COMPILED_BY_INDUCTOR),
+        *(
+            pytest.param(name, "inductor", marks=[needs_a_compiler, pytest.mark.slow, *LONG.get(name, ())])
+            for name in COMPILED_BY_INDUCTOR
+        ),
     ],
 )
 def test_a_model_that_computes_its_loss_receives_pgts_gradient(name, backend):

@@ -241,8 +241,14 @@ def test_push_survives_a_passing_failure(server, client, run, fault):
         ({"pattern": "PUT /lfs/", "status": 507}, "507"),
         ({"pattern": "POST .*/commit/", "drop_after": 50}, "broke off"),
         ({"pattern": "POST .*/commit/", "status": 500}, "500"),
-        ({"pattern": "POST .*/preupload", "drop_after": 0}, "OSError: the push to 'alice/ants' broke off"),
-        ({"pattern": "POST /api/repos/create", "status": 503}, "answered HTTP 503"),
+        pytest.param(
+            {"pattern": "POST .*/preupload", "drop_after": 0},
+            "OSError: the push to 'alice/ants' broke off",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"pattern": "POST /api/repos/create", "status": 503}, "answered HTTP 503", marks=pytest.mark.long
+        ),
         ({"pattern": "POST /api/repos/create", "drop_after": 0}, "could not be reached"),
     ],
     ids=[

@@ -144,7 +144,11 @@ def kill(process: subprocess.Popen, orphan: bool) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "streaming", "orphan"),
-    [(PYTHON, False, False), (TWO, True, True), pytest.param(TWO, False, False, marks=pytest.mark.long)],
+    [
+        pytest.param(PYTHON, False, False, marks=pytest.mark.long),
+        (TWO, True, True),
+        pytest.param(TWO, False, False, marks=pytest.mark.long),
+    ],
     ids=["one", "two, streaming, the launcher alone", "two"],
 )
 def test_run_that_is_killed_and_resumed_ends_with_the_bits_of_the_one_that_was_not(
