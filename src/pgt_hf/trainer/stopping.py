@@ -16,6 +16,7 @@ from ..runs.environment import command_line
 from .checkpoint_folders import list_checkpoints
 
 _STATUS = 128 + signal.SIGTERM  # a scheduler sees that the run was stopped and is not finished
+_REASONS = (None, "SIGTERM", "the end of its launcher")
 _PATIENCE = 60.0  # seconds that a process may go on without its launcher: its peers may be gone, and it wait for them
 
 
@@ -112,13 +113,13 @@ class StopOnSigterm(TrainerCallback):
             heard, _, _ = select.select([ears], [], [], 1.0 if launched else None)
             if heard:
                 if signal.SIGTERM in ears.recv(64):
-                    self._stop("SIGTERM")
+                    self._stop(_REASONS[1])
             elif os.getppid() != parent:
-                self._stop("the end of its launcher")
+                self._stop(_REASONS[2])
                 threading.Event().wait(_PATIENCE)
                 os._exit(_STATUS)
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str | None) -> None:
         self._asked = reason
         if not self._training:
             if int(os.environ.get("RANK", "0")) == 0:
@@ -134,9 +135,10 @@ class StopOnSigterm(TrainerCallback):
     def _anyone_asked(self) -> bool:
         if self._group is None:
             return self._asked is not None
-        asked = torch.tensor(int(self._asked is not None))
+        asked = torch.tensor(_REASONS.index(self._asked))
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        return bool(asked.item())
+        self._asked = _REASONS[int(asked)]  # the one that another process has seen, too
+        return self._asked is not None
 
 
 def _heard(signum: int, frame: Any) -> None:
