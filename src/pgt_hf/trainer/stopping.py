@@ -16,7 +16,8 @@ from ..runs.environment import command_line
 from .checkpoint_folders import list_checkpoints
 
 _STATUS = 128 + signal.SIGTERM  # a scheduler sees that the run was stopped and is not finished
-_REASONS = (None, "SIGTERM", "the end of its launcher")
+_SIGTERM, _ORPHANED = "SIGTERM", "the end of its launcher"
+_REASONS = (None, _SIGTERM, _ORPHANED)  # numbered, for the processes to agree on one
 _PATIENCE = 60.0  # seconds that a process may go on without its launcher: its peers may be gone, and it wait for them
 
 
@@ -113,13 +114,13 @@ class StopOnSigterm(TrainerCallback):
             heard, _, _ = select.select([ears], [], [], 1.0 if launched else None)
             if heard:
                 if signal.SIGTERM in ears.recv(64):
-                    self._stop(_REASONS[1])
+                    self._stop(_SIGTERM)
             elif os.getppid() != parent:
-                self._stop(_REASONS[2])
+                self._stop(_ORPHANED)
                 threading.Event().wait(_PATIENCE)
                 os._exit(_STATUS)
 
-    def _stop(self, reason: str | None) -> None:
+    def _stop(self, reason: str) -> None:
         self._asked = reason
         if not self._training:
             if int(os.environ.get("RANK", "0")) == 0:
@@ -129,7 +130,7 @@ class StopOnSigterm(TrainerCallback):
     def _say(self, when: str) -> None:
         saved = self._run is not None and bool(list_checkpoints(self._run))
         advice = f"resume with: {self._commands[1]}" if saved else f"run it again with: {self._commands[0]}"
-        print(f"\nStopped by {self._asked or 'SIGTERM'} {when}; {advice}")
+        print(f"\nStopped by {self._asked} {when}; {advice}")
         sys.stdout.flush()
 
     def _anyone_asked(self) -> bool:
@@ -137,8 +138,10 @@ class StopOnSigterm(TrainerCallback):
             return self._asked is not None
         asked = torch.tensor(_REASONS.index(self._asked))
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        self._asked = _REASONS[int(asked)]  # the one that another process has seen, too
-        return self._asked is not None
+        agreed = _REASONS[int(asked)]
+        if agreed is not None:  # else a signal that came meanwhile would be forgotten
+            self._asked = agreed
+        return agreed is not None
 
 
 def _heard(signum: int, frame: Any) -> None:
