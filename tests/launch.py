@@ -1,9 +1,11 @@
 """How the tests start a program: as a user would, in a process of its own or two, on the CPU and without a network."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # data sets that not every machine has
@@ -18,6 +20,15 @@ def environment(**settings: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     ours = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return os.environ | ours | settings
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module, loaded anew."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # its processes look it up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(*command: str, cwd: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:

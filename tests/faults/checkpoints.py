@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -24,16 +24,9 @@ from pgt_hf.trainer.checkpoints import STAGING
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
 from kill_at_file_events import kill_at, tear  # noqa: E402
-from small import build  # noqa: E402
+from small import DAMAGE, build  # noqa: E402
 
 STEPS = 8
-DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
-    "missing": lambda content: None,
-    "empty": lambda content: b"",
-    "cut short": lambda content: content[: len(content) // 2],
-    "zeroed": lambda content: bytes(len(content)),
-    "one bit flipped": lambda content: content[:-20] + bytes([content[-20] ^ 16]) + content[-19:],
-}
 
 
 def train(run: Path) -> None:
@@ -89,9 +82,7 @@ def damages(folder: Path, expected: dict[str, torch.Tensor], every: int) -> Iter
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     for file, name in list(product(files, DAMAGE))[::every]:
         run = Path(shutil.copytree(stopped, folder / "damaged"))
-        path = run / newest.name / file
-        content = DAMAGE[name](path.read_bytes())
-        path.unlink() if content is None else path.write_bytes(content)
+        DAMAGE[name](run / newest.name / file)
         yield f"{file} {name}", resumes(run, expected)
         shutil.rmtree(run)
 

@@ -7,7 +7,6 @@ After each fault the same command is started again. It must end well, with the b
 """
 
 import argparse
-import importlib.util
 import io
 import os
 import shutil
@@ -18,19 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1])])
 from kill_at_file_events import kill_at, tear
+from launch import ROOT, load_recipe
 
-PREPARE = Path(__file__).parents[2] / "recipes" / "prepare.py"
+PREPARE = ROOT / "recipes" / "prepare.py"
 OUTPUT = "out"  # every case runs in a folder of its own, with the same arguments
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["prepare"] = importlib.util.module_from_spec(spec)  # its processes look it up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_source(folder: Path) -> None:
@@ -120,7 +112,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def campaign(every: int) -> tuple[int, list[str]]:
     """How many faults were tried, and what was wrong after those that were not survived."""
-    module, tried, lost = load(), 0, []
+    module, tried, lost = load_recipe("prepare"), 0, []
     with tempfile.TemporaryDirectory() as own:
         folder, source = Path(own), Path(own, "source")
         write_source(source)

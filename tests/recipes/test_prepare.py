@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import json
 import os
@@ -9,13 +8,12 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from filelock import FileLock
-from launch import PYTHON, ROOT
+from launch import PYTHON, ROOT, load_recipe
 from launch import run as start
 from PIL import Image as Pictures
 
@@ -52,24 +50,16 @@ def options(name: str, output: Path, *more: str, processes: int = 1) -> list[str
     return ["--dataset-name", name, "--output-dir", str(output), *sizes, *more]
 
 
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["prepare"] = importlib.util.module_from_spec(spec)  # its processes look it up there
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(arguments: list[str], check: bool = True) -> tuple[str, str]:
     """The program in this process: what it printed, and what it said when it stopped with an error."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [PREPARE, *arguments])
         if check:
-            load_program().main()
+            load_recipe("prepare").main()
             return out.getvalue(), err.getvalue()
         with pytest.raises(SystemExit) as stop:
-            load_program().main()
+            load_recipe("prepare").main()
     assert stop.value.code not in (0, None)
     return out.getvalue(), f"{err.getvalue()}{stop.value}"
 

@@ -61,3 +61,15 @@ def build(folder: Path, *, data: Images | None = None, callbacks: tuple = (), mo
 
 def weights(trainer: ImageTrainer) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+
+# What may happen to a file.
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit flipped": lambda path: path.write_bytes(
+        path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:]
+    ),
+}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small import Images, build
+from small import DAMAGE, Images, build
 from transformers import TrainerCallback
 
 from pgt_hf import ImageTrainer
@@ -39,17 +39,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def names(run: Path) -> list[str]:
     return [path.name for path in list_checkpoints(run)]
-
-
-DAMAGE = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "one bit flipped": lambda path: path.write_bytes(
-        path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:]
-    ),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from multiprocessing import forkserver
 from typing import Any
 
@@ -31,7 +31,7 @@ def worker_options(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {"num_workers": 0}
     start_worker_server()
-    atexit.register(_kill_workers)
+    _kill_workers_at_exit()
     return {
         "num_workers": workers,
         "multiprocessing_context": _METHOD,
@@ -46,9 +46,8 @@ def use_worker_server(args: Any) -> None:
         >>> use_worker_server(training_args)
     """
     if args.dataloader_num_workers and args.dataloader_multiprocessing_context in (None, _METHOD):
-        args.dataloader_multiprocessing_context = worker_options(args.dataloader_num_workers)[
-            "multiprocessing_context"
-        ]
+        start_worker_server()
+        args.dataloader_multiprocessing_context = _METHOD
 
 
 def start_worker_server() -> None:
@@ -77,11 +76,17 @@ def guard_workers(loader: Any) -> Any:
     Example:
         >>> loader = guard_workers(DataLoader(dataset, batch_size=64, num_workers=4, multiprocessing_context="spawn"))
     """
-    atexit.register(_kill_workers)
+    _kill_workers_at_exit()
     initialize = partial(_start_worker, loader.worker_init_fn)
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one that it holds
         part.worker_init_fn = initialize
     return loader
+
+
+@cache
+def _kill_workers_at_exit() -> None:
+    """Once, however many loaders there are."""
+    atexit.register(_kill_workers)
 
 
 def _kill_workers() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..limits import checked
+from ..limits import HUB_ID, checked
 
 if TYPE_CHECKING:
     from ..analysis.predictions import Evaluation
@@ -34,7 +34,6 @@ CONTENTS = {
     "checkpoint-*": "to resume from",
 }
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 # key in metrics.json, or after "eval_" in the history: (type in the model-index, name, shown in percent)
 METRICS: dict[str, tuple[str, str, bool]] = {
@@ -199,7 +198,7 @@ def run_folder(model: str | os.PathLike[str]) -> Path | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of something on the Hub rather than of a local file or folder."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def architecture(config: Mapping[str, Any]) -> str:

@@ -39,6 +39,11 @@ def list_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     return sorted((path for path in folders if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
 
 
+def usable_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
+    """Those that were not set aside, the oldest step first; whether they are sound is another question."""
+    return [checkpoint for checkpoint in list_checkpoints(run) if _set_aside(checkpoint) is None]
+
+
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest sound checkpoint of a run, or None if it has none yet; damaged ones are passed over with a warning.
 

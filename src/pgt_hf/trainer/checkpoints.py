@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..data.workers import guard_workers
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
-from .checkpoint_folders import SET_ASIDE, find_checkpoint, list_checkpoints, rotate, set_aside, step_of
+from .checkpoint_folders import find_checkpoint, rotate, set_aside, step_of, usable_checkpoints
 from .stopping import EvaluationStopped
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class AtomicCheckpoints(Trainer):
     _staging = False
     _failure: str | None = None
     _resumed_from: str | None = None
+    _kept: Mapping[str, Any] = {}
     _asked: list[dict[str, Any]] | None = None  # the optimizer's settings before the first step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +68,7 @@ class AtomicCheckpoints(Trainer):
         if found is None and resume_from_checkpoint is True:
             raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
         self._resumed_from = found
+        self._kept = read_manifest(found) if found and Path(found, MANIFEST).is_file() else {}
         if not any(isinstance(callback, _Resume) for callback in self.callback_handler.callbacks):
             self.add_callback(_Resume(self))
         output = super().train(found, *args, **kwargs)
@@ -174,17 +176,23 @@ class AtomicCheckpoints(Trainer):
         if self.args.local_process_index == 0:
             for staged in (STAGING, _STAGED_MODEL):
                 shutil.rmtree(run / staged, ignore_errors=True)
-        safe = [path.name for path in list_checkpoints(run) if not (path / SET_ASIDE).is_file()]
+        safe = usable_checkpoints(run)
         safe_text = (
-            f"{safe[-1]} in {run} is safe: resume from it" if safe else "No checkpoint was saved before: start again"
+            f"{safe[-1].name} in {run} is safe: resume from it"
+            if safe
+            else "No checkpoint was saved before: start again"
         )
         raise CheckpointError(f"{what} could not be written to {run}: {failures[0]}. {safe_text} when this is mended")
 
-    def _is_finite(self) -> bool:
+    def _saved_tensors(self) -> list[Tensor]:
+        """What a checkpoint saves and must be finite."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for state in getattr(self.optimizer, "state", {}).values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        local = (getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors)
+        return tensors
+
+    def _is_finite(self) -> bool:
+        local = (getattr(tensor, "_local_tensor", tensor).detach() for tensor in self._saved_tensors())
         finite = [tensor.isfinite().all().to(self.args.device) for tensor in local if tensor.is_floating_point()]
         return not finite or bool(torch.stack(finite).all())
 
@@ -192,9 +200,8 @@ class AtomicCheckpoints(Trainer):
         """Says of a checkpoint whether it must not be deleted: the one just saved, the best, the last known good."""
         seen = [getattr(callback, "last_sound_step", None) for callback in self.callback_handler.callbacks]
         sound = max((step for step in seen if step is not None), default=None)
-        good = [path for path in list_checkpoints(run) if sound is not None and step_of(path) <= sound]
-        usable = [path.name for path in good if not (path / SET_ASIDE).is_file()]
-        protected = {name, Path(self.state.best_model_checkpoint or "").name, *usable[-1:]}
+        good = [path.name for path in usable_checkpoints(run) if sound is not None and step_of(path) <= sound]
+        protected = {name, Path(self.state.best_model_checkpoint or "").name, *good[-1:]}
         return lambda checkpoint: checkpoint.name in protected
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -208,20 +215,21 @@ class AtomicCheckpoints(Trainer):
 
     def _made_with(self) -> dict[str, Any]:
         """What a run must have in common with a checkpoint to resume from it."""
-        layout = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
+        weights = self.model.state_dict()
+        layout = [(name, tuple(tensor.shape)) for name, tensor in weights.items()]
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         return {
             "network": type(self.model).__name__,
-            "weights": sum(tensor.numel() for tensor in self.model.state_dict().values()),
+            "weights": sum(tensor.numel() for tensor in weights.values()),
             "layout": f"{zlib.crc32(repr(layout).encode()):08x}",
             "optimizer": type(optimizer).__name__,
             "parameter groups": [len(group["params"]) for group in optimizer.param_groups],
         }
 
     def _check_fits(self, checkpoint: str) -> None:
-        if not Path(checkpoint, MANIFEST).is_file() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not self._kept or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        before, now = read_manifest(checkpoint).get("made_with", {}), self._made_with()
+        before, now = self._kept.get("made_with", {}), self._made_with()
         wrong = [key for key in before if before[key] != now.get(key)]
         if wrong:
             known = [key for key in wrong if key not in ("layout", "parameter groups")] or wrong
@@ -242,7 +250,7 @@ class AtomicCheckpoints(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{checkpoint} does not fit this run: {error}") from error
-        before = read_manifest(checkpoint).get("asked", []) if Path(checkpoint, MANIFEST).is_file() else []
+        before = self._kept.get("asked", [])
         groups = self.optimizer.param_groups
         for group, old, now in zip(groups, before, self._asked, strict=False):
             changed = {key: value for key, value in now.items() if key in old and old[key] != value}
@@ -311,8 +319,8 @@ class _Resume(TrainerCallback):
             return
         if trainer.is_world_process_zero():
             set_aside(args.output_dir, state.global_step, f"the run was resumed from step {state.global_step}")
-        if Path(trainer._resumed_from, MANIFEST).is_file():
-            progress = read_manifest(trainer._resumed_from).get("progress", {})
+        if trainer._kept:
+            progress = trainer._kept.get("progress", {})
             trainer._total_loss_scalar = progress.get("loss", 0.0)
             trainer._tr_loss += progress.get("pending", 0.0)
             trainer._globalstep_last_logged = progress.get("logged", state.global_step)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..analysis.diagnostics import recover_target
 from ..limits import Count, checked
 from ..runs.environment import command_line
-from .checkpoint_folders import SET_ASIDE, list_checkpoints, set_aside
+from .checkpoint_folders import set_aside, usable_checkpoints
 from .logit_probe import LogitProbe, alpha_of, check_interval
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class DivergenceCallback(TrainerCallback):
         """
         if self.verdict is None:
             return
-        good = [path for path in list_checkpoints(trainer.args.output_dir) if not (path / SET_ASIDE).is_file()]
+        good = usable_checkpoints(trainer.args.output_dir)
         rate = f"{trainer.args.learning_rate / 4:.3g}"
         if good:
             again = command_line(learning_rate=rate, resume="auto")

@@ -256,9 +256,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         if self.ema is not None and self.args.should_save:
             self.ema.module.save_pretrained(folder / EMA)
 
-    def _is_finite(self) -> bool:
-        averaged = [] if self.ema is None else [*self.ema.module.state_dict().values()]
-        return super()._is_finite() and all(bool(tensor.isfinite().all()) for tensor in averaged)
+    def _saved_tensors(self) -> list[Tensor]:
+        return super()._saved_tensors() + ([] if self.ema is None else [*self.ema.module.state_dict().values()])
 
     def _made_with(self) -> dict[str, Any]:
         return super()._made_with() | {"averaged weights (ema_decay)": self.args.ema_decay is not None}
