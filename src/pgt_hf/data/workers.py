@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache, partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 __all__ = ["guard_workers", "start_worker_server", "use_worker_server", "worker_options"]
@@ -60,14 +60,14 @@ def start_worker_server() -> None:
         return
     ours = [name for name in sys.modules if name.split(".")[0] == "pgt_hf"]
     multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules] + ours)
-    if threading.current_thread() is not threading.main_thread():  # only the main one can set signals
-        forkserver.ensure_running()
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited: its workers end with it
+    # The server and its workers inherit the block, so no moment of a worker's start is open to SIGTERM: torch sets a
+    # handler of its own before `worker_init_fn` runs. The tracker comes first because its start lifts the block.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def guard_workers(loader: Any) -> Any:
