@@ -28,6 +28,7 @@ from pgt_hf.images import DIGITS, ImageDataset, ImageTransform, class_names, col
 from pgt_hf.images.rules import Crop, DataSetName, Side, TimmModel
 from pgt_hf.limits import Count, Folder, Positive, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse
+from pgt_hf.runs import describe_data
 
 KINDS = ("raw", "folded", "fitted")
 SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
@@ -52,6 +53,7 @@ class CalibrationArguments:
     max_eval_samples: Annotated[int | None, Whole("[2, inf)")] = field(
         default=None, metadata={"help": "Evaluate on so many images only."}
     )
+    allow_outside_files: bool = field(default=False, metadata={"help": "Let a table name images outside its folder."})
     bins: Count = field(default=15, metadata={"help": "Bins of the ECE."})
     num_workers: Workers = field(default=0, metadata={"help": "Processes that decode, per process."})
     smoke: bool = field(default=False, metadata={"help": f"A minute on a laptop: {SMOKE}"})
@@ -64,8 +66,12 @@ def main() -> None:
     with errors_in_one_line():
         require_matplotlib()
         with state.main_process_first():
-            limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-            dataset = load_image_dataset(args.dataset_name, **limits)
+            dataset = load_image_dataset(
+                args.dataset_name,
+                max_train_samples=args.max_train_samples,
+                max_eval_samples=args.max_eval_samples,
+                allow_outside_files=args.allow_outside_files,
+            )
 
     rows, predicted = [], {}
     for alpha in args.alphas:
@@ -88,7 +94,8 @@ def trained_logits(
 ) -> tuple[Tensor, Tensor]:
     """The validation images' logits and labels from one training run, or from its file if it was done before."""
     own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
-    settings = json.dumps({key: value for key, value in vars(args).items() if key not in own}, sort_keys=True)
+    known = {key: value for key, value in vars(args).items() if key not in own}
+    settings = json.dumps(known | {"data": describe_data(args.dataset_name, dataset)}, sort_keys=True)
     file = run / "logits.npz"
     if file.is_file():
         with np.load(file) as saved:
@@ -127,6 +134,11 @@ def trained_logits(
     )
     trainer.train()
     found = trainer.predict(ImageDataset(dataset["validation"], ImageTransform(config, training=False)))
+    with errors_in_one_line():
+        if not np.isfinite(found.predictions).all():
+            raise ValueError(
+                f"learning_rate must be lower: at alpha {alpha:g} the run diverged, got {args.learning_rate}"
+            )
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(file, logits=found.predictions, labels=found.label_ids, settings=settings)

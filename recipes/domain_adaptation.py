@@ -109,6 +109,7 @@ class AdaptationArguments:
     batch: Count = field(default=64, metadata={"help": "Images per process and domain."})
     max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many of each domain only."})
     max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on so many of each domain only."})
+    allow_outside_files: bool = field(default=False, metadata={"help": "Let a table name images outside its folder."})
     num_workers: Workers = field(
         default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
     )
@@ -160,8 +161,12 @@ def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple
     dataset_name, corrupted = name, None
     if names is not None and kind in CORRUPTIONS:
         dataset_name, corrupted = args.dataset_name, (kind, int(level))
-    limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-    splits = load_image_dataset(dataset_name, **limits)
+    splits = load_image_dataset(
+        dataset_name,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+        allow_outside_files=args.allow_outside_files,
+    )
     found = class_names(splits["train"])
     if names is not None and sorted(found) != sorted(names):
         raise ValueError(f"--targets: {name} has other classes than {args.dataset_name}: {found[:5]}, {names[:5]}")

@@ -34,6 +34,7 @@ __all__ = [
     "OneOf",
     "Positive",
     "Rate",
+    "RepoId",
     "Seed",
     "Share",
     "Text",
@@ -125,6 +126,21 @@ class OneOf:
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.names)}"
+
+
+class RepoId:
+    """The name of a repository on the Hub: owner/name, or a name."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless it is one."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        check_type(name, value, str)
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            raise ValueError(f"{name} must be owner/name, got {value!r}: {error}") from error
 
 
 class Text:
@@ -231,12 +247,19 @@ class DataSet:
         place = os.fspath(value)
         if place in self.embedded or (place and os.path.exists(place)):
             return
-        is_path = os.path.isabs(place) or place.count("/") > 1 or place.startswith(".") or Path(place).suffix in _FILES
+        meant = "" if "/" in place else near(place.casefold(), self.embedded)
+        is_path = (
+            meant
+            or os.path.isabs(place)
+            or place.count("/") > 1
+            or place.startswith(".")
+            or Path(place).suffix in _FILES
+        )
         if is_path or not HUB_ID.fullmatch(place):
             words = "".join(f"{word!r}, " for word in self.embedded)
             raise ValueError(
                 f"{name} must be {words}a file or folder that exists, or a Hub id such as owner/name, got {place!r}"
-                f"{near(place, _beside(Path(place)))}"
+                f"{meant or near(place, _beside(Path(place)))}"
             )
 
 
@@ -317,15 +340,20 @@ def check_fields(kind: type, values: Mapping[str, Any], more: Mapping[str, Any] 
         ):
             continue  # what another library reads, and keeps, in ways of its own
         rule.check(name, values[name])
-        if isinstance(rule, _Items) and isinstance(rule.rule, (Number, OneOf)) and not values[name]:
-            raise ValueError(f"{name} must name at least one, got {values[name]!r}")
+        if isinstance(rule, _Items) and isinstance(rule.rule, (Number, OneOf, DataSet)):
+            items = list(values[name])
+            if not items or any(item in items[:place] for place, item in enumerate(items)):
+                raise ValueError(f"{name} must name at least one, and none twice, got {_shown(values[name])}")
 
 
 def check_needs(kind: type, values: Mapping[str, Any], given: Iterable[str]) -> None:
-    """Raises ValueError for an argument that was given, and whose ``Needs`` are not met."""
-    hints = get_type_hints(kind, include_extras=True)
+    """Raises ValueError for an argument that was given, and whose ``Needs`` are not met.
+
+    They stand in the fields' types, or, for fields that are inherited from another library, in the class's ``NEEDS``.
+    """
+    hints, more = get_type_hints(kind, include_extras=True), getattr(kind, "NEEDS", {})
     for name in sorted(set(given) & set(hints)):
-        for rule in getattr(hints[name], "__metadata__", ()):
+        for rule in (*getattr(hints[name], "__metadata__", ()), more.get(name)):
             if isinstance(rule, Needs) and not rule.met(values):
                 now = values.get(rule.other)
                 raise ValueError(f"{name} counts only with {rule}, got {values[name]!r} with {rule.other} {now!r}")
@@ -402,7 +430,7 @@ def _rule(hint: Any) -> Any:
         return _SIMPLE[origin]
     if isinstance(origin, type) and issubclass(origin, Enum):
         return OneOf([str(member.value) for member in origin])
-    if origin in (list, Sequence, tuple):
+    if origin in (list, Iterable, Sequence, tuple):
         length = len(inner) if origin is tuple and Ellipsis not in inner else 0
         return _Items(_rule(inner[0]) if inner and len(set(inner) - {Ellipsis}) == 1 else None, length)
     if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
@@ -457,8 +485,14 @@ class _Items:
     length: int = 0
 
     def check(self, name: str, value: Any) -> None:
-        if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
+        if (
+            isinstance(value, (str, bytes, Mapping))
+            or not hasattr(value, "__iter__")
+            or getattr(value, "shape", 1) == ()
+        ):
             raise TypeError(f"{name} must be {self}, got {_shown(value)} of type {type(value).__name__}")
+        if not hasattr(value, "__len__"):
+            return  # a generator is not to be used up
         if self.length and len(value) != self.length:
             raise ValueError(f"{name} must be {self}, got {_shown(value)}")
         if self.rule is not None:

@@ -105,6 +105,7 @@ class AlphaScheduler:
         self.last_epoch = last_epoch
         self.step()
 
+    @checked
     def get_alpha(self, step: int) -> float:
         """The alpha of step number ``step``, which may be any."""
         if step < self.warmup_steps:

@@ -94,6 +94,7 @@ def compare_calibration(
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
+@checked
 def best_calibrated(found: Mapping[str, Calibration]) -> str:
     """Which of the probabilities has the lowest NLL, which is the score that no other temperature improves by chance.
 
@@ -104,6 +105,7 @@ def best_calibrated(found: Mapping[str, Calibration]) -> str:
     return min(found, key=lambda name: found[name].nll)
 
 
+@checked
 def calibration_table(found: Mapping[str, Calibration]) -> str:
     """Temperature, NLL, ECE and Brier score of each as lines to print; and which of them to use.
 
@@ -160,7 +162,7 @@ def _fit(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     if not len(labels):
-        raise ValueError("labels must leave at least one image to fit on, got none")
+        raise ValueError(f"labels must leave at least one image to fit on, got {IGNORED} alone")
     if not logits.isfinite().all():
         raise ValueError("logits must be finite, got nan or infinity among them")
     logits = logits.double()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..limits import Positive, Share, check_type, checked
+from ..limits import NonNegative, Positive, Share, check_type, checked
 
 _WIDTH = 128  # of the domain classifier
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -45,7 +45,8 @@ class DomainAdversary(nn.Module):
         return self.network.get_classifier()(pooled), self.domain(reverse_gradient(pooled, strength))[:, 0]
 
 
-def reverse_gradient(features: Tensor, strength: float) -> Tensor:
+@checked
+def reverse_gradient(features: Tensor, strength: NonNegative) -> Tensor:
     """The identity, whose gradient is multiplied by ``-strength``.
 
     Example:

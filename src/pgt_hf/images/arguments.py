@@ -39,6 +39,9 @@ class ImageDataArguments:
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Train on at most this many images."})
     max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
+    )
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "What to do with an unreadable image: 'error', or 'skip' and count it."}
     )
@@ -68,6 +71,7 @@ class ImageDataArguments:
             max_eval_samples=self.max_eval_samples,
             seed=seed,
             streaming=streaming,
+            allow_outside_files=self.allow_outside_files,
         )
 
     def augmentation(self, preprocessing: Mapping[str, Any], *, on_device: bool = False) -> ImageTransform:

@@ -5,6 +5,7 @@ is an error that says what to do.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -51,6 +52,7 @@ def load_image_dataset(
     max_eval_samples: Count | None = None,
     seed: Seed = 0,
     streaming: bool = False,
+    allow_outside_files: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Loads labelled images.
 
@@ -72,6 +74,7 @@ def load_image_dataset(
         seed: For every draw.
         streaming: Leave ``train`` where it is and read it as training goes, for ``ImageStream``. The files of the
             evaluation split, and no others, are downloaded, so that it can be indexed and each image counted once.
+        allow_outside_files: Let a table name files that lie outside its own folder.
 
     Returns:
         ``train`` and ``validation``, each with the columns ``image`` (Image) and ``label`` (ClassLabel, the same names
@@ -82,8 +85,8 @@ def load_image_dataset(
         FileNotFoundError: There is no such folder or data set.
         ConnectionError: The Hub could not be reached.
         ValueError: No image or label column, no image that can be read, a row without a label, a class that
-            ``train`` lacks, or a file that is damaged; the message names it. With ``streaming`` also: a split is
-            missing, or the classes have no names.
+            ``train`` lacks, a path that leads out of its table's folder, or a file that is damaged; the message names
+            it. With ``streaming`` also: a split is missing, or the classes have no names.
 
     Example:
         >>> load_image_dataset("digits")["validation"].num_rows
@@ -96,11 +99,16 @@ def load_image_dataset(
     if local is None and streaming:
         return _stream(name, config, image_column, label_column, max_train_samples, max_eval_samples, seed)
     splits, folders = (_load(name, config), {}) if local is None else local
-    columns = (image_column, label_column)
     splits = DatasetDict(
         {
             key: _image_and_label(
-                split, name, *columns, folders.get(key), optional=key != "train" and "train" in splits
+                split,
+                name,
+                image_column,
+                label_column,
+                folders.get(key),
+                optional=key != "train" and "train" in splits,
+                outside=allow_outside_files,
             )
             for key, split in splits.items()
         }
@@ -117,6 +125,7 @@ def load_image_dataset(
     return {"train": _with_num_images(train, rows), "validation": drawn["validation"]}
 
 
+@checked
 def check_access(name: str) -> None:
     """Checks, offline, whether a gated data set could be read at all.
 
@@ -264,6 +273,7 @@ def _image_and_label(
     folder: Path | None = None,
     *,
     optional: bool = False,
+    outside: bool = False,
 ) -> Any:
     """Of a ``Dataset`` as of an ``IterableDataset``; the image alone where the labels are ``optional`` and absent."""
     if split.features is None:
@@ -287,10 +297,10 @@ def _image_and_label(
     for old, new in columns.items():
         if old != new:
             split = split.rename_column(old, new)
-    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None))
+    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None), outside)
 
 
-def _as_images(split: Any, name: str, folder: Path | None) -> Any:
+def _as_images(split: Any, name: str, folder: Path | None, outside: bool) -> Any:
     """Bytes and paths of files become images; paths in a local table are relative to its ``folder``."""
     feature = split.features["image"]
     if isinstance(feature, Image):
@@ -299,7 +309,8 @@ def _as_images(split: Any, name: str, folder: Path | None) -> Any:
     if kind not in ("string", "large_string", "binary", "large_binary", "dict"):
         raise ValueError(f"{name!r}: the column of images must hold images or their paths, it holds {feature}")
     if kind.endswith("string") and folder is not None:
-        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder.resolve())})
+        options = {"folder": str(folder.resolve()), "outside": outside, "name": name}
+        split = split.map(_locate, input_columns="image", with_indices=True, fn_kwargs=options)
     try:
         return split.cast_column("image", Image())
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
@@ -321,10 +332,15 @@ def _check_readable(split: Dataset, name: str) -> None:
     raise BadImageError(f"{name!r}: no image can be read, {len(rows)} were tried: {first}") from first
 
 
-def _locate(image: str | None, folder: str) -> dict[str, str | None]:
-    if not image or "://" in image:
+def _locate(image: str | None, row: int, folder: str, outside: bool, name: str) -> dict[str, str | None]:
+    if not image or ("://" in image and "::" not in image and not image.startswith(("file:", "local:"))):
         return {"image": image or None}
-    path = Path(folder, image)  # an absolute path stays as it is
+    path = Path(folder, image.removeprefix("file://"))  # an absolute path stays as it is
     if "\\" in image and not path.exists():
         path = Path(folder, image.replace("\\", "/"))  # written on Windows
+    if not (outside or Path(os.path.normpath(path)).is_relative_to(folder) or path.resolve().is_relative_to(folder)):
+        raise ValueError(
+            f"{name!r}: row {row} (from 0) must name a file in the folder of its table, {folder!r}, got {image!r}; "
+            "allow_outside_files lets it name others"
+        )
     return {"image": str(path)}

@@ -77,6 +77,7 @@ def write_report(
     target: str | os.PathLike[str] | None = None,
     *,
     run: Run | None = None,
+    evaluation: Evaluation | None = None,
     pictures: bool = True,
 ) -> Path:
     """Writes ``report.html`` from a run's folder, without what was not recorded, and returns its path.
@@ -85,6 +86,7 @@ def write_report(
         folder: The run, with ``evaluation.json`` if ``examine`` was used.
         target: The file to write; by default ``report.html`` in ``folder``.
         run: What ``read_run`` read, if it is at hand.
+        evaluation: The same of ``read_evaluation``.
         pictures: Show the images of the worst mistakes. Leave them out of a page to publish if the data set's licence
             does not let you pass them on.
 
@@ -96,7 +98,7 @@ def write_report(
         >>> write_report("runs/digits")
     """
     run = read_run(folder) if run is None else run
-    evaluation = read_evaluation(folder)
+    evaluation = read_evaluation(folder) if evaluation is None else evaluation
     name = architecture(run.config)
     sections = [_headline(run, evaluation)]
     if curve := _curve(run):
@@ -161,7 +163,7 @@ def _calibration(evaluation: Evaluation) -> str:
         "PGT trained, with alpha multiplied into the logits; fitted are those at a temperature fitted to one half of "
         "the images and scored on the other."
     )
-    table = _table(("probabilities", "formula", "NLL", "ECE", "Brier score"), rows)
+    table = _table(("probabilities", "formula", "NLL", "ECE", "Brier"), rows)
     return f"<p>{advice}</p>{table}<p class=legend>{legend}</p><div class=diagrams>{''.join(pictures)}</div>"
 
 

@@ -1,6 +1,7 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
 from collections.abc import Callable, Sized
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer
 
 from ..attach import PowerGradHandle
 from ..heads import find_heads
+from ..limits import check_type
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -55,7 +57,9 @@ class PowerGradTrainer(Trainer):
     ) -> None:
         if args is not None and not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
-        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+        if model is not None or model_init is None:
+            check_type("model", model, nn.Module)
+        if args is not None and args.powergrad_head is not None and model is not None:
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
         arguments = args or PowerGradTrainingArguments("trainer_output")
         if (
@@ -89,6 +93,9 @@ class PowerGradTrainer(Trainer):
         )
         if self.args.world_size > 1:
             end_group_at_exit(self)
+        if optimizers[0] is None and optimizer_cls_and_kwargs is None:
+            with suppress(AttributeError, ValueError):  # what needs the model is said when the optimizer is made
+                self.get_optimizer_cls_and_kwargs(self.args)  # one that is not installed is an error now
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
