@@ -1,12 +1,6 @@
 from ..data.splits import class_names as class_names
-from .adaptation import DomainAdversary as DomainAdversary
-from .adaptation import confident_labels as confident_labels
-from .adaptation import entropy as entropy
-from .adaptation import reversal_strength as reversal_strength
-from .adaptation import reverse_gradient as reverse_gradient
-from .adaptation import train_norms_alone as train_norms_alone
-from .adaptation_run import METHODS as METHODS
-from .adaptation_run import AdaptationRun as AdaptationRun
+from .adaptation import METHODS as METHODS
+from .adaptation import AdaptationRun as AdaptationRun
 from .arguments import MODES as MODES
 from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
@@ -15,9 +9,7 @@ from .classifiers import load_weights as load_weights
 from .classifiers import match_labels as match_labels
 from .classifiers import preprocessing as preprocessing
 from .corruptions import CORRUPTIONS as CORRUPTIONS
-from .corruptions import LEVELS as LEVELS
 from .corruptions import Corrupted as Corrupted
-from .corruptions import corrupt as corrupt
 from .dataset import ImageDataset as ImageDataset
 from .dataset import ImageStream as ImageStream
 from .dataset import read_image as read_image
