@@ -24,9 +24,11 @@ from .decoding import Box, Size, check_pixels, decode_rgb
 from .device_transforms import LUMA
 from .rules import AutoAugment
 
-# What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
-_ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
-_ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
+# What timm's transforms can do and this one does not.
+_ELSEWHERE = dict.fromkeys(("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher"), "not here")
+_ELSEWHERE |= dict.fromkeys(
+    ("re_prob", "re_mode", "re_count", "re_num_splits"), "random erasing happens after normalisation, on the device"
+)
 
 # How much larger than needed JPEG is decoded. In training a slightly other sharpness does no harm; evaluation should
 # agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
@@ -68,9 +70,7 @@ class ImageTransform:
             among them: it belongs after normalisation, on the device.
 
     Raises:
-        ValueError: An augmentation that does not belong here.
-        BadImageError: From the call: the image cannot be decoded, or has more than ``PIL.Image.MAX_IMAGE_PIXELS``
-            pixels at the size that it would be decoded at.
+        BadImageError: From the call: as ``decode``.
 
     Example:
         >>> transform = ImageTransform({"input_size": (3, 32, 32)}, training=True, normalize=False)
@@ -90,9 +90,8 @@ class ImageTransform:
         **augmentation: Any,
     ) -> None:
         for name in augmentation:
-            if name in _ERASING + _ELSEWHERE:
-                what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
-                raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
+            if name in _ELSEWHERE:
+                raise ValueError(f"augmentation must be that of one image, got {name}: {_ELSEWHERE[name]}")
         own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
         check_augmentation(own | augmentation)
         for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):

@@ -39,11 +39,10 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
 
     Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
-    on the device, where flips and colour jitter can be left to it too (``ImageTransform(..., on_device=True)``);
-    Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
-    ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
-    with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
-    averaged model in the folder ``ema``.
+    on the device, which can also do flips and colour jitter (``ImageTransform(..., on_device=True)``); Mixup, CutMix
+    and random erasing are timm's, and PGT is exact with their soft targets; ``label_smoothing_factor`` smooths the
+    training targets alone; with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the
+    final model hold the averaged model in the folder ``ema``.
 
     Args:
         model: Any classifier of transformers, with ``config.num_labels``; ``pgt_hf.images.create_model`` makes them of
@@ -51,15 +50,10 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         args: ``ImageTrainingArguments``.
         mean: What uint8 images are normalised with, for pixels in [0, 1]; by default the model's own
             (``config.pretrained_cfg``), or ImageNet's.
-        std: The same.
+        std: As ``mean``.
         class_weights: A factor for each class in the training loss, (C); the loss is divided by the number of images,
-            so let their mean over the images be 1.
+            so their mean over the images should be 1.
         **kwargs: As Trainer takes them.
-
-    Raises:
-        TypeError: ``args`` is not an ``ImageTrainingArguments``.
-        ValueError: Mixup or CutMix with an odd batch; weights for another number of classes; EMA with sharded
-            parameters (FSDP).
 
     Example:
         >>> args = ImageTrainingArguments("out", optim="powergrad_sgd", schedule="cosine", mixup=0.2)
@@ -193,7 +187,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         weight = self._class_weights if self.model.training else None
         if labels.is_floating_point():
-            # An unreadable image has a row of zeros, in which nothing may be spread: hence not torch's own smoothing.
+            # Not torch's own smoothing: it would spread mass over the row of zeros of an unreadable image.
             labels = labels * (1 - smoothing) + labels.sum(-1, keepdim=True) * (smoothing / labels.size(-1))
             loss = F.cross_entropy(logits, labels, weight, reduction="sum")
         else:
