@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..data.workers import worker_options
-from ..functional import powergrad_cross_entropy
+from ..functional import IGNORED, powergrad_cross_entropy
 from .adaptation import DomainAdversary, confident_labels, entropy, reversal_strength, train_norms_alone
 from .dataset import ImageDataset
 from .transforms import collate
@@ -126,7 +126,7 @@ class AdaptationRun:
         loader = self.loader(images, shuffle=True)  # in order, a batch could be of one class
         network.requires_grad_(False)
         with torch.no_grad():
-            update_bn((batch["pixel_values"] for batch in loader), network)
+            update_bn((_readable(batch)[0] for batch in loader), network)
         self.average_statistics(network)
 
     def average_statistics(self, network: nn.Module) -> None:
@@ -142,7 +142,7 @@ class AdaptationRun:
         for batch in self.loader(images, shuffle=False):
             best = network(batch["pixel_values"]).argmax(dim=1)
             best, labels = self.accelerator.gather_for_metrics((best, batch["labels"]))
-            right, total = right + int((best == labels).sum()), total + len(labels)
+            right, total = right + int((best == labels).sum()), total + int((labels != IGNORED).sum())
         return right / total
 
     def loader(self, images: ImageDataset, shuffle: bool) -> Any:
@@ -156,4 +156,10 @@ class AdaptationRun:
 def _endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         for batch in loader:
-            yield batch["pixel_values"], batch["labels"]
+            yield _readable(batch)
+
+
+def _readable(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images and labels without the black ones that stand for bad images: half of the losses read no labels."""
+    read = batch["labels"] != IGNORED
+    return batch["pixel_values"][read], batch["labels"][read]
