@@ -4,7 +4,6 @@ import csv
 import io
 import re
 import runpy
-from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pgt_hf.analysis import plot_adaptation
 from pgt_hf.images import (
     CORRUPTIONS,
     Corrupted,
+    ImageDataArguments,
     ImageDataset,
     ImageTransform,
     load_image_dataset,
@@ -200,8 +200,7 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         flipped = {"image": part["image"][:], "label": [9 - number for number in part["label"]]}
         Dataset.from_dict(flipped, features=backwards).to_parquet(tmp_path / f"{split}.parquet")
     recipe = runpy.run_path(RECIPE, run_name="recipe")
-    args = Namespace(dataset_name="digits", image_size=32, min_crop=0.7, hflip=None)
-    args.max_train_samples = args.max_eval_samples = None
+    args = ImageDataArguments("digits", image_size=32)
     domain, names = recipe["load"](args, str(tmp_path), [str(number) for number in range(10)])
     assert names == [str(number) for number in range(10)]
     assert [row["labels"] for row in domain["validation"]] == digits["validation"]["label"][:]
@@ -216,6 +215,8 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         (["--alphas", "0"], "--alphas must be a number in (0, 1], got 0.0"),
         (["--targets", "contrast:9"], "with a level from 1 to 5, or a data set, got 'contrast:9'"),
         (["--batch", "200"], "--batch must be at most 192, the training images of digits for each process, got 200"),
+        (["--target-config", "small"], "--target-config must be left out, no target is a data set, got 'small'"),
+        (["--dataset-config", "x"], "dataset_config is for data sets from the Hub, got 'x' for 'digits'"),
         (["--model-name", "resnet_10"], "--model-name must be a timm model, got 'resnet_10'"),
     ],
 )

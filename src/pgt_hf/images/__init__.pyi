@@ -4,6 +4,7 @@ from .adaptation import AdaptationRun as AdaptationRun
 from .arguments import MODES as MODES
 from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
+from .arguments import ImageSourceArguments as ImageSourceArguments
 from .classifiers import load_classifier as load_classifier
 from .classifiers import load_weights as load_weights
 from .classifiers import match_labels as match_labels

@@ -5,10 +5,12 @@
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -298,15 +300,20 @@ def read_image(image: Any) -> bytes | memoryview | Image.Image:
         return file["bytes"]
     if not file["path"]:
         raise BadImageError("there is no image, the cell is empty")
-    from datasets.utils.file_utils import xopen
-
+    path, elsewhere = file["path"], "://" in file["path"]
     try:
-        with xopen(file["path"], "rb") as opened:
-            return opened.read()
-    except OSError as error:
-        if "://" in file["path"] and not isinstance(error, FileNotFoundError):
-            raise  # the network, which says nothing about the image
-        raise BadImageError(f"the file cannot be read: {error.strerror or error}") from error
+        if elsewhere:
+            from datasets.utils.file_utils import xopen
+
+            with xopen(path, "rb") as opened:
+                return opened.read()
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise BadImageError("the file cannot be read: it is a device or a pipe")  # which may never end
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        if isinstance(error, BadImageError) or (elsewhere and not isinstance(error, FileNotFoundError)):
+            raise  # the network says nothing about the image
+        raise BadImageError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def thumbnail(split: Any, index: int, side: int) -> Image.Image | None:

@@ -1,14 +1,19 @@
 """The one decoder: a file's bytes to an upright 8-bit image, JPEG at a reduced size, or a ``BadImageError``."""
 
+import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE as _BITS
+from PIL.TiffImagePlugin import PLANAR_CONFIGURATION as _PLANES
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..limits import Count, Whole, checked
 from .jpeg import decode_rows
@@ -28,7 +33,19 @@ _TURNS = {  # EXIF's orientation, and what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DEPTHS = (8, 12, 16, 31)  # bits of a grey level
+_DEPTHS = (8, 12, 16, 31)  # bits of a level
+_DEEP = re.compile(r"(RGB|RGBA|RGBX|[RGBA]);16[BLN]|LA;16B")  # Pillow's names for colour of 16 bits in a file
+_OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # a program, which Pillow would have Ghostscript run
+_NO_IMAGES = {
+    rb"version https://git-lfs": "it is a Git LFS pointer; fetch the file itself with: git lfs pull",
+    rb"\s*<\?xml|\s*<svg": "it is XML, perhaps SVG, and no pixels",
+    rb"\s*<": "it is a web page, perhaps the error of a download",
+    rb"%PDF": "it is a PDF",
+    rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "it is an archive; unpack it",
+    rb"....ftyp(hei|hev|mif1|msf1)": "it is HEIC, which Pillow does not read; convert it to JPEG",
+    rb"\xff\x0a|....JXL ": "it is JPEG XL, which Pillow does not read; convert it to JPEG",
+}
 
 
 class BadImageError(ValueError):
@@ -77,6 +94,7 @@ def decode_rgb(
     """
     if isinstance(image, bytes | memoryview) and (pixels := ppm_pixels(image)) is not None:
         height, width, _ = pixels.shape
+        _check_size(width, height)
         check_pixels(width * height, f"{width} x {height} pixels")
         (left, top, right, bottom), size = plan(width, height)
         return pixels[top:bottom, left:right].copy(), size
@@ -92,10 +110,14 @@ def _decode(
     jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
     with _errors():
         source = _open(image) if isinstance(image, bytes) else image
+        _check_size(*source.size)
+        deep = _is_deep(source)
         if not jpeg:  # it is decoded whole; PNG may name its orientation last, and TIFF turns itself
             check_pixels(source.width * source.height, f"{source.width} x {source.height} pixels")
             source.load()
         orientation = _orientation(source)
+        if deep and isinstance(image, bytes):
+            source = _all_bits(source, image)
         width, height = source.size if orientation < 5 else source.size[::-1]
     box, size = plan(width, height)
     with _errors():
@@ -166,13 +188,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image with three 8-bit channels; real sets contain grey, 16-bit, palette, CMYK and transparent ones.
 
     Grey of more than 8 bits (modes I, I;16 and F) is scaled from the smallest of these ranges that holds its largest
-    value: 8, 12, 16 and 31 bits, and for floats [0, 1] before these. Values below 0, and NaN, are black.
+    value: 8, 12, 16 and 31 bits, and for floats [0, 1] before these. Values below 0, and NaN, are black. ``decode``
+    does the same with colour of 16 bits, which Pillow would cut to the upper 8.
 
     Example:
         >>> to_rgb(Image.new("CMYK", (8, 8))).mode
         'RGB'
     """
     image = _grey(image)
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # or Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -184,14 +209,17 @@ def check_pixels(pixels: int, what: str) -> None:
         )
 
 
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImageError(f"the image has no pixels: {width} x {height}")
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     try:
         yield
     except BadImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise BadImageError("the image cannot be decoded: it is empty, damaged or in no known format") from error
     except Exception as error:  # PIL's decoders raise whatever meets them
         raise BadImageError(f"the image cannot be decoded: {error}") from error
 
@@ -201,7 +229,17 @@ def _open(data: bytes) -> Image.Image:
         return JpegImageFile(BytesIO(data))
     if data.startswith(_PNG):
         _check_png(data)
-    return Image.open(BytesIO(data))
+    if data.startswith(_POSTSCRIPT):
+        raise BadImageError("the image cannot be decoded: it is PostScript, which is not run")
+    try:
+        image = Image.open(BytesIO(data))
+    except UnidentifiedImageError as error:
+        found = next((what for begin, what in _NO_IMAGES.items() if re.match(begin, data, re.DOTALL)), None)
+        reason = found or "it is empty, damaged or in no known format"
+        raise BadImageError(f"the image cannot be decoded: {reason}") from error
+    if isinstance(image, TiffImageFile):
+        _mend_planes(image)
+    return image
 
 
 def _check_png(data: bytes) -> None:
@@ -228,18 +266,61 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not loaded yet holds colour of 16 bits."""
+    tiles = getattr(image, "tile", ())
+    return bool(tiles) and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+
+
+def _with_raw_mode(tile: Any, mode: str) -> Any:
+    return tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode)
+
+
+def _all_bits(upper: Image.Image, file: bytes) -> Image.Image:
+    """An image of which Pillow has read the upper bytes: where a file uses 12 bits or 8, they are next to black."""
+    levels = np.array(upper.convert("RGB"), dtype=np.float32)
+    if levels.max() > 15:
+        return upper
+    lower: Any = _open(file)
+    if lower.tile[0].codec_name == "libtiff" and lower.tag_v2.get(_PLANES) == 2:
+        raise BadImageError("the image cannot be decoded: it has 16 bits, few of them used, in compressed planes")
+    grey = _raw_mode(lower.tile[0]) == "LA;16B"  # read as RGBA: the upper and lower byte of grey, and of alpha
+    lower.tile = [
+        _with_raw_mode(tile, "RGBA" if grey else (mode := _raw_mode(tile))[:-1] + _OTHER_BYTE[mode[-1]])
+        for tile in lower.tile
+    ]
+    lower.load()
+    below = np.asarray(lower)
+    return _in_8_bits(256 * levels + (below[..., 1:2] if grey else below[..., :3]))
+
+
+def _mend_planes(image: TiffImageFile) -> None:
+    """Of colours that lie in planes of 16 bits Pillow would read 8."""
+    if image.tag_v2.get(_PLANES) == 2 and set(image.tag_v2.get(_BITS, ())) == {16}:
+        order = "L" if image.tag_v2.prefix == b"II" else "B"
+        image.tile = [
+            _with_raw_mode(tile, f"{_raw_mode(tile)};16{order}") if tile.codec_name == "raw" else tile
+            for tile in image.tile
+        ]
+
+
 def _grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits becomes mode L, see ``to_rgb``; convert() would clip it."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-    top = levels.max(initial=0)
-    if image.mode == "F" and top <= 1:
-        levels = (levels * 255).round()
-    else:
-        depth = next((bits for bits in _DEPTHS if top < 2**bits), _DEPTHS[-1])
-        levels = levels / 2 ** (depth - 8)
-    return Image.fromarray(levels.clip(max=255).astype(np.uint8))
+    if image.mode == "F" and levels.max(initial=0) <= 1:
+        return Image.fromarray((levels * 255).round().astype(np.uint8))
+    return _in_8_bits(levels)
+
+
+def _in_8_bits(levels: np.ndarray) -> Image.Image:
+    depth = next((bits for bits in _DEPTHS if levels.max(initial=0) < 2**bits), _DEPTHS[-1])
+    return Image.fromarray((levels / 2 ** (depth - 8)).clip(max=255).astype(np.uint8))
 
 
 def _shorter_side(side: int) -> Callable[[int, int], tuple[Box, Size]]:

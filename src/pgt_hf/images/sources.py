@@ -5,6 +5,7 @@ is an error that says what to do.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -324,7 +325,7 @@ def _check_readable(split: Dataset, name: str) -> None:
 def _locate(image: str | None, folder: str) -> dict[str, str | None]:
     if not image or "://" in image:
         return {"image": image or None}
-    path = Path(folder, image)  # an absolute path stays as it is
-    if "\\" in image and not path.exists():
-        path = Path(folder, image.replace("\\", "/"))  # written on Windows
-    return {"image": str(path)}
+    path = os.path.join(folder, image)  # an absolute path stays as it is
+    if ("\\" in image or image != image.strip()) and not os.path.exists(path):
+        path = os.path.join(folder, image.strip().replace("\\", "/"))  # written on Windows, or with blanks
+    return {"image": path}
