@@ -16,7 +16,6 @@ from .dataset import ImageStream as ImageStream
 from .dataset import read_image as read_image
 from .decoding import BadImageError as BadImageError
 from .decoding import decode as decode
-from .decoding import decode_rgb as decode_rgb
 from .decoding import read_upright as read_upright
 from .decoding import shrink as shrink
 from .decoding import to_rgb as to_rgb

@@ -172,20 +172,12 @@ class DomainAdversary(nn.Module):
         """The logits of the classes, (N, C), and of the domain, (N): positive for the target."""
         features = self.network.forward_features(images)
         pooled = self.network.forward_head(features, pre_logits=True)
-        return self.network.get_classifier()(pooled), self.domain(ReverseGradient.apply(pooled, strength))[:, 0]
+        return self.network.get_classifier()(pooled), self.domain(reverse_gradient(pooled, strength))[:, 0]
 
 
-class ReverseGradient(torch.autograd.Function):
+def reverse_gradient(features: Tensor, strength: float) -> Tensor:
     """The identity, whose gradient is multiplied by ``-strength``."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return -ctx.strength * grad_output, None
+    return features.detach() + strength * (features.detach() - features)
 
 
 def dann_schedule(progress: float) -> float:

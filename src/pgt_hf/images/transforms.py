@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..limits import Number, OneOf, checked
-from .decoding import Box, Size, check_pixels, decode_rgb
+from .decoding import Box, Size, check_pixels, decode
 from .device_transforms import LUMA
 from .rules import AutoAugment
 
@@ -94,9 +94,9 @@ class ImageTransform:
                 raise ValueError(f"augmentation must be that of one image, got {name}: {_ELSEWHERE[name]}")
         own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
         check_augmentation(own | augmentation)
-        for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):
-            if config.get(name) is not None and len(config[name]) != count:
-                raise ValueError(f"config: {name} must have {count} numbers, got {config[name]!r}")
+        for name in ("mean", "std", "input_size"):
+            if config.get(name) is not None and len(config[name]) != 3:
+                raise ValueError(f"config: {name} must have 3 numbers, got {config[name]!r}")
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize and not on_device
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
@@ -126,7 +126,7 @@ class ImageTransform:
             self._steps = self._steps[:first]
 
     def __call__(self, image: bytes | Image.Image) -> Any:
-        region, size = decode_rgb(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
+        region, size = decode(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
         decoded = torch.from_numpy(region).permute(2, 0, 1)  # the channels last in memory
         pixels: Tensor | Image.Image = decoded
         if size is not None:

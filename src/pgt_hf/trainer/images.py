@@ -7,7 +7,6 @@ stopped.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
@@ -30,7 +29,7 @@ from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
-from .checkpoints import AtomicCheckpoints
+from .checkpoints import AtomicCheckpoints, temporarily
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
@@ -136,12 +135,9 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         )
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training  # Trainer would leave out images of the evaluation
-        try:
+        drop_last = self.args.dataloader_drop_last and is_training  # Trainer would leave out images of the evaluation
+        with temporarily(self.args, dataloader_drop_last=drop_last):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -228,7 +224,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     ) -> Any:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.ema is not None and description == "Evaluation":
-            with self._evaluating(self.ema.module):
+            with temporarily(self, model=self.ema.module, model_wrapped=self.ema.module):
                 prefix = f"{metric_key_prefix}_{EMA}"
                 again = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
             output.metrics.update(again.metrics)
@@ -236,15 +232,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         for key in [key for key in output.metrics if key.endswith("_nll")]:
             output.metrics[key.removesuffix("nll") + "loss"] = output.metrics[key]
         return output
-
-    @contextmanager
-    def _evaluating(self, model: nn.Module) -> Iterator[None]:
-        before = self.model, self.model_wrapped
-        self.model = self.model_wrapped = model
-        try:
-            yield
-        finally:
-            self.model, self.model_wrapped = before
 
     def _save_more(self, folder: Path) -> None:
         if self.ema is not None and self.args.should_save:
