@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ WORKERS = 8  # that are started in a round, each for one example
 
 def rounds(count: int, fork: bool) -> int:
     """How many rounds hung."""
+    warnings.filterwarnings("ignore", message=".*worker processes in total")
     state, data, hung = PartialState(cpu=True), TensorDataset(torch.arange(WORKERS)), 0
     options = worker_options(WORKERS)
     if fork:

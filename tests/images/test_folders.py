@@ -146,6 +146,9 @@ RIGHT: dict[str, tuple[Maker, list[str], tuple[int, int], str]] = {
         table("x.csv", ",image,label\n" + "\n".join(f"{n},photos/{n}.png,{'ab'[n % 2]}" for n in range(12))),
         ["a", "b"], (10, 2), "",
     ),
+    "an image that is named twice": (
+        table("x.csv", ROWS_AB + "photos/0.png,a\n"), ["a", "b"], (11, 2), "named more than once, as 'photos/0.png'",
+    ),
     "a column of splits": (
         table("x.csv", "image,label,split\n" + "\n".join(
             f"photos/{n}.png,{'ab'[n % 2]},{'Test' if n > 7 else 'train'}" for n in range(12)
@@ -251,6 +254,12 @@ WRONG: dict[str, tuple[Maker, str]] = {
         table("x.csv", "image,label\n" + "\n".join(f"a\0{n},{'ab'[n % 2]}" for n in range(12))),
         "no image can be read, .*null byte",
     ),
+    "a column of splits and others": (
+        table("x.csv", "image,label,split\nphotos/0.png,a,train\nphotos/1.png,a,extra\n"),
+        "the column 'split' names splits, such as 'train', and also 'extra'",
+    ),
+    "UTF-16 without a mark": (table("x.csv", ROWS_AB.encode("utf-16-le")), "x.csv' cannot be read: it holds zero"),
+    "a damaged archive": (write("x.tar", b"x" * 10240), "cannot be read: "),
     "every label another": (table("x.csv", rows(list("abcdefghijkl"))), "each class needs 2 examples"),
     "numbers beyond all bounds": (
         table("x.jsonl", f'{{"image": "a", "label": {10**30}}}'), "x.jsonl' cannot be read: its column 'label'",
@@ -285,7 +294,7 @@ WRONG: dict[str, tuple[Maker, str]] = {
     "other columns in a shard": (
         both(table("train-0.csv", ROWS_AB), table("train-1.csv", "image,kind\nx,a\n")), "train-1.csv' has the columns",
     ),
-    "damaged Parquet": (write("train.parquet", b"PAR1 and no more"), "cannot be read"),
+    "damaged Parquet": (write("train.parquet", b"PAR1 and no more"), "train.parquet' cannot be read"),
 }  # fmt: skip
 
 

@@ -101,15 +101,26 @@ def read_tables(files: dict[str, list[Path]]) -> DatasetDict:
                     f"{tables[0].column_names}, and both are for {split!r}"
                 )
         splits[split] = concatenate_datasets(tables, split=NamedSplit(split))
-    return _by_column(splits["train"]) if list(splits) == ["train"] else splits
+    if list(splits) != ["train"]:
+        return splits
+    try:
+        return _by_column(splits["train"])
+    except ValueError as error:
+        raise ValueError(f"{str(files['train'][0])!r}: {error}") from error
 
 
 def _by_column(table: Dataset) -> DatasetDict:
-    """Splits a table that has a column of nothing but the names of splits."""
+    """Splits a table that has a column with the names of splits."""
     for column in table.column_names:
         if column.casefold() in _SPLIT_COLUMNS:
             known = {value: split_of(str(value), alone=True) for value in table.unique(column)}
-            if all(known.values()):
+            named, others = [[value for value in known if bool(known[value]) is yes] for yes in (True, False)]
+            if named and others:
+                raise ValueError(
+                    f"the column {column!r} names splits, such as {named[0]!r}, and also {others[0]!r}: give each row "
+                    "one of train, validation and test, or the column another name"
+                )
+            if named:
                 logger.warning("the rows are split as the column %r says", column)
                 rows: dict[str, list[int]] = {}
                 for row, value in enumerate(table[column]):
@@ -162,6 +173,8 @@ def _read_csv(path: Path) -> pa.Table:
         if not header.strip():
             raise ValueError("it is empty" if not start else "its first line, which names the columns, is blank")
         tabs = path.suffix.lower() == ".tsv" and "\t" in header
+        if "\0" in header:
+            raise ValueError("it holds zero bytes, as no text does; convert UTF-16 and UTF-32 to UTF-8 with iconv")
         delimiter = "\t" if tabs else max(",;\t|", key=header.count)
         text.seek(0)
         rows = csv.reader(text, delimiter=delimiter, skipinitialspace=True)

@@ -4,6 +4,7 @@ import logging
 import math
 import statistics
 import sys
+from collections import deque
 from typing import Annotated, Any
 
 import torch
@@ -20,13 +21,15 @@ from .logit_probe import LogitProbe, alpha_of
 
 logger = logging.getLogger(__name__)
 
+_USUAL = 1000  # logged gradient norms, of which the median is taken
+
 
 class DivergenceCallback(TrainerCallback):
     """Stops a run within ``interval`` steps of diverging, and says what to try.
 
     It checks the logits every ``interval`` steps and after each checkpoint, and every log entry. A run has diverged
     when logits, loss or gradient norm are not finite; when the loss of ``alpha * logits``, or ``alpha * logits``
-    themselves, are beyond anything sensible twice in a row; or when the logged gradient norm is 1,000 times its
+    themselves, are beyond anything sensible twice in a row; or when the logged gradient norm is 1,000 times its recent
     median. (Trainer's log may hide it: ``logging_nan_inf_filter`` replaces a loss that is not finite with an average.)
 
     In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is normal, most
@@ -72,7 +75,7 @@ class DivergenceCallback(TrainerCallback):
         self._saved = False
         self.last_sound_step = state.global_step
         self._first_loss: float | None = None
-        self._gradient_norms: list[float] = []
+        self._gradient_norms: deque[float] = deque(maxlen=_USUAL)
         self._probe = LogitProbe(kwargs["model"], self._head)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
