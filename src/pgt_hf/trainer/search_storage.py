@@ -22,8 +22,7 @@ from ..limits import WritableFile, check_type, checked
 
 _log = logging.getLogger("pgt_hf.search")
 _JOURNAL = "journal:"
-_OPENING_SECONDS = 5.0  # how long a storage is waited for while it is opened
-_AWAY_SECONDS = 600.0  # and once a search has begun in it
+_AWAY_SECONDS = 600.0  # how long a storage that could be opened is waited for
 
 
 class Storage:
@@ -55,7 +54,7 @@ def open_storage(
 ) -> RDBStorage | JournalStorage:
     """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``.
 
-    Once ``be_patient`` was called, it is waited for, up to ten minutes, whenever it is away or full.
+    Once it is open, it is waited for, up to ten minutes, whenever it is away or full.
     """
     if storage is None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -66,11 +65,6 @@ def open_storage(
         return _open_database(_database_url(storage).render_as_string(hide_password=False))
     except (OSError, SQLAlchemyError, ValueError) as error:
         raise ValueError(f"storage {_shown(storage)} cannot be opened: {_reason(error)}") from error
-
-
-def be_patient(storage: Any) -> None:
-    """From now on the storage is waited for: it could be used, so it may come back."""
-    getattr(storage, "_backend", storage).patience = _AWAY_SECONDS
 
 
 def _database_url(name: str) -> URL:
@@ -130,7 +124,7 @@ def _reason(error: BaseException) -> str:
 class _Database(RDBStorage):
     """A database that may be away for a while."""
 
-    patience, told = _OPENING_SECONDS, float("-inf")
+    patience, told = _AWAY_SECONDS, float("-inf")
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
@@ -145,7 +139,7 @@ for _name in (*BaseStorage.__abstractmethods__, "_create_new_trial", "_get_trial
 class _Journal(JournalFileBackend):
     """A journal that a full disk does not ruin: the next writer cuts off a line that was not written to its end."""
 
-    patience, told = _OPENING_SECONDS, float("-inf")
+    patience, told = _AWAY_SECONDS, float("-inf")
 
     def __init__(self, path: str) -> None:
         self.path, self.lock = path, JournalFileSymlinkLock(path)

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
-from .search_storage import be_patient
 
 _log = logging.getLogger("pgt_hf.search")
 _WORKER = uuid.uuid4().hex  # host names and process numbers are not unique: containers share them
@@ -45,7 +44,6 @@ def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Map
 
     Raises:
         ValueError: The storage holds a study of that name with another identity.
-        ConnectionError: The storage cannot be used.
     """
     study = optuna.create_study(
         storage=storage, study_name=name, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
@@ -55,7 +53,6 @@ def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Map
         was = ", ".join(f"{key}={found.get(key)!r}" for key in changed)
         raise ValueError(f"the storage holds another search, with {was}; give another --output-dir or --storage")
     study.set_user_attr("search", dict(identity))
-    be_patient(storage)
     return study
 
 
