@@ -111,7 +111,7 @@ class AdaptationRun:
     # --- the loop
 
     def _fit(self, network: Any, loss: Callable[..., Tensor], epochs: int, lr: float, data: list[ImageDataset]) -> Any:
-        """SGD with Nesterov momentum and one cycle of the learning rate; an epoch is one of the first data set."""
+        """SGD with Nesterov momentum and one cycle of the learning rate; an epoch is a pass over the first data set."""
         if epochs == 0:
             return network.to(self.accelerator.device)
         loaders = [self._loader(images, shuffle=True) for images in data]
@@ -214,6 +214,6 @@ def _endless(loader: Any) -> Iterator[_Batch]:
 
 
 def _readable(batch: dict[str, Tensor]) -> _Batch:
-    """Without the black images that stand for bad ones: half of the losses read no labels."""
+    """Without the black images in place of bad ones: half of the losses read no labels."""
     read = batch["labels"] != IGNORED
     return batch["pixel_values"][read], batch["labels"][read]

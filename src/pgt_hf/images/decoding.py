@@ -53,7 +53,7 @@ class BadImageError(ValueError):
     """An image that cannot be used: truncated, in no known format, or too large to decode. The message says which."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader hands on the whole traceback of its worker.
+        # A DataLoader puts the whole traceback of its worker into the message.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
@@ -104,7 +104,7 @@ def decode(
             if size is not None:
                 reduction = _reduction(box, size, margin)
                 source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
-            # Of a progressive file libjpeg keeps the whole, however small the result.
+            # libjpeg keeps all of a progressive file in memory, however small the result.
             decoded = width * height if "progressive" in source.info else source.width * source.height
             check_pixels(decoded, f"{width} x {height} pixels, decoded at 1/{reduction}")
             if orientation == 1 and source.mode in ("L", "RGB"):
@@ -194,7 +194,7 @@ def _errors() -> Iterator[None]:
         yield
     except BadImageError:
         raise
-    except Exception as error:  # PIL's decoders raise whatever meets them
+    except Exception as error:  # PIL's decoders raise exceptions of any kind
         raise BadImageError(f"the image cannot be decoded: {error}") from error
 
 

@@ -11,7 +11,7 @@ _OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xC
 _SCAN, _END = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff[^\x00]")  # within a scan, a zero byte follows each 0xFF that is no marker
 _ROWS_NOT_READ = "extraneous bytes before marker 0xd9"
-_LEAST = 8  # pixels; of smaller images several of libjpeg's scales give the same size
+_LEAST = 8  # pixels; several of libjpeg's scales give a smaller image the same size
 
 
 def decode_rows(file: bytes, width: int, height: int, rows: int, reduction: int = 1) -> np.ndarray | None:

@@ -104,7 +104,7 @@ class ImageTransform:
         options |= augmentation if training else {}
         steps = create_transform(**options, is_training=training, normalize=False).transforms
 
-        # The first step decides how large the image is decoded; where it is another than these, PIL does as timm says.
+        # The first step decides how large the image is decoded. Any other than these two is left to PIL, as in timm.
         self._crop: RandomResizedCropAndInterpolation | None = None
         self._shorter_side: int | None = None
         self._interpolations: Sequence[transforms.InterpolationMode] = ()
@@ -158,7 +158,7 @@ class ImageTransform:
         if self._crop is not None:
             shape = torch.empty(1).expand(height, width)  # the size is all that timm asks for
             top, left, crop_height, crop_width = self._crop.get_params(shape, self._crop.scale, self._crop.ratio)
-            # Of an image of a few pixels timm may draw a crop of none, at its very edge.
+            # In an image of a few pixels timm may draw an empty crop, at its edge.
             left, top = min(left, width - 1), min(top, height - 1)
             return (left, top, left + max(crop_width, 1), top + max(crop_height, 1)), self.size
         if self._shorter_side is None:

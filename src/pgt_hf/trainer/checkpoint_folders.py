@@ -40,7 +40,7 @@ def list_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
 
 
 def usable_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
-    """Those that were not set aside, the oldest step first; whether they are sound is another question."""
+    """Those that were not set aside, the oldest step first; they are not verified."""
     return [checkpoint for checkpoint in list_checkpoints(run) if _set_aside(checkpoint) is None]
 
 
@@ -109,7 +109,7 @@ def set_aside(run: str | os.PathLike[str], after: int, reason: str) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint; whatever interrupts that, nothing half-deleted stands under its name."""
+    """Deletes a checkpoint, renamed first: what an interruption leaves is not taken for a checkpoint."""
     doomed = checkpoint.with_name(_REMOVING + checkpoint.name)
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)

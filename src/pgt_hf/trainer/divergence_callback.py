@@ -158,7 +158,7 @@ class DivergenceCallback(TrainerCallback):
         if not logits.isfinite().all():
             return "the logits are not finite"
         target, found = recover_target(logits, grad, alpha)
-        # Rows without a gradient have no loss to speak of.
+        # Rows without a gradient, such as those of ignored labels, count as a loss of 0.
         losses = torch.nn.functional.cross_entropy(alpha * logits[found].float(), target, reduction="sum")
         loss = losses.item() / len(logits)
         largest = alpha * logits.abs().amax().item()

@@ -190,7 +190,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
-        # Of a batch whose images are all unreadable the loss is 0.
+        # A batch whose images are all unreadable has a loss of 0.
         return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=torch.finfo(loss.dtype).tiny)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
@@ -250,7 +250,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Around the steps: the data set learns the epoch, steps are seeded, the average is updated."""
+    """Tells the data set the epoch, seeds each step, updates the averaged model."""
 
     def __init__(self, trainer: ImageTrainer) -> None:
         self.trainer = trainer
@@ -260,7 +260,7 @@ class _Steps(TrainerCallback):
             self.trainer._start_ema()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # Accelerate's loader tells the data set only where it does not tell a sampler.
+        # Accelerate's loader tells the epoch to the data set only if there is no sampler to tell.
         dataset, epoch = self.trainer.train_dataset, int(state.epoch or 0)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)

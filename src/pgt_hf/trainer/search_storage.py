@@ -128,7 +128,7 @@ class _Database(RDBStorage):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
-        if self.engine.name == "sqlite":  # it knows no SELECT FOR UPDATE, without which two workers take one trial
+        if self.engine.name == "sqlite":  # it has no SELECT FOR UPDATE, without which two workers may take one trial
             event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 

@@ -148,7 +148,7 @@ def _heard(signum: int, frame: Any) -> None:
 
 
 def _forget() -> None:
-    """In a forked child (a data worker), SIGTERM means what it always means."""
+    """In a forked child, such as a data worker, SIGTERM has its default effect."""
     if signal.getsignal(signal.SIGTERM) is _heard:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
