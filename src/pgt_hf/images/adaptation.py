@@ -111,7 +111,7 @@ class AdaptationRun:
     # --- the loop
 
     def _fit(self, network: Any, loss: Callable[..., Tensor], epochs: int, lr: float, data: list[ImageDataset]) -> Any:
-        """SGD with Nesterov momentum and one cycle of the learning rate; an epoch is a pass over the first data set."""
+        """SGD with Nesterov momentum, one cycle of the learning rate; an epoch is a pass over the first data set."""
         if epochs == 0:
             return network.to(self.accelerator.device)
         loaders = [self._loader(images, shuffle=True) for images in data]

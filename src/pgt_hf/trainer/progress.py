@@ -48,9 +48,8 @@ class Progress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if (
-            evaluated := _in_words(logs)
-        ) and state.global_step != self._evaluated:  # the last one is logged again at the end
+        # The last evaluation is logged again at the end.
+        if (evaluated := _in_words(logs)) and state.global_step != self._evaluated:
             self._evaluated = state.global_step
             tqdm.write(f"epoch {state.epoch or 0:<6.4g} {evaluated}")
         if "loss" in logs and self.training_bar is not None:
