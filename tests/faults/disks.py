@@ -28,8 +28,9 @@ from kill_at_file_events import Killed, kill_at  # noqa: E402
 from launch import load_recipe  # noqa: E402
 
 OPTIONS = """
-    --dataset-name digits --max-train-samples 128 --max-eval-samples 60 --num-train-epochs 8 --ema-decay 0.9
-    --save-strategy steps --save-steps 5 --save-total-limit 2 --logging-steps 1 --eval-strategy epoch
+    --dataset-name digits --max-train-samples 128 --max-eval-samples 40 --max-steps 8 --global-batch 32
+    --model-name test_resnet --ema-decay 0.9 --save-strategy steps --save-steps 3 --save-total-limit 2
+    --logging-steps 1 --eval-strategy epoch
     --dataloader-num-workers 0 --resume auto --output-dir
 """
 
@@ -86,7 +87,7 @@ def meanwhile(
     run, over = disk / "run", threading.Event()
 
     def wait() -> None:
-        while not (run / "checkpoint-10").exists() and not over.is_set():
+        while not (run / "checkpoint-6").exists() and not over.is_set():
             time.sleep(0.002)
         trouble()
 
