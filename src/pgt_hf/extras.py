@@ -22,17 +22,13 @@ _EXTRAS = {
 
 
 def require(package: str, purpose: str) -> None:
-    """Raises the error of ``missing``, before any work is done, if a package is not installed.
-
-    Example:
-        >>> require("peft", "LoRA")
-    """
+    """Raises the error of ``missing`` if a package is not installed."""
     if find_spec(package) is None:
         raise missing(package, purpose)
 
 
 def missing(package: str | None, purpose: str, extra: str | None = None) -> ImportError:
-    """The error for a package that is not installed; it names the extra that brings it.
+    """The error for a package that is not installed; it names the extra that installs it.
 
     Example:
         >>> str(missing("peft", "LoRA"))
