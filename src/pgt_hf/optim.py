@@ -19,7 +19,7 @@ from .attach import PowerGradHandle, attach_powergrad, release_powergrad
 from .clipping import ClipGradients, check_clipping
 from .functional import check_alpha
 from .gate import State
-from .guard import ALPHA_KEY, guard_copies
+from .guard import ALPHA_KEY, INITIAL_KEY, guard_copies
 from .heads import Head, last_linear
 from .limits import Number, check_type, checked, near, rule_for
 
@@ -41,7 +41,6 @@ _RULES = {
     "lr_decay": Number("[0, inf)"),
     "rho": Number("[0, 1)"),
 }
-INITIAL_KEY = f"initial_{ALPHA_KEY}"  # for schedules, like "initial_lr"
 
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
 
