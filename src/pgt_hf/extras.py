@@ -35,5 +35,5 @@ def missing(package: str | None, purpose: str, extra: str | None = None) -> Impo
         "LoRA needs peft: pip install 'pgt_hf[lora]'"
     """
     root = (package or "").partition(".")[0]
-    extra = _EXTRAS.get(root) and (extra or _EXTRAS[root])
-    return ImportError(f"{purpose} needs {root}: pip install {f'pgt_hf[{extra}]' if extra else root!r}")
+    wanted = f"pgt_hf[{extra or _EXTRAS[root]}]" if root in _EXTRAS else root
+    return ImportError(f"{purpose} needs {root}: pip install {wanted!r}")

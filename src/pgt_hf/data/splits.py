@@ -123,12 +123,7 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def sorted_classes(names: Iterable[str]) -> list[str]:
-    """Each name once, as Unicode has it composed, in their order; whole numbers come first, in theirs.
-
-    Example:
-        >>> sorted_classes(["10", "cat", "2", "cat"])
-        ['2', '10', 'cat']
-    """
+    """Each name once, in NFC; whole numbers come first, in their order."""
     return sorted(set(map(_normal, names)), key=_natural)
 
 
