@@ -1,4 +1,4 @@
-"""Atomic writes: a file is replaced as a whole, even if the program is killed."""
+"""Atomic writes: a file is replaced as a whole or not at all, even if the program is killed."""
 
 import logging
 import os
@@ -30,13 +30,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """For what is drawn or written beside a training: whatever fails there is a warning of one line, no more.
-
-    Example:
-        >>> with warn_on_failure("report.html"):
-        ...     write_report("runs/digits")
-    """
+    """Turns any error into a warning of one line, for plots and reports, which must not stop training."""
     try:
         yield
-    except Exception as error:  # not the training's
+    except Exception as error:
         logger.warning("%s was not written: %s: %s", what, type(error).__name__, " ".join(str(error).split()))

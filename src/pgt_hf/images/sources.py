@@ -23,7 +23,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..data.splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
+from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, train_and_validation
 from ..data.tables import in_words
 from ..limits import Count, DataSet, Seed, checked
 from .dataset import read_image
@@ -224,7 +224,6 @@ def _stream(
     known = splits["train"].info.splits or {}
     rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
     if max_train_samples is not None:
-        check_size(max_train_samples)
         train = train.take(max_train_samples)
         rows = max_train_samples if rows is None else min(rows, max_train_samples)
     return {"train": _with_num_images(train, rows), "validation": draw(validation, max_eval_samples, seed)}
