@@ -278,7 +278,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, 
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
         hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(_line(f"{error}{hint}"), file=sys.stderr)
     elif issubclass(kind, WriteError):
         line = _line(str(error))
         if not _leave_to_first(everywhere=True):
