@@ -5,6 +5,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from typing import Annotated, Any
 
@@ -52,44 +53,27 @@ class BadImageError(ValueError):
     """An image that cannot be used: truncated, in no known format, or too large to decode. The message says which."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader hands on the whole traceback of its worker.
+        # A DataLoader puts the whole traceback of its worker into the message.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 def decode(
     image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
-) -> tuple[Image.Image, Size | None]:
-    """Decodes the part of an image that will be used.
+) -> tuple[np.ndarray, Size | None]:
+    """Decodes the part of an image that will be used: JPEG by simplejpeg where it can, all else by Pillow.
 
     ``plan`` takes the width and height of the upright image. It returns the box to use, and the size that it will be
     scaled to, if known. The box is decoded at no less than ``margin`` times that size, if the file has as much.
 
     Returns:
-        The box of the upright image, perhaps reduced by 2, 4 or 8, in mode L or RGB; and the size that ``plan`` gave.
+        The box of the upright image, (H, W, 3), perhaps reduced by 2, 4 or 8; and the size that ``plan`` gave.
 
     Raises:
         BadImageError: The image cannot be decoded, or has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels at the size
             that it would be decoded at, which its header tells.
 
     Example:
-        >>> decode(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].size
-        (30, 20)
-    """
-    decoded, size = _decode(image, plan, margin, fast=False)
-    assert isinstance(decoded, Image.Image)
-    return decoded, size
-
-
-def decode_rgb(
-    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int = 1
-) -> tuple[np.ndarray, Size | None]:
-    """The same pixels as ``decode``, as an array (H, W, 3), and faster: JPEG by simplejpeg, PPM without a copy.
-
-    Raises:
-        BadImageError: As ``decode``.
-
-    Example:
-        >>> decode_rgb(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
+        >>> decode(Image.new("L", (80, 60)), lambda width, height: ((0, 0, 30, 20), None))[0].shape
         (20, 30, 3)
     """
     if isinstance(image, bytes | memoryview) and (pixels := ppm_pixels(image)) is not None:
@@ -98,13 +82,6 @@ def decode_rgb(
         check_pixels(width * height, f"{width} x {height} pixels")
         (left, top, right, bottom), size = plan(width, height)
         return pixels[top:bottom, left:right].copy(), size
-    decoded, size = _decode(image, plan, margin, fast=True)
-    return (np.array(to_rgb(decoded)) if isinstance(decoded, Image.Image) else decoded), size
-
-
-def _decode(
-    image: File, plan: Callable[[int, int], tuple[Box, Size | None]], margin: int, fast: bool
-) -> tuple[Image.Image | np.ndarray, Size | None]:
     if isinstance(image, memoryview):
         image = image.tobytes()
     jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8\xff")
@@ -127,21 +104,20 @@ def _decode(
             if size is not None:
                 reduction = _reduction(box, size, margin)
                 source.draft("RGB", (max(source.width // reduction, 1), max(source.height // reduction, 1)))
-            # Of a progressive file libjpeg keeps the whole, however small the result.
+            # libjpeg keeps all of a progressive file in memory, however small the result.
             decoded = width * height if "progressive" in source.info else source.width * source.height
             check_pixels(decoded, f"{width} x {height} pixels, decoded at 1/{reduction}")
-            if fast and orientation == 1 and source.mode in ("L", "RGB"):
+            if orientation == 1 and source.mode in ("L", "RGB"):
                 left, top, right, bottom = (0, 0, *source.size) if whole else _scaled(box, reduction)
-                pixels = decode_rows(image, width, height, bottom, reduction)
-                if pixels is not None:
-                    return pixels[top:bottom, left:right], size
+                rows = decode_rows(image, width, height, bottom, reduction)
+                if rows is not None:
+                    return rows[top:bottom, left:right], size
             source.load()
         if orientation in _TURNS:
             source = source.transpose(_TURNS[orientation])
-        source = _grey(source)
         if not whole:
-            source = source.crop(_scaled(box, reduction))
-        return source if source.mode == "L" else to_rgb(source), size
+            source = _grey(source).crop(_scaled(box, reduction))
+        return np.array(to_rgb(source)), size
 
 
 @checked
@@ -154,16 +130,16 @@ def shrink(image: bytes, shorter_side: Count, quality: Annotated[int | None, Who
     Raises:
         BadImageError: It cannot be decoded: small ones are decoded too, to find out.
     """
+    smaller = read_upright(image, shorter_side)
     if quality is None:
-        return ppm(np.asarray(read_upright(image, shorter_side)))
-    smaller, size = decode(image, _shorter_side(shorter_side), margin=2)
-    assert size is not None
+        return ppm(np.asarray(smaller))
     with _errors():
         source = _open(image)
-        if source.size == size[::-1] and _orientation(source) == 1:
+        if source.size == smaller.size and _orientation(source) == 1:
             return image
     file = BytesIO()
-    smaller.resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=int(quality))
+    mode = "L" if source.mode == "L" or _is_deep_grey(source) else "RGB"
+    smaller.convert(mode).save(file, "JPEG", quality=int(quality))
     return file.getvalue()
 
 
@@ -177,11 +153,9 @@ def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
         >>> read_upright(Image.new("L", (80, 60)), shorter_side=30).size
         (40, 30)
     """
-    if shorter_side is None:
-        return to_rgb(decode(image, lambda width, height: ((0, 0, width, height), None))[0])
-    whole, size = decode(image, _shorter_side(shorter_side), margin=2)
-    assert size is not None
-    return to_rgb(whole).resize(size[::-1], Image.Resampling.BICUBIC)
+    pixels, size = decode(image, partial(_whole, shorter_side), margin=2)
+    whole = Image.fromarray(pixels)
+    return whole if size is None else whole.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -220,7 +194,7 @@ def _errors() -> Iterator[None]:
         yield
     except BadImageError:
         raise
-    except Exception as error:  # PIL's decoders raise whatever meets them
+    except Exception as error:  # PIL's decoders raise exceptions of any kind
         raise BadImageError(f"the image cannot be decoded: {error}") from error
 
 
@@ -310,7 +284,7 @@ def _mend_planes(image: TiffImageFile) -> None:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits becomes mode L, see ``to_rgb``; convert() would clip it."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    if not _is_deep_grey(image):
         return image
     levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
     if image.mode == "F" and levels.max(initial=0) <= 1:
@@ -318,19 +292,21 @@ def _grey(image: Image.Image) -> Image.Image:
     return _in_8_bits(levels)
 
 
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
 def _in_8_bits(levels: np.ndarray) -> Image.Image:
     depth = next((bits for bits in _DEPTHS if levels.max(initial=0) < 2**bits), _DEPTHS[-1])
     return Image.fromarray((levels / 2 ** (depth - 8)).clip(max=255).astype(np.uint8))
 
 
-def _shorter_side(side: int) -> Callable[[int, int], tuple[Box, Size]]:
-    """A plan for the whole image with its shorter side at most ``side`` pixels."""
-
-    def plan(width: int, height: int) -> tuple[Box, Size]:
-        scale = min(side / min(width, height), 1)
-        return (0, 0, width, height), (max(round(height * scale), 1), max(round(width * scale), 1))
-
-    return plan
+def _whole(shorter_side: int | None, width: int, height: int) -> tuple[Box, Size | None]:
+    """A plan for the whole image, with its shorter side at most so many pixels."""
+    if shorter_side is None:
+        return (0, 0, width, height), None
+    scale = min(shorter_side / min(width, height), 1)
+    return (0, 0, width, height), (max(round(height * scale), 1), max(round(width * scale), 1))
 
 
 def _reduction(box: Box, size: Size, margin: int) -> int:
