@@ -2,13 +2,32 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing", "warn_on_failure"]
+__all__ = ["WriteError", "replacing", "warn_on_failure", "why_not_written"]
 
 logger = logging.getLogger(__name__)
+
+
+class WriteError(OSError):
+    """What a run must keep could not be written; the message says what is safe. Programs end with that one line."""
+
+
+def why_not_written(error: BaseException, folder: str | os.PathLike[str]) -> str:
+    """An error of writing, in one line; libraries that write by themselves do not say that the disk is full.
+
+    Example:
+        >>> why_not_written(OSError(28, "No space left on device"), "runs")
+        '[Errno 28] No space left on device'
+    """
+    words = " ".join(str(error).split())
+    with suppress(OSError):
+        if not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20:
+            return f"No space left on device ({words})"
+    return words
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tiny import Data, arguments, wrapper
 from transformers import PrinterCallback
 
 from pgt_hf import PowerGradTrainer
+from pgt_hf.atomic import WriteError
 from pgt_hf.runs import (
     RunFolder,
     command,
@@ -42,6 +43,16 @@ def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, 
     command = ["imagenet.py", "--hub-token", "hf_canary", "--alpha", "0.3", "--hub_token=hf_canary", "--bf16"]
     monkeypatch.setattr(sys, "argv", command)
     assert command_line().endswith("python imagenet.py --alpha 0.3 --bf16")
+
+
+def test_record_that_cannot_be_written_is_one_line_and_what_is_there_stays(tmp_path):
+    record = RunFolder(tmp_path, {"arguments": {}, "seed": 1})
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[], global_step=0)
+    record.on_train_begin(SimpleNamespace(world_size=1), state, None)
+    (tmp_path / ".run.json.partial").mkdir()  # in the way of what is written first
+    with pytest.raises(WriteError, match=r"run.json could not be written to .*: .*Is a directory.* --resume auto"):
+        record.on_train_begin(SimpleNamespace(world_size=1), state, None)
+    assert len(list(tmp_path.glob("previous/*/run.json"))) == 1
 
 
 def test_flags_of_the_command_that_is_shown_can_be_replaced(monkeypatch):

@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..atomic import replacing, warn_on_failure
+from ..atomic import WriteError, replacing, warn_on_failure, why_not_written
 from .environment import describe_code, describe_environment
 from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
@@ -83,8 +84,11 @@ class RunFolder(TrainerCallback):
             logger.warning("resumed with other data: %s", "; ".join(changes))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            with self._writing(RECORD):
+                self._begin(args, state)
+
+    def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         claim_folder(self.path)
         known = {"code": describe_code(), "environment": describe_environment(args.world_size)}
@@ -175,12 +179,12 @@ class RunFolder(TrainerCallback):
 
         Raises:
             RuntimeError: No step was taken, so there is no result.
+            WriteError: The files could not be written.
         """
         args, state = trainer.args, trainer.state
         if not state.global_step:
             raise RuntimeError("no step was taken, so nothing was trained; nothing is recorded")
         if evaluation is not None:
-            write_evaluation(self.path, evaluation)
             averaged = "ema_" if any(key.startswith("eval_ema_") for key in metrics) else ""
             more |= {key if key == "temperature" else averaged + key: v for key, v in evaluation.fitted().items()}
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -200,8 +204,21 @@ class RunFolder(TrainerCallback):
             "world_size": args.world_size,
             "seconds": round(time.perf_counter() - self._started, 1),
         }
-        _write_json(self.path / RESULTS, result | more)
+        with self._writing(RESULTS):
+            if evaluation is not None:
+                write_evaluation(self.path, evaluation)
+            _write_json(self.path / RESULTS, result | more)
         return result | more
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(
+                f"{name} could not be written to {self.path}: {why_not_written(error, self.path)}. Nothing that is "
+                "there is lost: when this is mended, give the same command with --resume auto"
+            ) from error
 
 
 def claim_folder(path: str | os.PathLike[str]) -> None:
