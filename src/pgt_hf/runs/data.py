@@ -45,7 +45,8 @@ def load_validation(
     label_column: str | None = None,
     max_eval_samples: int | None = None,
     seed: int | None = None,
-) -> Dataset:
+    streaming: bool | None = None,
+) -> Any:
     """The images to evaluate a model on: of a run, those that it was evaluated on and never those of its training.
 
     A split that had to be held out of the training images is drawn as the run drew it. If it cannot be, because the
@@ -59,6 +60,7 @@ def load_validation(
         label_column: The same.
         max_eval_samples: The same.
         seed: For every draw; by default the run's, else 0.
+        streaming: As ``load_image_dataset`` takes it; by default as the run was told.
 
     Raises:
         FileNotFoundError: There is no such data set.
@@ -74,8 +76,8 @@ def load_validation(
     if name is None:
         raise ValueError(f"dataset_name must be given: {os.fspath(model)} does not say what it was trained on")
     given: dict[str, Any] = {"config": config, "image_column": image_column, "label_column": label_column}
-    given |= {"max_eval_samples": max_eval_samples}
-    known = arguments | {"config": arguments.get("dataset_config")}
+    given |= {"max_eval_samples": max_eval_samples, "streaming": streaming}
+    known = {"streaming": False} | arguments | {"config": arguments.get("dataset_config")}
     own = {key: known.get(key) for key in given} if name == arguments.get("dataset_name") else {}
     chosen = {key: value for key, value in given.items() if value is not None}
     drawn = record.get("seed", 0) if seed is None else seed
