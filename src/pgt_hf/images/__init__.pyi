@@ -34,7 +34,6 @@ from .finetuning import freeze_backbone as freeze_backbone
 from .finetuning import parameter_groups as parameter_groups
 from .finetuning import replace_head as replace_head
 from .finetuning import set_image_size as set_image_size
-from .indexed_stream import IndexedStream as IndexedStream
 from .models import create_model as create_model
 from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
