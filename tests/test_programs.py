@@ -78,7 +78,7 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
         (["--size", "-inf"], {}, "error: --size must be followed by a value, got '-inf'"),
         (["2"], {}, "error: 2 is no argument of this program; see --help"),
         (["--shares", "0.5", "nan"], {}, r"error: --shares must be a number in \[0, 1\], got nan"),
-        (["--smoke", "perhaps"], {}, "error: --smoke must be true or false, got 'perhaps'"),
+        (["--smoke", "perhaps"], {}, "error: --smoke must be true or false, got 'perhaps' of type str"),
         (["--name", ""], {}, "error: --name must not be empty, got ''"),
         (["--far-end", "2"], {}, "error: --far-end counts only with name b, got 2 with name None"),
         (["--far-end", "2", "--name", "a"], {}, "error: --far-end counts only with name b, got 2 with name 'a'"),

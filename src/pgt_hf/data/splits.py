@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "find_column",
     "is_labelled",
     "labelled_rows",
+    "sorted_classes",
     "split_of",
     "train_and_validation",
 ]
@@ -133,6 +134,16 @@ def class_names(dataset: Any) -> list[str]:
     return list(dataset.features["label"].names)
 
 
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Each name once, as Unicode has it composed, in their order; whole numbers come first, in theirs.
+
+    Example:
+        >>> sorted_classes(["10", "cat", "2", "cat"])
+        ['2', '10', 'cat']
+    """
+    return sorted(set(map(_normal, names)), key=_natural)
+
+
 def is_labelled(split: Dataset) -> bool:
     """Public test splits often have no column of labels; or -1, or nothing, in every row."""
     if "label" not in split.column_names:
@@ -170,7 +181,7 @@ def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
     feature = both["train"].features["label"]
     names = list(found["train"].values())
     if not isinstance(feature, ClassLabel):
-        feature = ClassLabel(names=sorted(set(names), key=_natural))
+        feature = ClassLabel(names=sorted_classes(names))
     numbers = {_normal(known): number for number, known in enumerate(feature.names)}
     if len(numbers) != len(feature.names):
         twice = next(known for known, count in Counter(map(_normal, feature.names)).items() if count > 1)
@@ -224,8 +235,7 @@ def _normal(name: str) -> str:
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers come first, in their order."""
-    number = re.fullmatch(r"[-+]?\d+", name)
+    number = re.fullmatch(r"[-+]?\d{1,18}", name)
     return (number is None, int(name) if number else 0, name)
 
 

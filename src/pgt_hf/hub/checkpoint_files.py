@@ -7,6 +7,7 @@ file's header; unpacked, training resumes on the same bits.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
         else:
             shutil.copyfile(source, copy)
     if best := state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = str(run / Path(best).name)
+        name = Path(best).name  # from elsewhere: of this run, or of none
+        state["best_model_checkpoint"] = str(run / name) if re.fullmatch(r"checkpoint-\d+", name) else None
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     write_manifest(partial, **kept)
     partial.rename(target)

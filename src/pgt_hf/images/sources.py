@@ -5,6 +5,8 @@ is an error that says what to do.
 """
 
 import logging
+import os
+import tarfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -14,6 +16,7 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -182,10 +185,15 @@ def _load(name: str, config: str | None, **options: Any) -> Any:
         raise ConnectionError(
             f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
         ) from error
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, EOFError, ValueError, tarfile.TarError) as error:
         if "onfig name is missing" in str(error):
             choices = datasets.get_dataset_config_names(name)
             raise ValueError(f"dataset_config must be one of {choices} for {name!r}, got None") from error
+        for file in sorted(Path(name).rglob("*.parquet")):
+            try:
+                pq.read_metadata(file)
+            except (OSError, pa.ArrowException) as damage:
+                raise ValueError(f"{str(file)!r} cannot be read: {damage}") from error
         raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
 
 
@@ -313,11 +321,24 @@ def _as_images(split: Any, name: str, folder: Path | None) -> Any:
     if kind not in ("string", "large_string", "binary", "large_binary", "dict"):
         raise ValueError(f"{name!r}: the column of images must hold images or their paths, it holds {feature}")
     if kind.endswith("string") and folder is not None:
+        if isinstance(split, Dataset):
+            _warn_of_copies(split, name)
         split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder.resolve())})
     try:
         return split.cast_column("image", Image())
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
         raise ValueError(f"{name!r}: the column of images holds {feature}, no images: {in_words(error)}") from error
+
+
+def _warn_of_copies(split: Dataset, name: str) -> None:
+    counts = pc.value_counts(split.with_format("arrow")[:]["image"].drop_null())
+    if several := counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist():
+        logger.warning(
+            "%s: %d images are named more than once, as %r: in training and in what is held out, perhaps",
+            name,
+            len(several),
+            several[0],
+        )
 
 
 def _check_readable(split: Dataset | IndexedStream, name: str) -> None:
@@ -338,7 +359,7 @@ def _check_readable(split: Dataset | IndexedStream, name: str) -> None:
 def _locate(image: str | None, folder: str) -> dict[str, str | None]:
     if not image or "://" in image:
         return {"image": image or None}
-    path = Path(folder, image)  # an absolute path stays as it is
-    if "\\" in image and not path.exists():
-        path = Path(folder, image.replace("\\", "/"))  # written on Windows
-    return {"image": str(path)}
+    path = os.path.join(folder, image)  # an absolute path stays as it is
+    if ("\\" in image or image != image.strip()) and not os.path.exists(path):
+        path = os.path.join(folder, image.strip().replace("\\", "/"))  # written on Windows, or with blanks
+    return {"image": path}

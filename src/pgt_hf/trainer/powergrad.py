@@ -1,6 +1,7 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Sized
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,10 +28,6 @@ class PowerGradTrainer(Trainer):
     ``logit_norm`` (mean L2 norm of the training logits since the last log); ``loss`` is the true training loss. When
     ``train()`` ends the model is plain again. ``push_to_hub`` publishes by way of ``pgt_hf.hub.PublishCallback``.
 
-    Raises:
-        TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
-        ValueError: There are fewer training examples than a batch, and ``dataloader_drop_last`` would leave out all.
-
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset)
@@ -38,57 +35,34 @@ class PowerGradTrainer(Trainer):
 
     args: PowerGradTrainingArguments
 
+    @wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(
         self,
         model: Any = None,
-        args: PowerGradTrainingArguments | None = None,
+        args: Any = None,
         data_collator: Any = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., Any] | None = None,
-        compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *others: Any,
+        **named: Any,
     ) -> None:
-        if args is not None and not isinstance(args, PowerGradTrainingArguments):
+        args = PowerGradTrainingArguments("trainer_output") if args is None else args
+        if not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
-        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+        if args.powergrad_head is not None and isinstance(model, nn.Module):
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
-        arguments = args or PowerGradTrainingArguments("trainer_output")
-        if (
-            arguments.dataloader_drop_last
-            and isinstance(train_dataset, Sized)
-            and not isinstance(train_dataset, IterableDataset)
-        ):
-            each = len(train_dataset) // arguments.world_size
-            if each < arguments.train_batch_size:
+        counted = isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset)
+        if args.dataloader_drop_last and counted:
+            each = len(train_dataset) // args.world_size
+            if each < args.train_batch_size:
                 raise ValueError(
                     f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
-                    f"{arguments.train_batch_size}: dataloader_drop_last would leave out all of them"
+                    f"{args.train_batch_size}: dataloader_drop_last would leave out all of them"
                 )
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
         self._operations_per_value: int | None = None
-        super().__init__(
-            model,
-            arguments,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            model_init,
-            compute_loss_func,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics,
-        )
+        super().__init__(model, args, data_collator, train_dataset, *others, **named)
         if self.args.world_size > 1:
             end_group_at_exit(self)
 
@@ -124,7 +98,7 @@ class PowerGradTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _record_alpha(self) -> None:
-        """Records the alpha that the model was last trained with: its probabilities cannot be read without."""
+        """Records the alpha that the model was last trained with, which its probabilities depend on."""
         config = getattr(self.model, "config", None)
         if config is None or self._handle is None or not self._handle.attached:  # after training: it may be folded
             return
@@ -134,10 +108,9 @@ class PowerGradTrainer(Trainer):
                 config.powergrad_schedule = callback.settings()
 
     def hyperparameter_search(self, hp_space: Any = None, *args: Any, backend: Any = "optuna", **kwargs: Any) -> Any:
-        """As ``Trainer.hyperparameter_search``, with a space of its own for Optuna: alpha and the learning rate.
+        """As ``Trainer.hyperparameter_search``; with Optuna, ``hp_space`` is by default ``powergrad_hp_space``.
 
-        Without ``hp_space``, alpha is searched from 0.05 to 1 and the learning rate from a tenth to ten times that of
-        the arguments, together; see ``powergrad_hp_space``.
+        The learning rate is then searched from a tenth to ten times that of the arguments.
         """
         if hp_space is None and backend == "optuna":
             rate = self.args.learning_rate
@@ -206,10 +179,8 @@ class PowerGradTrainer(Trainer):
 
     def _measure(self, outputs: Any) -> None:
         """Adds up the norms on the device, without waiting for them before the next log."""
-        logits = (
-            outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
-        )
-        if logits is None:
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs
+        if not isinstance(logits, Tensor):
             return
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
