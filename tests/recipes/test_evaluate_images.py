@@ -58,9 +58,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(trained: Path) -> tuple[dict, str]:
-    """What two processes found out about it: the JSON file and the printed table."""
-    more = ["--max-eval-samples", str(IMAGES), "--batch-size", "8", "--output", "found/report.json"]
-    printed = run(*TWO, RECIPE, str(trained), *DIGITS, *more, cwd=trained).stdout
+    """What two processes found out about it from a stream: the JSON file and the printed table."""
+    (trained / "data").mkdir()
+    for name, split in load_image_dataset("digits", max_eval_samples=IMAGES).items():
+        split.to_parquet(trained / "data" / f"{name}-00000-of-00001.parquet", batch_size=7)
+    options = "--dataset-name data --streaming --num-workers 0 --batch-size 8 --output found/report.json"
+    printed = run(*TWO, RECIPE, str(trained), *options.split(), cwd=trained).stdout
     return json.loads((trained / "found" / "report.json").read_text()), printed
 
 
@@ -73,7 +76,7 @@ def by_hand(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return model(pixels).logits, torch.tensor(split["label"])
 
 
-def test_two_processes_report_what_a_loop_by_hand_counts(trained, report):
+def test_two_processes_that_stream_report_what_a_loop_by_hand_counts(trained, report):
     (logits, labels), found = by_hand(trained), report[0]
     assert (found["images"], found["skipped"], found["world_size"], found["alpha"]) == (IMAGES, 0, 2, ALPHA)
     hits = logits.topk(5).indices == labels[:, None]

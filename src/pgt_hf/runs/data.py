@@ -44,7 +44,8 @@ def load_validation(
     label_column: str | None = None,
     max_eval_samples: int | None = None,
     seed: int | None = None,
-) -> Dataset:
+    streaming: bool | None = None,
+) -> Any:
     """The images to evaluate a model on: those that its run was evaluated on, never those of its training.
 
     A split that was held out of the training images is drawn again as in the run. If that is not possible, because
@@ -58,6 +59,7 @@ def load_validation(
         label_column: The same.
         max_eval_samples: The same.
         seed: For every draw; by default the run's, else 0.
+        streaming: As ``load_image_dataset`` takes it; by default as the run was told.
 
     Raises:
         FileNotFoundError: There is no such data set.
@@ -73,8 +75,8 @@ def load_validation(
     if name is None:
         raise ValueError(f"dataset_name must be given: {os.fspath(model)} does not say what it was trained on")
     given: dict[str, Any] = {"config": config, "image_column": image_column, "label_column": label_column}
-    given |= {"max_eval_samples": max_eval_samples}
-    known = arguments | {"config": arguments.get("dataset_config")}
+    given |= {"max_eval_samples": max_eval_samples, "streaming": streaming}
+    known = {"streaming": False} | arguments | {"config": arguments.get("dataset_config")}
     own = {key: known.get(key) for key in given} if name == arguments.get("dataset_name") else {}
     chosen = {key: value for key, value in given.items() if value is not None}
     drawn = record.get("seed", 0) if seed is None else seed
