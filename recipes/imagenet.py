@@ -49,7 +49,7 @@ from pgt_hf.programs import (
     tell,
 )
 from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -144,8 +144,7 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     guard.leave(trainer)
     trainer.save_model()

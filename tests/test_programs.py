@@ -8,6 +8,8 @@ from typing import Annotated
 import pytest
 
 from pgt_hf import ImageTrainingArguments
+from pgt_hf.atomic import WriteError
+from pgt_hf.images import BadImageError
 from pgt_hf.limits import Count, Needs, Share, WritableFolder
 from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
 
@@ -48,6 +50,16 @@ def test_defaults_may_depend_on_what_was_asked_first(monkeypatch):
 
     assert read(monkeypatch, "--name", "large", defaults=defaults, early=("name",))[0].size == 16
     assert read(monkeypatch, defaults=defaults, early=("name",))[0].size == 1
+
+
+@pytest.mark.parametrize("error", [WriteError("a.json could not\nbe written"), BadImageError("image 3: is\nbad")])
+def test_error_that_comes_in_the_midst_of_a_program_is_one_line_if_it_is_the_users_to_mend(error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", None)
+    read(monkeypatch)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    sys.excepthook(OSError, OSError("a bug"), None)
+    assert "OSError: a bug" in capsys.readouterr().err
 
 
 def test_first_word_may_stand_without_its_flag(monkeypatch):

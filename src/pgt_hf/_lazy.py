@@ -1,7 +1,4 @@
-"""Names that are imported when they are first used, so that a package costs nothing until then.
-
-The list of a package's names is its ``__init__.pyi``, which type checkers and editors read as well.
-"""
+"""Imports a package's names on first use. The names are in its ``__init__.pyi``, for type checkers as well."""
 
 import ast
 import gc
@@ -18,11 +15,7 @@ __all__ = ["exports"]
 
 
 def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
-    """``__getattr__`` and ``__all__`` of a package, from its stub.
-
-    Example:
-        >>> __getattr__, __all__ = exports(__name__)
-    """
+    """``__getattr__`` and ``__all__`` of a package, from its stub."""
     module = sys.modules[package]
     stub = ast.parse(Path(str(module.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]

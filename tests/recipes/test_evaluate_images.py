@@ -1,7 +1,5 @@
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,7 @@ from pgt_hf.images import (
 pytestmark = pytest.mark.slow
 
 SHARED = ROOT.parent / "shared" / "data"
-EVALUATE = str(ROOT / "recipes" / "evaluate_images.py")
+RECIPE = str(ROOT / "recipes" / "evaluate_images.py")
 DIGITS = ["--dataset-name", "digits", "--num-workers", "0"]
 IMAGES = 51  # neither the processes nor the batch divide it
 ALPHA = 0.25
@@ -65,7 +63,7 @@ def report(trained: Path) -> tuple[dict, str]:
     for name, split in load_image_dataset("digits", max_eval_samples=IMAGES).items():
         split.to_parquet(trained / "data" / f"{name}-00000-of-00001.parquet", batch_size=7)
     options = "--dataset-name data --streaming --num-workers 0 --batch-size 8 --output found/report.json"
-    printed = run(*TWO, EVALUATE, str(trained), *options.split(), cwd=trained).stdout
+    printed = run(*TWO, RECIPE, str(trained), *options.split(), cwd=trained).stdout
     return json.loads((trained / "found" / "report.json").read_text()), printed
 
 
@@ -103,7 +101,7 @@ def test_table_is_printed_once_and_says_how_the_temperature_was_fitted(report):
 
 def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained, report):
     more = ["--max-eval-samples", str(IMAGES), "--alpha", "0.5", "--bins", "5", "--bf16", "--output", "again.json"]
-    run(*PYTHON, EVALUATE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)
+    run(*PYTHON, RECIPE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)  # bf16 is a process's for good
     again = json.loads((trained / "again.json").read_text())
     assert again["top1"] == pytest.approx(report[0]["top1"], abs=1 / IMAGES)  # bfloat16 may turn one
     assert (again["folded"]["temperatures"], again["bins"], again["world_size"]) == ([2.0], 5, 1)
@@ -121,11 +119,9 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
         (["resnet10t", "--weights", "none.pth"], "--weights must be a file that exists, got 'none.pth'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate_images.py", *arguments, *DIGITS])
+def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, here, capsys):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(EVALUATE, run_name="__main__")
+        here(*arguments, *DIGITS)
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 

@@ -24,7 +24,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..data.splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
+from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, train_and_validation
 from ..data.tables import in_words
 from ..extras import require
 from ..limits import Count, DataSet, Seed, checked
@@ -234,7 +234,6 @@ def _stream(
     if rows is None and (row_groups := _row_groups(files["train"])) is not None:
         rows = sum(row_groups)
     if max_train_samples is not None:
-        check_size(max_train_samples)
         train = train.take(max_train_samples)
         rows = max_train_samples if rows is None else min(rows, max_train_samples)
     return {"train": _with_num_images(train, rows), "validation": validation}

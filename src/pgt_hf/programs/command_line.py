@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
+from ..atomic import WriteError
 from ..limits import ExistingPath, OneOf, check_fields, check_needs, near
 
 __all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
@@ -265,11 +266,15 @@ def quiet_libraries() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
-    """One line for a bad image, which the user can fix; a traceback for everything else."""
+    """A bad image or a full disk is the user's to mend: one line; all else has its traceback."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
         hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(_line(f"{error}{hint}"), file=sys.stderr)
+    elif issubclass(kind, WriteError):
+        line = _line(str(error))
+        if not _leave_to_first(everywhere=True):
+            print(line, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -299,7 +304,21 @@ _flags: dict[str, str] = {}  # of this program, by argument
 
 
 def _end(message: str, everywhere: bool = False) -> NoReturn:
-    """Ends the program with this line, in which arguments are named as flags."""
+    """Ends the program with one line."""
+    line = _line(message)
+    sys.exit(1 if _leave_to_first(everywhere) else line)
+
+
+def _leave_to_first(everywhere: bool) -> bool:
+    """Whether another process of this machine tells the same error, for which it gets some time."""
+    if not everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return False
+    time.sleep(_PATIENCE)  # the launcher ends this process once the first one has failed
+    return True
+
+
+def _line(message: str) -> str:
+    """An error's line, in which arguments are named as flags."""
     named = re.compile(r"(?<![\w'\"./-])(\w+)(?![\w'\"=./(-])")
 
     def rename(found: re.Match[str]) -> str:
@@ -312,10 +331,7 @@ def _end(message: str, everywhere: bool = False) -> NoReturn:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for torchrun's summary
         reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
-    if everywhere and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        time.sleep(_PATIENCE)  # the launcher ends this process once the first one has failed
-        sys.exit(1)
-    sys.exit(line)
+    return line
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

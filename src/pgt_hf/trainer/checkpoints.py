@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from ..atomic import WriteError, why_not_written
 from ..data.workers import guard_workers
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
@@ -32,7 +33,7 @@ _STAGED_MODEL = ".unfinished-model"
 _NOT_SETTINGS = ("params", "initial_lr", ALPHA_KEY)  # alpha has rules of its own, see ``keep_asked_alpha``
 
 
-class CheckpointError(OSError):
+class CheckpointError(WriteError):
     """A checkpoint could not be written; the message says which one is safe."""
 
 
@@ -164,7 +165,7 @@ class AtomicCheckpoints(Trainer):
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            self._failure = self._failure or " ".join(str(error).split())
+            self._failure = self._failure or why_not_written(error, str(self.args.output_dir))
 
     def _stop_if_failed(self, run: Path, what: str) -> None:
         failures = [failure for failure in gather_object([self._failure]) if failure]
