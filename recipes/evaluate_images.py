@@ -60,6 +60,7 @@ class EvaluationArguments:
     allow_outside_files: bool = field(
         default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
     )
+    streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
     )
@@ -99,6 +100,7 @@ def main() -> None:
                 max_eval_samples=args.max_eval_samples,
                 allow_outside_files=args.allow_outside_files,
                 seed=args.seed,
+                streaming=args.streaming or None,
             )
             model = load_classifier(args.model, args.weights)
         alpha = getattr(model.config, "powergrad_alpha", None)

@@ -26,7 +26,7 @@ from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
 from pgt_hf.runs import RunFolder, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, CheckpointError, DivergenceCallback
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
 
 LARGE_VOCABULARY = 32768
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -160,8 +160,7 @@ def main() -> None:
         )
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     guard.leave(trainer)
     model.__class__ = LlamaForCausalLM  # trained: from here on, and on disk, a Llama as any other

@@ -27,7 +27,7 @@ from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
 from pgt_hf.runs import RunFolder, command, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, CheckpointError, DivergenceCallback
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
 
 SCRATCH = "scratch"
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -134,8 +134,7 @@ def main() -> None:
         )
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     guard.leave(trainer)
     trainer.save_model()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from judge import Call
 from torch import nn
@@ -204,7 +203,7 @@ def _rows() -> Iterator[Row]:
         "mode": "name", "layer_decay": "positive", "head_lr_scale": "positive", "lora_rank": "count",
         "lora_scale": "positive", "class_weights": "name_or_none", "patience": "count", "fold": "flag",
     }  # fmt: skip
-    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count", "capacity": "at_least_2"}
+    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count"}
     yield "DivergenceCallback", trainer.DivergenceCallback, dict, {"max_skipped": "count"}
     yield "create_model", images.create_model, lambda: {"name": "resnet10t", "label_names": ["a", "b"]}, {
         "name": "name", "label_names": "names", "image_size": "count", "norm_free": "flag", "small_images": "flag",
@@ -251,14 +250,6 @@ def _rows() -> Iterator[Row]:
         "model": "module", "rank": "count", "scale": "positive", "dropout": "fraction",
     }  # fmt: skip
     yield "class_weights", images.class_weights, lambda: {"labels": [0, 1, 1], "classes": 2}, {"classes": "count"}
-    yield "entropy", images.entropy, lambda: {"logits": z()}, {"logits": "tensor", "scale": "positive"}
-    yield "confident_labels", images.confident_labels, lambda: {"logits": z(), "threshold": 0.9}, {
-        "logits": "tensor", "threshold": "share", "scale": "positive",
-    }  # fmt: skip
-    yield "reversal_strength", images.reversal_strength, lambda: {"progress": 0.5}, {"progress": "share"}
-    yield "DomainAdversary", images.DomainAdversary, lambda: {"network": timm.create_model("resnet10t")}, {
-        "network": "module",
-    }  # fmt: skip
     yield "Corrupted", images.Corrupted, lambda: {"transform": config(), "kind": "contrast", "level": 3}, {
         "transform": "mapping", "kind": "name", "level": "count",
     }  # fmt: skip
@@ -273,9 +264,6 @@ def _rows() -> Iterator[Row]:
     yield "ClassificationMetrics", analysis.ClassificationMetrics, dict, {"top_k": "count", "bins": "count"}
     yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": z(), "labels": y(), "alpha": 0.5}, {
         "logits": "tensor", "labels": "tensor", "bins": "count", "seed": "seed",
-    }  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": z(), "labels": y()}, {
-        "logits": "tensor", "labels": "tensor",
     }  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {
         "labels": [0, 1], "predicted": [0, 1], "classes": 2,
@@ -367,24 +355,17 @@ def _more_rows() -> Iterator[Row]:
         "step": "integer", "values": "mapping",
     }  # fmt: skip
     yield "History.read", analysis.History.read, lambda: {"path": _snapshots()}, {"path": "path"}
-    yield "reverse_gradient", images.reverse_gradient, lambda: {"features": z(), "strength": 0.5}, {
-        "features": "tensor", "strength": "nonnegative",
-    }  # fmt: skip
     yield "normalize", images.normalize, lambda: {
         "images": torch.zeros(1, 3, 2, 2), "mean": (0.5,) * 3, "std": (0.5,) * 3,
     }, {"images": "tensor", "mean": "mapping", "std": "mapping"}  # fmt: skip
     yield "collate", images.collate, lambda: {"examples": [{"pixel_values": torch.zeros(3, 2, 2), "labels": 1}]}, {
         "examples": "mapping",
     }  # fmt: skip
-    yield "corrupt", images.corrupt, lambda: {"image": _picture(), "kind": "contrast", "level": 3}, {
-        "image": "mapping", "kind": "name", "level": "count",
-    }  # fmt: skip
     yield "read_upright", images.read_upright, lambda: {"image": _png()}, {"shorter_side": "count"}
     yield "load_weights", images.load_weights, lambda: _weights(), {"model": "module", "path": "path"}
     yield "preprocessing", images.preprocessing, lambda: {"model": network(), "name": folder()}, {
         "model": "module", "image_size": "count",
     }  # fmt: skip
-    yield "check_access", images.check_access, lambda: {"name": "digits"}, {"name": "path"}
     yield "load_plain_text", text.load_plain_text, lambda: {"name": "stdlib"}, {
         "name": "path", "text_column": "column", "seed": "seed",
     }  # fmt: skip
@@ -409,16 +390,9 @@ def _more_rows() -> Iterator[Row]:
     yield "load_validation", runs.load_validation, lambda: {"model": folder(), "dataset_name": "digits"}, {
         "model": "path", "max_eval_samples": "count", "seed": "seed", "image_column": "column",
     }  # fmt: skip
-    yield "model_card", hub.model_card, lambda: {"run": runs.read_run(folder()), "repo_id": "a/b"}, {
-        "run": "mapping", "repo_id": "name", "license": "name_or_none",
-    }  # fmt: skip
-    yield "pack_checkpoint", hub.pack_checkpoint, lambda: {
-        "folder": _checkpoint(), "target": folder().with_name("packed"),
-    }, {"folder": "path", "target": "path"}  # fmt: skip
     yield "PublishCallback", hub.PublishCallback, dict, {
         "repo_id": "name_or_none", "strategy": "name", "timeout": "positive", "fold": "flag", "always": "flag",
     }  # fmt: skip
-    yield "read_header", hub.read_header, lambda: {"path": folder() / "model.safetensors"}, {"path": "path"}
     yield "latest_checkpoint", trainer.latest_checkpoint, lambda: {"folder": folder()}, {"folder": "path"}
     yield "get_alpha", scheduler().get_alpha, lambda: {"step": 3}, {"step": "integer"}
     yield "handle.alpha", _set_alpha, lambda: {"alpha": 0.5}, {"alpha": "alpha"}
@@ -476,7 +450,7 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
     yield "score_logits", analysis.score_logits, lambda: {"logits": logits(), "labels": labels()}, [
         ("labels", labels().float()), ("labels", labels(5)), ("logits", logits()[0]), ("labels", labels() + 9),
     ]  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": logits(), "labels": labels()}, [
+    yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": logits(), "labels": labels()}, [
         ("logits", logits()[0]), ("logits", logits() * NAN), ("labels", labels() * 0 - 100),
     ]  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {"labels": [0], "predicted": [0], "classes": 2}, [
@@ -494,8 +468,6 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
         lambda: {"model": network()},
         [("model", nn.Sequential(nn.ReLU()))],
     )
-    yield "DomainAdversary", images.DomainAdversary, dict, [("network", nn.Sequential(nn.Linear(2, 2)))]
-    yield "train_norms_alone", images.train_norms_alone, dict, [("network", nn.Linear(2, 2)), ("network", None)]
     yield "steps", lambda milestones: pgt_hf.schedules.steps(*milestones), dict, [
         ("milestones", [None]), ("milestones", [0.5, 0.2]), ("milestones", ["a"]), ("milestones", [NAN]),
         ("milestones", [2.0]), ("milestones", []),
@@ -580,22 +552,10 @@ def _snapshots() -> Path:
     return path
 
 
-def _picture() -> Any:
-    return images.read_upright(_png())
-
-
 def _weights() -> dict[str, Any]:
     model = nn.Linear(4, 3)
     torch.save(model.state_dict(), path := folder().with_name("weights.pth"))
     return {"model": model, "path": path}
-
-
-@cache
-def _checkpoint() -> Path:
-    path = folder().with_name("checkpoint-1")
-    path.mkdir()
-    (path / "trainer_state.json").write_text('{"global_step": 1}', encoding="utf-8")
-    return path
 
 
 def _set_alpha(alpha: Any) -> None:
