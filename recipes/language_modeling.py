@@ -144,6 +144,7 @@ def main() -> None:
                 f"the fused loss brings PGT with it; --optim must be a plain optimizer, got {args.optim!r}"
             )
     model = build(FusedLossLlama if fused else LlamaForCausalLM, language_args, len(tokenizer), args.alpha)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     description = {"arguments": config, "data": describe_data(language_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
     with errors_in_one_line():

@@ -170,6 +170,7 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
         intermediate_size=128,
         max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         **labels,
     )
     return BertForSequenceClassification(config), tokenizer

@@ -69,7 +69,7 @@ def compare_calibration(
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if not len(labels):
-        raise ValueError("labels must leave at least 1 image to score, got none")
+        raise ValueError(f"labels must leave at least 1 image to score, got {IGNORED} alone")
     if not logits.isfinite().all():
         raise ValueError("logits must be finite, got nan or infinity among them")
     rows: dict[str, tuple[tuple[float, ...], Tensor]] = {"raw": ((1.0,), score_logits(logits, labels))}
