@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,7 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # of typer's parser, which has a copy of click's in some versions
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(f"error: {error.format_message()} See pgt-hf {' '.join(words[:1])} --help.")
+        message = error.format_message()
+        known = [getattr(command.callback, "__name__", "") for command in app.registered_commands]
+        if wrong := re.match(r"Invalid value for '(--[\w-]+)'", message):
+            got = dict(pairwise(words)).get(wrong[1])
+            message = f"{wrong[1]} must be a number, got {got!r}: {message.partition(': ')[2]}"
+        sys.exit(f"error: {message} See pgt-hf {words[0] + ' ' if words[0] in known else ''}--help.")
 
 
 if __name__ == "__main__":

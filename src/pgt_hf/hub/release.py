@@ -198,7 +198,11 @@ def pull_checkpoint(
     check_repo_id(repo_id)
     if not re.fullmatch(r"[\w-][\w.-]*", checkpoint):
         raise ValueError(f"checkpoint must be the name of a folder in the repository, got {checkpoint!r}")
-    snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    WritableFolder().check("run", run)
+    try:
+        snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    except OSError as error:
+        raise OSError(f"{repo_id!r} cannot be read: {' '.join(str(error).split())}") from error
     return unpack_checkpoint(Path(snapshot, checkpoint), run)
 
 
