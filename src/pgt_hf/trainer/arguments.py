@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import TrainingArguments
+from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..clipping import CLIP_MODES, check_clipping
 from ..functional import check_alpha
@@ -53,6 +53,7 @@ RULES: dict[str, Any] = {
     "torch_compile_mode": OneOf(("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
 }
 _PUSHED = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+_TARGETED = tuple(name.value for name in OptimizerNames if name.value.startswith(("galore", "apollo")))
 # Those that would do nothing.
 NEEDS = {
     "eval_steps": Needs("eval_strategy", ("steps",)),
@@ -60,6 +61,11 @@ NEEDS = {
     "logging_steps": Needs("logging_strategy", ("steps",)),
     "dataloader_persistent_workers": Needs("dataloader_num_workers"),
     "length_column_name": Needs("train_sampling_strategy", ("group_by_length",)),
+    "gradient_checkpointing_kwargs": Needs("gradient_checkpointing"),
+    "liger_kernel_config": Needs("use_liger_kernel"),
+    "optim_target_modules": Needs("optim", _TARGETED),
+    "trackio_space_id": Needs("report_to", ("trackio", "all")),
+    "project": Needs("report_to", ("trackio", "all")),
     **dict.fromkeys(_PUSHED, Needs("push_to_hub")),
 }
 
