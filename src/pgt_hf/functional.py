@@ -287,7 +287,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.alpha, ctx.dtype, ctx.options = alpha, input.dtype, options
+        ctx.alpha, ctx.options = alpha, options
         ctx.set_materialize_grads(False)
         log_probs = F.log_softmax(input, _class_dim(input))
         ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
@@ -299,22 +299,21 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def gradient(
-        ctx: Any, grads: tuple[Tensor | None, ...], logits: Tensor, target: Tensor, weight: Tensor | None
+        ctx: Any, grads: tuple[Tensor | None, ...], kept: Tensor, target: Tensor, weight: Tensor | None
     ) -> Tensor:
         """The gradient of the logits, from those of the outputs and what ``forward`` saved."""
-        grad_output, grad_log_probs = grads
-        if grad_output is None or grad_log_probs is not None or torch.is_grad_enabled() or _is_batched(grad_output):
-            grad = grad_log_probs
-            if grad_output is not None:
-                grad = _nll_backward(grad_output, logits, target, weight, *ctx.options)
-                grad = grad if grad_log_probs is None else grad + grad_log_probs
-            assert grad is not None
-            grad = log_softmax_backward(grad, logits, ctx.alpha, _class_dim(logits))
-        else:
-            in_place = logits.dtype.itemsize > 2 and not _graph_is_kept()
-            buffer = logits.detach() if in_place else logits.to(_wide(logits), copy=True)
-            grad = _gradient_in_place(grad_output, buffer, target, weight, ctx.alpha, *ctx.options)
-        return grad.to(ctx.dtype)
+        grad_output, grad = grads
+        dtype, wide = kept.dtype, kept.to(_wide(kept))
+        if grad is not None:
+            grad = log_softmax_backward(grad, wide, ctx.alpha, _class_dim(wide))
+        if grad_output is not None:
+            out = None
+            if not (torch.is_grad_enabled() or _is_batched(grad_output)):
+                wide = out = wide.clone() if wide is kept and _graph_is_kept() else wide.detach()
+            of_value = _gradient(grad_output, wide, out, target, weight, ctx.alpha, *ctx.options)
+            grad = of_value if grad is None else grad + of_value
+        assert grad is not None
+        return grad.to(dtype)
 
 
 def is_fast(target: Tensor, weight: Tensor | None, label_smoothing: float, alpha: float | Tensor) -> bool:
@@ -358,29 +357,10 @@ def _nll(
     return (1 - label_smoothing) * loss + spread * (label_smoothing / classes)
 
 
-def _nll_backward(
+def _gradient(
     grad_output: Tensor,
     logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """The gradient of ``_nll`` in the log-probabilities, ``-s q``, itself differentiable."""
-    dim = _class_dim(logits)
-    smooth = label_smoothing / logits.size(dim)
-    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
-    if index is None:
-        q = target.to(_wide(logits)) * (1 - label_smoothing) + smooth
-    else:
-        q = torch.full_like(logits, smooth, dtype=_wide(logits)).scatter(dim, index, 1 - label_smoothing + smooth)
-    return -q * scale
-
-
-def _gradient_in_place(
-    grad_output: Tensor,
-    logits: Tensor,
+    out: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     alpha: float,
@@ -388,42 +368,28 @@ def _gradient_in_place(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """``s (m p' - q)`` with ``m = sum(q)``, in the memory of ``logits``, which may be log-probabilities."""
+    """``s (m p' - q)`` with ``m = sum(q)``: in the memory of ``out``, or differentiable where that is None."""
     dim = _class_dim(logits)
-    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
-    grad = torch.softmax(logits.mul_(alpha), dim, out=logits)
-    if index is None:
-        mass = target.sum(dim, keepdim=True) * (1 - label_smoothing) + label_smoothing
-        grad.mul_(mass).sub_(target, alpha=1 - label_smoothing)
-    else:
-        grad.scatter_add_(dim, index, torch.full_like(index, label_smoothing - 1, dtype=grad.dtype))
-    if label_smoothing > 0:
-        grad.sub_(label_smoothing / grad.size(dim))
-    return grad.mul_(scale)
-
-
-def _row_scale(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The factor ``s`` of each row, and the row's class index unless the target holds probabilities."""
-    dim = _class_dim(logits)
-    scale = grad_output.to(_wide(logits))
+    classes = logits.size(dim)
+    powered = torch.softmax(torch.mul(logits, alpha, out=out), dim, out=out)
+    scale = grad_output.to(logits.dtype)
     if target.is_floating_point():
-        rows = logits.numel() / logits.size(dim)
-        return scale / rows if reduction == "mean" else scale.unsqueeze(dim) if reduction == "none" else scale, None
-    valid = target != ignore_index
-    index = torch.where(valid, target, 0).long()
-    row_weight: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype)[index], 0)
-    if reduction == "mean":
-        scale = scale / row_weight.sum()
-    # An ignored row gets 0 even where the mean is over nothing and the scale infinite.
-    scale = torch.where(valid, scale if weight is None else scale * row_weight, 0)
-    return scale.unsqueeze(dim), index.unsqueeze(dim)
+        scale = scale.unsqueeze(dim) if reduction == "none" else scale
+        scale = scale / (target.numel() / classes) if reduction == "mean" else scale
+        mass = target.sum(dim, keepdim=True, dtype=scale.dtype)
+        if label_smoothing > 0:
+            mass = mass * (1 - label_smoothing) + label_smoothing
+        grad = torch.mul(powered, mass * scale, out=out).addcmul_(target, scale * (label_smoothing - 1))
+    else:
+        valid = target != ignore_index
+        index = torch.where(valid, target, 0).long()
+        share: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype)[index], 0)
+        scale = scale / share.sum() if reduction == "mean" else scale
+        # An ignored row gets 0 even where the mean is over nothing and the scale infinite.
+        scale = torch.where(valid, scale if weight is None else scale * share, 0).unsqueeze(dim)
+        grad = torch.mul(powered, scale, out=out)
+        grad.scatter_add_(dim, index.unsqueeze(dim), scale * (label_smoothing - 1))
+    return grad.sub_(scale * (label_smoothing / classes)) if label_smoothing > 0 else grad
 
 
 def _graph_is_kept() -> bool:
@@ -466,7 +432,7 @@ def under_autocast(*tensors: Tensor | None) -> Iterator[Any]:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 
 def _class_dim(input: Tensor) -> int:
