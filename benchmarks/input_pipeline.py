@@ -14,6 +14,7 @@ import argparse
 import io
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -37,7 +38,7 @@ from pgt_hf.images import (
     ImageDataset,
     ImageTransform,
     collate,
-    decode_rgb,
+    decode,
     load_image_dataset,
     map_arrow,
     normalize,
@@ -82,8 +83,7 @@ def main() -> None:
     data = {"photos": files} | {
         f"prepared at {side}": [shrink(file, side, 90) for file in files] for side in args.prepared
     }
-    print("| data | pixels | jitter | rest | workers | side | images/s | ours is so many times as fast |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows: dict[str, dict[str, tuple[float, float]]] = {}
     for (name, some), size, jitter, rest, workers in itertools.product(
         data.items(), args.sizes, args.jitter, args.rest, args.workers
     ):
@@ -93,9 +93,25 @@ def main() -> None:
             if args.sides:
                 sides = {side: make for side, make in sides.items() if side in ("ours", *args.sides)}
             made = {side: make() for side, make in sides.items()}
-            for side, rate, ratio in compare(made, workers, len(files), args.rounds):
-                place = f"{name} | {size} | {jitter:g} | {rest} | {workers}"
-                print(f"| {place} | {side} | {rate:.0f} | {ratio:.2f} |", flush=True)
+            place = f"{name} | {size} | {jitter:g} | {rest} | {workers}"
+            rows[place] = {
+                side: (rate, ratio) for side, rate, ratio in compare(made, workers, len(files), args.rounds)
+            }
+        print(place, {side: f"{rate:.0f} images/s" for side, (rate, _) in rows[place].items()}, file=sys.stderr)
+    print(table(rows))
+
+
+def table(rows: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """Images per second for ours, and for each peer how many times as fast ours is."""
+    ours = [side for side in ("ours", "ours, raw") if any(side in row for row in rows.values())]
+    theirs = list(dict.fromkeys(side for row in rows.values() for side in row if side not in ours))
+    head = ["data", "pixels", "jitter", "rest", "workers", *(f"{side}, images/s" for side in ours), *theirs]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for place, row in rows.items():
+        cells = [f"{row[side][0]:.0f}" if side in row else "-" for side in ours]
+        cells += [f"{row[side][1]:.2f}" if side in row else "-" for side in theirs]
+        lines.append(f"| {place} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def all_sides(files: list[bytes], setting: Setting, folder: Path, raw: int | None) -> dict[str, Callable[[], Batches]]:
@@ -193,12 +209,12 @@ def profile(files: list[bytes], size: int) -> None:
         for step in peer.transforms:
             image = timed("timm", type(step).__name__, number, step, image)
         timed("ours", "seed", number, seed_sample, 0, 0, number)
-        region, target = timed("ours", "decode and crop", number, decode_rgb, file, ours._plan)
+        region, target = timed("ours", "decode and crop", number, decode, file, ours._plan)
         region = torch.from_numpy(region).permute(2, 0, 1)
         image = timed("ours", "resize", number, transforms._resize, region, target, interpolation)
         for step in ours._steps:
             image = timed("ours", type(step).__name__.strip("_"), number, step, image)
-    print(f"{size} pixels")
+    print(f"| {size} pixels | microseconds per image | share |\n|---|---|---|")
     for side in ("timm", "ours"):
         parts: defaultdict[str, float] = defaultdict(float)
         for (whose, part, _), seconds in best.items():
@@ -206,8 +222,8 @@ def profile(files: list[bytes], size: int) -> None:
         total = sum(parts.values())
         for part, microseconds in parts.items():
             if microseconds:
-                print(f"  {side:6}{part:36}{microseconds:8.0f} us {microseconds / total:6.1%}")
-        print(f"  {side:6}{'total':36}{total:8.0f} us")
+                print(f"| {side}: {part} | {microseconds:.0f} | {microseconds / total:.0%} |")
+        print(f"| {side}: total | {total:.0f} | |")
 
 
 def jpeg_files(folder: Path, count: int) -> list[bytes]:

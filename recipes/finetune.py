@@ -55,7 +55,7 @@ from pgt_hf.images import (
 )
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
 from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import CheckpointError, parse_optim_args
+from pgt_hf.trainer import parse_optim_args
 
 SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
@@ -120,8 +120,7 @@ def main() -> None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()

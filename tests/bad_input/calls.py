@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from judge import Call
 from torch import nn
@@ -200,7 +199,7 @@ def _rows() -> Iterator[Row]:
         "mode": "name", "layer_decay": "positive", "head_lr_scale": "positive", "lora_rank": "count",
         "lora_scale": "positive", "class_weights": "name_or_none", "patience": "count", "fold": "flag",
     }  # fmt: skip
-    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count", "capacity": "at_least_2"}
+    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count"}
     yield "DivergenceCallback", trainer.DivergenceCallback, dict, {"max_skipped": "count"}
     yield "create_model", images.create_model, lambda: {"name": "resnet10t", "label_names": ["a", "b"]}, {
         "name": "name", "label_names": "names", "image_size": "count", "norm_free": "flag", "small_images": "flag",
@@ -247,14 +246,6 @@ def _rows() -> Iterator[Row]:
         "model": "module", "rank": "count", "scale": "positive", "dropout": "fraction",
     }  # fmt: skip
     yield "class_weights", images.class_weights, lambda: {"labels": [0, 1, 1], "classes": 2}, {"classes": "count"}
-    yield "entropy", images.entropy, lambda: {"logits": z()}, {"logits": "tensor", "scale": "positive"}
-    yield "confident_labels", images.confident_labels, lambda: {"logits": z(), "threshold": 0.9}, {
-        "logits": "tensor", "threshold": "share", "scale": "positive",
-    }  # fmt: skip
-    yield "reversal_strength", images.reversal_strength, lambda: {"progress": 0.5}, {"progress": "share"}
-    yield "DomainAdversary", images.DomainAdversary, lambda: {"network": timm.create_model("resnet10t")}, {
-        "network": "module",
-    }  # fmt: skip
     yield "Corrupted", images.Corrupted, lambda: {"transform": config(), "kind": "contrast", "level": 3}, {
         "transform": "mapping", "kind": "name", "level": "count",
     }  # fmt: skip
@@ -269,9 +260,6 @@ def _rows() -> Iterator[Row]:
     yield "ClassificationMetrics", analysis.ClassificationMetrics, dict, {"top_k": "count", "bins": "count"}
     yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": z(), "labels": y(), "alpha": 0.5}, {
         "logits": "tensor", "labels": "tensor", "bins": "count", "seed": "seed",
-    }  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": z(), "labels": y()}, {
-        "logits": "tensor", "labels": "tensor",
     }  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {
         "labels": [0, 1], "predicted": [0, 1], "classes": 2,
@@ -358,7 +346,7 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
     yield "score_logits", analysis.score_logits, lambda: {"logits": logits(), "labels": labels()}, [
         ("labels", labels().float()), ("labels", labels(5)), ("logits", logits()[0]), ("labels", labels() + 9),
     ]  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": logits(), "labels": labels()}, [
+    yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": logits(), "labels": labels()}, [
         ("logits", logits()[0]), ("logits", logits() * NAN), ("labels", labels() * 0 - 100),
     ]  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {"labels": [0], "predicted": [0], "classes": 2}, [
@@ -376,8 +364,6 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
         lambda: {"model": network()},
         [("model", nn.Sequential(nn.ReLU()))],
     )
-    yield "DomainAdversary", images.DomainAdversary, dict, [("network", nn.Sequential(nn.Linear(2, 2)))]
-    yield "train_norms_alone", images.train_norms_alone, dict, [("network", nn.Linear(2, 2)), ("network", None)]
     yield "steps", lambda milestones: pgt_hf.schedules.steps(*milestones), dict, [
         ("milestones", [None]), ("milestones", [0.5, 0.2]), ("milestones", ["a"]), ("milestones", [NAN]),
         ("milestones", [2.0]), ("milestones", []),

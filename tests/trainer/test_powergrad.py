@@ -141,7 +141,7 @@ def test_a_resumed_run_uses_another_alpha_that_it_is_asked_for_and_says_so(tmp_p
 
     model = wrapper()
     resumed = kind(model, arguments(tmp_path, ours, max_steps=4, **other), train_dataset=Data(), callbacks=[See()])
-    with pytest.warns(UserWarning, match=r"saved with alpha=0\.25.*goes on with alpha=0\.9"):
+    with pytest.warns(UserWarning, match=r"saved with alpha=0\.25.*continues with alpha=0\.9"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert seen == [0.9, 0.9]
     if ours:

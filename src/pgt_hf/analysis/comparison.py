@@ -27,7 +27,7 @@ class Point:
         return statistics.fmean(self.scores)
 
     def cells(self) -> list[str]:
-        """Alpha, learning rate, number of scores, mean and half the width of its interval, for a table."""
+        """For a table: alpha, learning rate, number of scores, their mean and half the width of its interval."""
         mean, half = interval(self.scores)
         width = f"{half:.4f}" if _EQUAL < half < math.inf else "-"
         return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def found(self) -> bool:
-        """Whether 0 lies outside the interval; differences without any spread give none."""
+        """Whether 0 lies outside the interval; without any spread there is no interval."""
         return self.spread and abs(self.difference) > self.half_width
 
     @property
@@ -92,9 +92,6 @@ class Comparison:
 def compare(method: Sequence[_Score], baseline: Sequence[_Score]) -> Comparison:
     """The paired difference, method minus baseline, of scores of the same seeds in the same order.
 
-    Raises:
-        ValueError: There are not as many of one as of the other, or fewer than 2.
-
     Example:
         >>> print(compare([0.91, 0.93, 0.92], [0.90, 0.93, 0.92]))
         No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
@@ -112,9 +109,6 @@ def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: 
         confirmed: The best ``pgt`` and the best ``baseline``, with top-1 scores of the same seeds.
         rates: The lowest and the highest learning rate of the search.
         labels: Those of the images that the scores were measured on; always guessing the commonest one is chance.
-
-    Raises:
-        ValueError: ``confirmed`` cannot be compared.
 
     Example:
         >>> both = {"pgt": Point(0.5, 0.1, (0.91, 0.93, 0.92)), "baseline": Point(1.0, 1.0, (0.90, 0.93, 0.92))}

@@ -40,8 +40,8 @@ class Mistake:
 class Evaluation:
     """What the report shows of a model's predictions.
 
-    ``confusion`` is that of ``confusion_matrix``, ``calibration`` what ``compare_calibration`` found. ``mistakes`` are
-    the most confident wrong predictions, by the probabilities that are calibrated best.
+    ``confusion`` comes from ``confusion_matrix``, ``calibration`` from ``compare_calibration``. ``mistakes`` are the
+    most confident wrong predictions, by the best calibrated probabilities.
     """
 
     names: list[str]
@@ -60,7 +60,7 @@ class Evaluation:
         alpha: float | None = None,
         mistakes: int = 24,
     ) -> "Evaluation":
-        """What the report needs, from an evaluation that was made: only the images of the mistakes are read.
+        """From the logits of an evaluation: of the images, only the mistakes are read.
 
         Args:
             logits: Of shape (N, C), in the order of the data set.
@@ -69,9 +69,6 @@ class Evaluation:
             dataset: An ``ImageDataset``, whose ``split`` has the pictures of the mistakes.
             alpha: As for ``examine``.
             mistakes: How many of the worst are kept.
-
-        Raises:
-            ValueError: No image has a label.
 
         Example:
             >>> metrics = ClassificationMetrics(alpha=0.25, keep_logits=True)
@@ -96,19 +93,18 @@ class Evaluation:
 
     @property
     def probabilities(self) -> str:
-        """Those that are calibrated best, such as ``fitted: softmax(z / 1.3)``."""
+        """The best calibrated ones, such as ``fitted: softmax(z / 1.3)``."""
         best = best_calibrated(self.calibration)
         return f"{best}: softmax({scaled_logits(self.calibration[best].temperature)})"
 
     def fitted(self) -> dict[str, float]:
         """The fitted temperature and its scores, as ``metrics.json`` names them; empty if none was fitted."""
-        found = self.calibration.get("fitted")
-        if found is None:
+        if (found := self.calibration.get("fitted")) is None:
             return {}
         return {"temperature": found.temperature, "nll_fitted": found.nll, "ece_fitted": found.ece}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, from which ``from_json`` makes it anew."""
+        """JSON values for ``from_json``."""
         rows, columns = self.confusion.nonzero()
         counts = self.confusion[rows, columns]
         return {
@@ -125,7 +121,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Evaluation":
-        """What ``to_json`` gave."""
+        """From what ``to_json`` gave."""
         classes = len(content["names"])
         confusion = np.zeros((classes, classes), dtype=np.int64)
         for row, column, count in content["confusion"]:

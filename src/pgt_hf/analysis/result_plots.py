@@ -38,9 +38,8 @@ def plot_reliability(
         share = diagram.count / diagram.count.sum()
         axes.bar(middles, share, width, color="C7", alpha=0.35, label="share of images")
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-        axes.plot(
-            diagram.confidence[filled], diagram.accuracy[filled], "C0o-", markersize=4, linewidth=1.2, label="accuracy"
-        )
+        curve = diagram.confidence[filled], diagram.accuracy[filled]
+        axes.plot(*curve, "C0o-", markersize=4, linewidth=1.2, label="accuracy")
         axes.set_title(f"{name}\nECE {diagram.ece:.3f}", fontsize=9)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)

@@ -42,13 +42,6 @@ def create_model(
         small_images: Replace the stem of a ResNet, which shrinks by 4, by a 3x3 convolution that keeps the size.
         **timm_kwargs: Passed to timm, hence JSON values only: ``drop_path_rate=0.1``, ``stem_type="deep"``.
 
-    Returns:
-        A model from ``pixel_values`` of shape (N, 3, image_size, image_size), and optionally ``labels`` of shape (N),
-        to an output with ``logits`` of shape (N, C) and ``loss``.
-
-    Raises:
-        ValueError: ``name`` is unknown to timm, fewer than two classes, or a ResNet option for another network.
-
     Example:
         >>> model = create_model("resnet18", ["cat", "dog"], image_size=64, small_images=True)
         >>> model(torch.zeros(1, 3, 64, 64)).logits.shape
@@ -108,13 +101,10 @@ def pgt_resnet(
     small_images: bool = False,
     **kwargs: Any,
 ) -> ResNet:
-    """A timm ResNet ``base`` without normalisation, with a stem for small images, or both.
+    """A network of timm's ResNet family without normalisation, with a stem for small images, or both.
 
     Without normalisation, each residual block doubles the variance at initialisation: harmless in ResNet-18, a first
     loss near 30 in ResNet-50, which wants clipping and a smaller learning rate.
-
-    Raises:
-        ValueError: ``base`` is not of timm's ResNet family (ResNet, ResNeXt, SE-ResNet, ...).
 
     Example:
         >>> network = timm.create_model("pgt_resnet", base="resnet50", norm_free=True, num_classes=10)

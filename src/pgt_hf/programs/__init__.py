@@ -1,4 +1,4 @@
-"""What the recipes share: reading arguments, failing with one line, and telling what they did."""
+"""What the recipes share: parsing arguments, errors in one line, and a summary at the end."""
 
 import logging
 import os
@@ -39,9 +39,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_steps": 0.02,  # as a share of the run, so that a short one also has a curve
     "logging_first_step": True,
-    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides what DivergenceCallback sees
+    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides nan from DivergenceCallback
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -51,7 +51,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class RunArguments:
     """Arguments of every program that trains."""
 
-    resume: Annotated[str | None, ExistingPath("folder", words=("auto",))] = field(
+    resume: Annotated[str | None, ExistingPath("folder", names=("auto",))] = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
     allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})
@@ -59,7 +59,7 @@ class RunArguments:
 
 
 def fit_global_batch(settings: Namespace, given: set[str]) -> None:
-    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
+    """Sets the batch per process, accumulation and learning rate for a global batch that any machine can train."""
     if {"base_lr", "learning_rate"} <= given:
         raise ValueError(f"base_lr must be left out with learning_rate, which it sets, got {settings.base_lr}")
     processes, asked = int(os.environ.get("WORLD_SIZE", "1")), settings.gradient_accumulation_steps
@@ -80,10 +80,10 @@ def fit_global_batch(settings: Namespace, given: set[str]) -> None:
 
 
 def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
-    """What a training program does before it reads data: seed, SIGTERM, the run's folder, the checkpoint to resume.
+    """Before data is read: sets the seed, listens for SIGTERM, claims the run's folder, finds the checkpoint.
 
     Returns:
-        What listens for SIGTERM, for the trainer's callbacks; and the checkpoint, or None.
+        A callback for the trainer, which stops on SIGTERM; and the checkpoint to resume from, or None.
     """
     set_seed(args.seed)
     quiet_other_processes(args.process_index)
@@ -96,13 +96,13 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
 
 
 def quiet_other_processes(process_index: int) -> None:
-    """Leaves warnings that all processes would repeat to the first one."""
+    """Lets only the first process log warnings."""
     if process_index > 0:
         logging.getLogger("pgt_hf").setLevel(logging.ERROR)
 
 
 def workers_per_process() -> int:
-    """Data workers per process: its share of this machine's cores, at most 8."""
+    """Data workers per process: its share of the machine's cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -123,14 +123,14 @@ def tell(
     files: Mapping[str, str] | None = None,
     table: str | None = None,
 ) -> None:
-    """Prints what a program found, what it wrote where, and what to do next.
+    """Prints a program's results, the files that it wrote, and commands to run next.
 
     Args:
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do; None is left out.
-        files: What is in the folder beside the usual files of a run.
+        then: Commands by purpose; None is left out.
+        files: Descriptions of files other than the usual ones of a run.
         table: Lines to print below the results.
     """
     print(f"\n{heading}")

@@ -13,9 +13,9 @@ from ..limits import Needs, Number, OneOf, Positive, Share, Text, Whole, Writabl
 from ..optim import DEFAULT_ALPHA, PREFIX
 from .registration import SET_ELSEWHERE, parse_optim_args
 
-_LOWER_IS_BETTER = re.compile(r"(eval_)?(ema_)?(nll|ece|brier)(_folded)?")  # Trainer knows it of losses alone
+_LOWER_IS_BETTER = re.compile(r"(eval_)?(ema_)?(nll|ece|brier)(_folded)?")  # Trainer assumes it of losses only
 _COUNT, _SEED = Whole("[1, inf)"), Whole("[0, 4294967295]")
-# What Trainer's own arguments may be. It takes what lies outside, and fails late, trains to nan, or does nothing.
+# What Trainer's own arguments may be. Trainer takes other values, and fails late, trains to nan, or does nothing.
 RULES: dict[str, Any] = {
     "output_dir": WritableFolder(),
     "learning_rate": Number("[0, 1e6]"),
@@ -61,9 +61,6 @@ class PowerGradTrainingArguments(TrainingArguments):
         hub_fold: Publish weights with alpha multiplied into the head, whose softmax gives calibrated probabilities.
         hub_timeout: Seconds that the end of training waits for an upload to the Hub. The other processes wait as well,
             so keep it well below ``ddp_timeout``.
-
-    Raises:
-        TypeError, ValueError: One of these is not allowed; nothing has been built by then.
 
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)

@@ -15,9 +15,6 @@ SCHEDULES = ("cosine", "step")
 class ImageTrainingArguments(PowerGradTrainingArguments):
     """Arguments of ``ImageTrainer``; ``recipes/imagenet.py --help`` describes each.
 
-    Raises:
-        TypeError, ValueError: An argument is not allowed; nothing has been built by then.
-
     Example:
         >>> args = ImageTrainingArguments("out", schedule="cosine", warmup_epochs=5, mixup=0.2, ema_decay=0.9998)
     """

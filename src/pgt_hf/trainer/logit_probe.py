@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
-from ..limits import Whole
 
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
 
 class LogitProbe:
-    """Keeps the logits of one forward pass and their gradient; costs a comparison while it is not listening."""
+    """Keeps the logits of one forward pass and their gradient; while it is not listening it costs one comparison."""
 
     def __init__(self, model: nn.Module, head: nn.Module | str | None, features: bool = False) -> None:
         self.listening = False
@@ -67,9 +66,3 @@ def alpha_of(optimizer: Any) -> float:
     """The alpha in use; 1, plain training, if the optimizer's groups have none."""
     groups = getattr(optimizer, "param_groups", [])
     return float(groups[0].get(ALPHA_KEY, 1.0)) if groups else 1.0
-
-
-def check_interval(interval: int) -> int:
-    """Returns the interval, or raises TypeError or ValueError unless it is a whole number of at least 1."""
-    Whole("[1, inf)").check("interval", interval)
-    return interval
