@@ -1,7 +1,7 @@
 """Time and peak memory of one forward and backward pass: ours beside torch's cross-entropy.
 
     python -m benchmarks.loss                       # CPU, float32
-    python -m benchmarks.loss --dtype bfloat16
+    python -m benchmarks.loss --dtype bfloat16 --autocast
     python -m benchmarks.loss --compile             # every side compiled by inductor
     python -m benchmarks.loss --device cuda         # and beside Liger's kernel, where that is installed
 
@@ -150,13 +150,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--compile", action="store_true", help="compile every side with inductor")
+    parser.add_argument("--autocast", action="store_true", help="under autocast, as in mixed-precision training")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
-    how = f"{args.dtype}{', compiled' if args.compile else ''}"
+    how = f"{args.dtype}{', autocast' if args.autocast else ''}{', compiled' if args.compile else ''}"
     print(f"torch {torch.__version__}, {platform.machine()}, {where}, {how}, {args.rounds} rounds\n")
     columns: list[str] = []
     for shape, kind in product(SHAPES, TARGETS):
-        row = measure(shape, kind, args.dtype, args.device, args.compile, args.rounds)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
+            row = measure(shape, kind, args.dtype, args.device, args.compile, args.rounds)
         if not columns:  # indices, which every side takes
             columns = list(row)
             print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
