@@ -78,6 +78,7 @@ def measure(
     dtype: str = "float32",
     device: str = "cpu",
     compiled: bool = False,
+    autocast: bool = False,
     rounds: int = 31,
     seconds_each: float = 0.03,
 ) -> dict[str, float | str]:
@@ -89,6 +90,8 @@ def measure(
     if kind == "soft":
         target = torch.rand_like(logits).softmax(1).detach()
     sides = losses(kind, device, compiled)
+    if autocast:
+        sides = {name: torch.autocast(device, torch.bfloat16)(loss) for name, loss in sides.items()}
     for loss in sides.values():
         seconds(loss, logits, target, 3)  # warms up, and compiles
     memory = {name: peak_bytes(loss, logits, target) for name, loss in sides.items()}
@@ -157,8 +160,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.machine()}, {where}, {how}, {args.rounds} rounds\n")
     columns: list[str] = []
     for shape, kind in product(SHAPES, TARGETS):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
-            row = measure(shape, kind, args.dtype, args.device, args.compile, args.rounds)
+        row = measure(shape, kind, args.dtype, args.device, args.compile, args.autocast, args.rounds)
         if not columns:  # indices, which every side takes
             columns = list(row)
             print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
