@@ -217,7 +217,7 @@ class RunFolder(TrainerCallback):
         except OSError as error:
             raise WriteError(
                 f"{name} could not be written to {self.path}: {why_not_written(error, self.path)}. Nothing that is "
-                "there is lost: when this is mended, give the same command with --resume auto"
+                "there is lost: once this is fixed, run the same command with --resume auto"
             ) from error
 
 
