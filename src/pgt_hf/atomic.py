@@ -13,16 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class WriteError(OSError):
-    """What a run must keep could not be written; the message says what is safe. Programs end with that one line."""
+    """A file that a run needs could not be written; programs end with this error's line, which says what is safe."""
 
 
 def why_not_written(error: BaseException, folder: str | os.PathLike[str]) -> str:
-    """An error of writing, in one line; libraries that write by themselves do not say that the disk is full.
-
-    Example:
-        >>> why_not_written(OSError(28, "No space left on device"), "runs")
-        '[Errno 28] No space left on device'
-    """
+    """The reason for a failed write, in one line; not every library says that the disk is full."""
     words = " ".join(str(error).split())
     with suppress(OSError):
         if not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20:

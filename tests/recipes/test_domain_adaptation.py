@@ -216,7 +216,7 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         (["--targets", "contrast:9"], "with a level from 1 to 5, or a data set, got 'contrast:9'"),
         (["--batch", "200"], "--batch must be at most 192, the training images of digits for each process, got 200"),
         (["--target-config", "small"], "--target-config must be left out, no target is a data set, got 'small'"),
-        (["--dataset-config", "x"], "dataset_config is for data sets from the Hub, got 'x' for 'digits'"),
+        (["--dataset-config", "x"], "--dataset-config is for data sets from the Hub, got 'x' for 'digits'"),
         (["--model-name", "resnet_10"], "--model-name must be a timm model, got 'resnet_10'"),
     ],
 )

@@ -84,7 +84,7 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
         else:
             shutil.copyfile(source, copy)
     if best := state.get("best_model_checkpoint"):
-        name = Path(best).name  # from elsewhere: of this run, or of none
+        name = Path(best).name
         state["best_model_checkpoint"] = str(run / name) if re.fullmatch(r"checkpoint-\d+", name) else None
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     write_manifest(partial, **kept)

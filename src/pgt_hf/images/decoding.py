@@ -24,6 +24,10 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # height, width
 File = bytes | memoryview | Image.Image
 
+SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg"),
+    *(".jpg", ".jpx", ".jxl", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)  # those that Pillow does not read among them, which are met with an error that says so
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNS = {  # EXIF's orientation, and what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -8,13 +8,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSpl
 
 from ..data.splits import sorted_classes, split_of
 from ..data.tables import TABLES, by_split, is_visible, read_tables, visible_files
+from .decoding import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = (
-    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg"),
-    *(".jpg", ".jpx", ".jxl", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)  # those that Pillow does not read among them, which are met with an error that says so
 _ARCHIVES = (".7z", ".gz", ".rar", ".tgz", ".zip")
 
 
@@ -41,7 +38,7 @@ def read_local(name: str) -> tuple[DatasetDict, dict[str, Path]] | None:
         parents = {split: part[0].parent for split, part in tables.items()}
         return splits, {split: parents.get(split, path) for split in splits}
     archives = [file.name for file in files if file.suffix.lower() in _ARCHIVES]
-    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         unpack = f"; unpack {archives[0]!r} first" if archives else ""
         raise ValueError(f"{name!r} holds no images, and no CSV, TSV, JSON-lines or Parquet files{unpack}")

@@ -7,7 +7,8 @@ is an error that says what to do.
 import logging
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ILSVRC/imagenet-1k"
 DIGITS = "digits"
-GATED = (DEFAULT_DATASET,)
 
 _IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -96,45 +96,30 @@ def load_image_dataset(
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
-    check_access(name)
+    cache = Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    if name == DEFAULT_DATASET and get_token() is None and not Path(name).is_dir() and not cache.is_dir():
+        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
     local = (_digits(seed), {}) if name == DIGITS else read_local(name)
     if local is not None and config is not None:
         raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+    select = partial(_image_and_label, name=name, image_column=image_column, label_column=label_column)
+    limits = {"train": max_train_samples, "validation": max_eval_samples}
     if local is None and streaming:
-        return _stream(name, config, image_column, label_column, max_train_samples, max_eval_samples, seed)
+        return _stream(name, config, select, limits, seed)
     splits, folders = (_load(name, config), {}) if local is None else local
-    columns = (image_column, label_column)
+    optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
     splits = DatasetDict(
-        {
-            key: _image_and_label(
-                split, name, *columns, folders.get(key), optional=key != "train" and "train" in splits
-            )
-            for key, split in splits.items()
-        }
+        {key: select(split, folder=folders.get(key), optional=optional[key]) for key, split in splits.items()}
     )
     splits = train_and_validation(splits, name, seed)
     for split in splits.values():
         _check_readable(split, name)
-    limits = {"train": max_train_samples, "validation": max_eval_samples}
     drawn = DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
     if not streaming:
         return drawn
     rows = drawn["train"].num_rows
     train = drawn["train"].to_iterable_dataset(num_shards=min(_DIGIT_SHARDS, rows))
     return {"train": _with_num_images(train, rows), "validation": drawn["validation"]}
-
-
-def check_access(name: str) -> None:
-    """Checks, offline, whether a gated data set could be read at all.
-
-    Raises:
-        PermissionError: It is gated, not in the local cache, and there is no token; the message says how to get one.
-
-    Example:
-        >>> check_access("digits")
-    """
-    if name in GATED and not Path(name).is_dir() and get_token() is None and not _is_cached(name):
-        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
 
 
 def num_images(dataset: Dataset | IterableDataset | IndexedStream) -> int | None:
@@ -158,10 +143,6 @@ def _how_to_get(name: str, reason: str) -> str:
         "  3. run `hf auth login`, or set HF_TOKEN to the token\n"
         "Or use other data: --dataset-name digits, a local folder of Parquet files or images, or another Hub id."
     )
-
-
-def _is_cached(name: str) -> bool:
-    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
 def _load(name: str, config: str | None, **options: Any) -> Any:
@@ -198,13 +179,7 @@ def _load(name: str, config: str | None, **options: Any) -> Any:
 
 
 def _stream(
-    name: str,
-    config: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
-    seed: int,
+    name: str, config: str | None, select: Callable[..., Any], limits: Mapping[str, int | None], seed: int
 ) -> dict[str, Any]:
     splits = _load(name, config, streaming=True)
     held_out = next((key for key in EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
@@ -212,30 +187,27 @@ def _stream(
         raise ValueError(
             f"streaming needs a split `train` and a labelled one of {EVALUATION_SPLITS}; {name!r} has {sorted(splits)}"
         )
-    train = _image_and_label(splits["train"], name, image_column, label_column)
+    train = select(splits["train"])
     if not isinstance(train.features["label"], ClassLabel):
         raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
 
     files = datasets.load_dataset_builder(name, config).config.data_files
     validation: Any
     if (row_groups := _row_groups(files[held_out])) is not None:
-        validation = _image_and_label(splits[held_out].reshard(), name, image_column, label_column)
-        validation = IndexedStream(validation, row_groups, max_eval_samples)
+        validation = IndexedStream(select(splits[held_out].reshard()), row_groups, limits["validation"])
     else:  # asked for the split alone, load_dataset would still download every file of the data set
         alone = {held_out: list(files[held_out])}
         options = {"features": splits["train"].features, "verification_mode": "no_checks"}
-        validation = _load(name, config, data_files=alone, split=held_out, **options)
-        validation = _image_and_label(validation, name, image_column, label_column)
-        validation = draw(labelled_rows(validation, f"{name!r}, split {held_out!r}"), max_eval_samples, seed)
+        validation = select(_load(name, config, data_files=alone, split=held_out, **options))
+        validation = draw(labelled_rows(validation, f"{name!r}, split {held_out!r}"), limits["validation"], seed)
     _check_readable(validation, name)
 
     known = splits["train"].info.splits or {}
     rows = known["train"].num_examples if "train" in known else None
     if rows is None and (row_groups := _row_groups(files["train"])) is not None:
         rows = sum(row_groups)
-    if max_train_samples is not None:
-        train = train.take(max_train_samples)
-        rows = max_train_samples if rows is None else min(rows, max_train_samples)
+    if (most := limits["train"]) is not None:
+        train, rows = train.take(most), most if rows is None else min(rows, most)
     return {"train": _with_num_images(train, rows), "validation": validation}
 
 

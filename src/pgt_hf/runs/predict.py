@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from ..images.classifiers import load_classifier, preprocessing
-from ..images.decoding import BadImageError
+from ..images.decoding import SUFFIXES, BadImageError
 from ..limits import Count, checked
 from .record import model_folder, read_run
-
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @checked
@@ -33,7 +31,7 @@ def predict_images(
     """
     files = [file for path in map(Path, paths) for file in (_images_in(path) if path.is_dir() else [path])]
     if not files:
-        raise FileNotFoundError(f"there is no image; folders are searched for {', '.join(_IMAGES)}")
+        raise FileNotFoundError(f"there is no image; folders are searched for {', '.join(SUFFIXES)}")
     run, where = read_run(folder), model_folder(folder)
     model = load_classifier(where)
     transform = preprocessing(model, where)
@@ -52,4 +50,5 @@ def predict_images(
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
