@@ -35,7 +35,7 @@ from pgt_hf.images import (
     preprocessing,
 )
 from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
-from pgt_hf.limits import Count, ExistingPath, Seed, Share, Workers, WritableFile
+from pgt_hf.limits import Count, ExistingPath, Seed, Share, Whole, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import load_validation, package_versions, read_record, run_folder
 
@@ -66,7 +66,7 @@ class EvaluationArguments:
     )
     image_size: Side | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
     alpha: Share | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
-    bins: Count = field(default=BINS, metadata={"help": "Bins of the ECE."})
+    bins: Annotated[int, Whole("[1, 10000]")] = field(default=BINS, metadata={"help": "Bins of the ECE."})
     batch_size: Count = field(default=64, metadata={"help": "Images per process and batch."})
     num_workers: Workers = field(
         default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
@@ -87,9 +87,9 @@ def main() -> None:
     quiet_other_processes(accelerator.process_index)
 
     # build
-    run = run_folder(args.model)
-    dataset_name = args.dataset_name or (read_record(run).get("data", {}).get("name") if run else DEFAULT_DATASET)
     with errors_in_one_line():
+        run = run_folder(args.model)
+        dataset_name = args.dataset_name or (read_record(run).get("data", {}).get("name") if run else DEFAULT_DATASET)
         with accelerator.main_process_first():
             split = load_validation(
                 args.model,

@@ -91,7 +91,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if Path(path).suffix == ".safetensors":
             raise ValueError(f"weights {file!r} do not fit by name: {difference}")
         if len(state) != len(wanted):
-            raise ValueError(f"weights {file!r} hold {len(state)} tensors, the model has {len(wanted)}; {difference}")
+            raise ValueError(
+                f"weights must hold the {len(wanted)} tensors of the model, got {len(state)} in {file!r}; {difference}"
+            )
         logger.warning("the names in %s are not the model's; its tensors are taken in their order", path)
         pairs = list(zip(wanted, state, strict=True))
     else:

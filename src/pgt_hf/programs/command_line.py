@@ -180,7 +180,9 @@ class _Parser(HfArgumentParser):
         """Gives argparse's messages the form of all others."""
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         flags = re.match(r"argument ([^:]*): (.*)", message, re.DOTALL)
-        if unknown:
+        if required := re.match(r"the following arguments are required: (.*)", message):
+            message = f"{required[1]} must be given, got none"
+        elif unknown:
             word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1])
             close = near(word.partition("=")[0].replace("_", "-"), _flags.values())
             message = f"{word.partition('=')[0]} is no argument of this program{close or '; see --help'}"
