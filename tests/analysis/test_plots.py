@@ -1,4 +1,6 @@
+import gc
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from pgt_hf.analysis import (
     plot_training_curve,
     reliability,
 )
+from pgt_hf.analysis.figures import freed
 from pgt_hf.runs import draw_runs
 
 pytest.importorskip("matplotlib")
@@ -50,6 +53,24 @@ def test_training_curve_is_a_picture_of_what_the_history_has(tmp_path):
     assert len(everything) > len(part)  # three panels, or two
     for colour, in_both in ((LOSS, False), (EVALUATION_LOSS, True), (TOP1, True), (TOP5, True)):
         assert (shows(everything, colour), shows(part, colour)) == (True, in_both), colour
+
+
+def test_curves_that_are_drawn_over_and_over_in_a_training_leave_no_figure_in_memory(tmp_path):
+    from matplotlib.figure import Figure
+
+    history = [{"epoch": 1, "loss": 2.0}]
+    figures = []
+    gc.disable()
+    try:
+        for context in (nullcontext, freed):
+            gc.collect()
+            for _ in range(2):
+                with context():
+                    plot_training_curve(history, tmp_path / "curve.png")
+            figures.append(sum(type(item) is Figure for item in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert figures == [2, 0]
 
 
 def test_history_without_anything_to_draw_is_an_error(tmp_path):

@@ -28,9 +28,9 @@ from launch import ROOT, TWO, environment  # noqa: E402
 
 COMMAND = [*TWO, str(ROOT / "recipes" / "imagenet.py")]
 OPTIONS = """
-    --dataset-name digits --max-train-samples 320 --max-eval-samples 100 --num-train-epochs 8 --ema-decay 0.9
-    --mixup 0.2 --dataloader-num-workers 1 --save-strategy steps --save-steps 7 --logging-steps 1
-    --eval-strategy epoch --output-dir run --resume auto
+    --dataset-name digits --max-train-samples 320 --max-eval-samples 100 --num-train-epochs 4 --ema-decay 0.9
+    --model-name test_resnet --mixup 0.2 --dataloader-num-workers 1 --save-strategy steps --save-steps 4
+    --logging-steps 1 --eval-strategy epoch --output-dir run --resume auto
 """
 COMMAND += OPTIONS.split()
 
@@ -43,6 +43,7 @@ def members(process: subprocess.Popen[bytes]) -> dict[str, list[psutil.Process]]
     return {"launcher": [launcher], "rank": ranks, "worker": below, "all": [launcher, *ranks, *below]}
 
 
+PATIENCE = 900  # seconds, on a busy machine
 FAULTS: dict[str, tuple[str, int, bool]] = {  # who is hit, by which signal, all of them or one
     "kill -9 of everything": ("all", signal.SIGKILL, True),
     "SIGTERM to the launcher": ("launcher", signal.SIGTERM, True),
@@ -72,27 +73,44 @@ def attempt(
         process = subprocess.Popen(
             COMMAND, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
         )
-        started = time.monotonic()
-        while process.poll() is None and not due(time.monotonic() - started):
-            time.sleep(0.002)
-            if time.monotonic() - started > 500:
-                return "hangs"
-        if process.poll() is not None or fault is None:
-            return "" if process.returncode == 0 else f"ended with {process.returncode}: {tail(folder)}"
-        who, how, everyone = fault
-        found = members(process)
-        for member in found[who] if everyone or not found[who] else [choose(found[who])]:
-            with suppress(psutil.NoSuchProcess):
-                member.send_signal(how)
-        process.wait(200)
-        left = psutil.wait_procs(found["all"], timeout=100)[1]
-        for member in left:
-            member.kill()
-        if left:
-            return f"{len(left)} processes are left"
-        told = (folder / "log").read_text(errors="replace").count("\nStopped by ")
-        begun = (folder / "run" / "run.json").is_file()
-        return f"says {told} times how to go on" if how == signal.SIGTERM and begun and told != 1 else ""
+        try:
+            return watch(process, folder, fault, due, choose)
+        except subprocess.TimeoutExpired:
+            return "does not end"
+        finally:
+            if process.poll() is None:
+                for member in members(process)["all"]:
+                    member.kill()
+
+
+def watch(
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    fault: tuple[str, int, bool] | None,
+    due: Callable[[float], bool],
+    choose: Callable[..., psutil.Process],
+) -> str:
+    started = time.monotonic()
+    while process.poll() is None and not due(time.monotonic() - started):
+        time.sleep(0.002)
+        if time.monotonic() - started > PATIENCE:
+            return "does not end"
+    if process.poll() is not None or fault is None:
+        return "" if process.returncode == 0 else f"ended with {process.returncode}: {tail(folder)}"
+    who, how, everyone = fault
+    found = members(process)
+    for member in found[who] if everyone or not found[who] else [choose(found[who])]:
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(how)
+    process.wait(PATIENCE)
+    left = psutil.wait_procs(found["all"], timeout=100)[1]
+    for member in left:
+        member.kill()
+    if left:
+        return f"{len(left)} processes are left"
+    told = (folder / "log").read_text(errors="replace").count("\nStopped by ")
+    begun = (folder / "run" / "run.json").is_file()
+    return f"says {told} times how to go on" if how == signal.SIGTERM and begun and told != 1 else ""
 
 
 def tail(folder: Path) -> str:
@@ -114,6 +132,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case, to go on with a campaign")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the run that is going on is killed
     score = Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name, "whole")

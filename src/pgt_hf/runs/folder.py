@@ -161,9 +161,11 @@ class RunFolder(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             with warn_on_failure(CURVE):
+                from ..analysis.figures import freed
                 from ..analysis.run_plots import plot_training_curve
 
-                plot_training_curve(state.log_history, self.path / CURVE, self.title)
+                with freed():
+                    plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(
         self, trainer: Any, metrics: Mapping[str, float], evaluation: "Evaluation | None" = None, **more: Any
