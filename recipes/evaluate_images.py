@@ -57,6 +57,7 @@ class EvaluationArguments:
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "So many images; default: the run's, or all."}
     )
+    streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
     )
@@ -95,6 +96,7 @@ def main() -> None:
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,
                 seed=args.seed,
+                streaming=args.streaming or None,
             )
             model = load_classifier(args.model, args.weights)
         alpha = args.alpha

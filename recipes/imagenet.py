@@ -89,7 +89,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(ImageDataArguments):
-    streaming: bool = field(default=False, metadata={"help": "Read the training images without downloading them."})
+    streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     train_images: Annotated[Count | None, Needs("streaming")] = field(
         default=None, metadata={"help": "Images per epoch, where a stream cannot tell."}
     )
@@ -106,7 +106,7 @@ class RecipeArguments(RunArguments):
     global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
     base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
     diagnostics: bool = field(default=True, metadata={"help": "Record logits, filters, gradients (whole parameters)."})
-    report: bool = field(default=True, metadata={"help": "Write report.html, after one more look at the images."})
+    report: bool = field(default=True, metadata={"help": "Write report.html: calibration, confusion, worst mistakes."})
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ SCALE = "small"  # that of the page's tables
 NETWORKS = ("norm-free", "bn")
 SEARCHES = ("sgd/norm-free", "sgd/bn", "adamw/bn")
 Line = dict[str, Any]
+Key = tuple[str, Setting]  # group and setting
 
 
 def main() -> None:
@@ -96,11 +97,19 @@ class Study:
         found = (key(each) if callable(key) else each.get(key) for each in lines)
         return [value for value in found if value is not None]
 
-    def versus(self, group: str, setting: Setting, baseline: Setting, key: str = "test_top1") -> Comparison | None:
-        """The paired difference over the seeds that both have."""
-        ours, theirs = (self.trained.get((group, which), {}) for which in (setting, baseline))
-        seeds = sorted(set(ours) & set(theirs))
-        return compare(*([of[seed][key] for seed in seeds] for of in (ours, theirs))) if len(seeds) > 1 else None
+    def versus(self, ours: Key, theirs: Key) -> Comparison | None:
+        """The paired difference of test accuracy over the seeds that both have, in the same precision."""
+        left, right = self.trained.get(ours, {}), self.trained.get(theirs, {})
+        both = sorted(left.keys() & right.keys())
+        seeds = [seed for seed in both if precision(left[seed]) == precision(right[seed])]
+        return (
+            compare(*([of[seed]["test_top1"] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
+        )
+
+
+def precision(line: Line) -> str:
+    """Of the training; the first lines do not say it."""
+    return line.get("precision", "bfloat16")
 
 
 def rung(network: str, alpha: float, decay: float) -> Setting:
@@ -117,7 +126,7 @@ def ladder(network: str) -> Callable[[Study], list[str]]:
                        "filters below 0.1", "at 0")  # fmt: skip
         for decay in LADDERS[network]:
             for alpha in ALPHAS:
-                setting = rung(network, alpha, decay)
+                setting, plain = rung(network, alpha, decay), rung(network, 1.0, decay)
                 values = {key: study.values(group, setting, key) for key in KEYS}
                 if not values["test_top1"]:
                     continue
@@ -129,7 +138,7 @@ def ladder(network: str) -> Callable[[Study], list[str]]:
                         str(len(values["test_top1"])),
                         mean(values["train_top1"], 100),
                         accuracy(values["test_top1"]),
-                        "" if alpha == 1 else difference(study.versus(group, setting, replace(setting, alpha=1.0))),
+                        "" if alpha == 1 else difference(study.versus((group, setting), (group, plain))),
                         mean(values["small_filters"]),
                         mean(values["zeroed_filters"]),
                     )
@@ -150,7 +159,7 @@ def rescue(study: Study) -> list[str]:
         values = {key: study.values(group, setting, key) for key in KEYS}
         if not values["test_top1"]:
             continue
-        found = "" if setting == baseline[1] else difference(_difference(study, (group, setting), baseline))
+        found = "" if setting == baseline[1] else difference(study.versus((group, setting), baseline))
         lines.append(
             line(
                 f"{setting.network}, {setting.optimizer}",
@@ -168,9 +177,6 @@ def rescue(study: Study) -> list[str]:
     return lines
 
 
-Key = tuple[str, Setting]
-
-
 def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
     """Rows at fixed settings beside the ladder, each after cross-entropy and PGT at the same settings."""
     shown: set[Key] = set()
@@ -185,12 +191,6 @@ def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
             for alpha in ALPHAS:
                 yield baseline[0], replace(plain, alpha=alpha), item.learning_rate, baseline
         yield item.group, item.setting, item.learning_rate, baseline
-
-
-def _difference(study: Study, ours: Key, theirs: Key) -> Comparison | None:
-    left, right = study.trained.get(ours, {}), study.trained.get(theirs, {})
-    seeds = sorted(set(left) & set(right))
-    return compare(*([of[seed]["test_top1"] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
 
 
 def describe(setting: Setting) -> str:
@@ -261,7 +261,7 @@ def tuned(study: Study) -> list[str]:
                     str(len(values["test_top1"])),
                     mean(values["train_top1"], 100),
                     accuracy(values["test_top1"]),
-                    "" if alpha == 1 else difference(study.versus(group, setting, plain)),
+                    "" if alpha == 1 else difference(study.versus((group, setting), (group, plain))),
                     mean(values["small_filters"]),
                     epochs_to(study, group, setting, plain),
                 )
@@ -307,7 +307,7 @@ def _cell(study: Study, group: str, setting: Setting, plain: Setting) -> str:
     text = (
         f"{100 * statistics.fmean(top1):.1f} ({statistics.fmean(study.values(group, setting, 'small_filters')):.0f})"
     )
-    found = study.versus(group, setting, plain) if setting != plain else None
+    found = study.versus((group, setting), (group, plain)) if setting != plain else None
     return f"**{text}**" if found is not None and found.found else text
 
 
@@ -329,10 +329,18 @@ def colour(alpha: float) -> str:
 
 
 def ladder_figure(study: Study) -> Figure:
-    """Accuracy and dying filters by weight decay: the mean, and each seed as a dot."""
-    figure, grid = new_figure(2, 2, (9, 6.5))
+    """Accuracy and dying filters by weight decay, where there are several: the mean, and each seed as a dot."""
+    networks = [
+        network
+        for network in NETWORKS
+        if sum(
+            bool(study.values(f"ladder/{network}", rung(network, 1.0, decay), "seed")) for decay in LADDERS[network]
+        )
+        > 1
+    ]
+    figure, grid = new_figure(max(len(networks), 1), 2, (9, 3.25 * max(len(networks), 1)))
     shown = {"test_top1": "test top-1 (%)", "small_filters": "filters below a tenth of their norm"}
-    for axes_of, network in zip(grid, NETWORKS, strict=True):
+    for axes_of, network in zip(grid, networks, strict=False):
         for axes, (key, label) in zip(axes_of, shown.items(), strict=True):
             scale = 100 if key == "test_top1" else 1
             for alpha in ALPHAS:

@@ -90,7 +90,7 @@ def train(
         losses = torch.zeros((), device=device)
         for number, (index, draws) in enumerate(images.batches(setting.batch, scale.crop, seed, len(curve))):
             pixels = normalize(images.crops(index, draws, scale.crop), MEAN, STD)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16(device)):
                 logits = model(pixels).logits
             loss = nn.functional.cross_entropy(
                 logits.float(), images.labels[index], label_smoothing=setting.label_smoothing
@@ -120,7 +120,13 @@ def train(
         "curve": [_rounded(value) for value in curve],
     }
     result |= measure(model, head, splits, setting)
-    return result | {"device": device, "seconds": round(time.perf_counter() - started, 1)}
+    precision = "bfloat16" if in_bfloat16(device) else "float32"
+    return result | {"device": device, "precision": precision, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def in_bfloat16(device: str) -> bool:
+    """Not on a processor without instructions for it, where it takes several times as long as float32."""
+    return device != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def step_and_watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -231,6 +237,7 @@ def _logits(model: nn.Module, split: Split, crop: int) -> Tensor:
     logits = []
     for start in range(0, len(split), 500):
         pixels = normalize(split.centre(slice(start, start + 500), crop), MEAN, STD)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        device = pixels.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16(device)):
             logits.append(model(pixels.contiguous(memory_format=torch.channels_last)).logits.float())
     return torch.cat(logits)

@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .gate import State
 
-__all__ = ["ALPHA_KEY", "after_closure", "guard_copies", "guard_steps", "guard_weights"]
+__all__ = ["ALPHA_KEY", "INITIAL_KEY", "after_closure", "guard_copies", "guard_steps", "guard_weights"]
 
 ALPHA_KEY = "powergrad_alpha"
+INITIAL_KEY = f"initial_{ALPHA_KEY}"  # for schedules, like "initial_lr"
 
 _NO_PASS = (
     "PGT is attached (alpha={alpha}), but {event}, so this is training without PGT. Usual causes: a fused loss "

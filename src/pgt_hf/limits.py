@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 __all__ = [
     "HUB_ID", "Count", "DataSet", "ExistingPath", "Folder", "ModelName", "Needs", "NonNegative", "Number", "OneOf",
     "Positive", "Rate", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile", "WritableFolder",
-    "check_fields", "check_needs", "check_type", "checked", "near",
+    "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -35,6 +35,7 @@ class Rule:
     """What a value may be. ``str`` of a rule completes the sentence "the argument must be ..."."""
 
     types: tuple[type, ...] = (str,)
+    words = ""
 
     def fits(self, value: Any) -> bool:
         """Whether the value has the right type."""
@@ -50,6 +51,9 @@ class Rule:
             raise TypeError(f"{name} must be {self}, got {_shown(value)} of type {type(value).__name__}")
         if (hint := self.fault(value)) is not None:
             raise ValueError(f"{name} must be {self}, got {_shown(value)}{hint}")
+
+    def __str__(self) -> str:
+        return self.words
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,10 @@ class OneOf(Rule):
 class Text(Rule):
     """A text that is not empty."""
 
+    words = "a text that is not empty"
+
     def fault(self, value: Any) -> str | None:
         return None if value.strip() else ""
-
-    def __str__(self) -> str:
-        return "a text that is not empty"
 
 
 @dataclass(frozen=True)
@@ -157,27 +160,28 @@ class Needs:
 
 @dataclass(frozen=True)
 class ExistingPath(Rule):
-    """A file or folder that exists, or one of a few words."""
+    """A file or folder that exists, or one of a few names."""
 
     what: Literal["file", "folder"]
-    words: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     types = (str, os.PathLike)
 
     def fault(self, value: Any) -> str | None:
         path = Path(value)
-        if value in self.words or (str(value) and (path.is_file() if self.what == "file" else path.is_dir())):
+        if value in self.names or (str(value) and (path.is_file() if self.what == "file" else path.is_dir())):
             return None
         return "" if path.exists() else near(str(path), _beside(path))
 
     def __str__(self) -> str:
-        return f"{''.join(f'{word!r} or ' for word in self.words)}a {self.what} that exists"
+        return f"{''.join(f'{name!r} or ' for name in self.names)}a {self.what} that exists"
 
 
 class WritableFolder(Rule):
     """A folder that can be written to, or created; this is tried, and leaves nothing behind."""
 
     types = (str, os.PathLike)
+    words = "a folder that can be written to"
 
     def fault(self, value: Any) -> str | None:
         if not str(value):
@@ -197,12 +201,11 @@ class WritableFolder(Rule):
         with tempfile.TemporaryFile(dir=folder) as file:  # has no name on Linux, so that a kill leaves nothing either
             file.write(b"0")
 
-    def __str__(self) -> str:
-        return "a folder that can be written to"
-
 
 class WritableFile(WritableFolder):
     """A file that can be written; an existing one stays as it is."""
+
+    words = "a file that can be written"
 
     def probe(self, path: Path) -> None:
         if path.is_dir():
@@ -211,9 +214,6 @@ class WritableFile(WritableFolder):
             with path.open("ab"):
                 return
         super().probe(path.parent)
-
-    def __str__(self) -> str:
-        return "a file that can be written"
 
 
 @dataclass(frozen=True)
@@ -241,21 +241,21 @@ _FILES = (".csv", ".parquet", ".json", ".jsonl", ".txt", ".zip", ".tar", ".jpg",
 
 @dataclass(frozen=True)
 class ModelName(Rule):
-    """A model: the folder of a saved one, one of a few words, or what may be a Hub id."""
+    """A model: the folder of a saved one, one of a few names, or what may be a Hub id."""
 
-    words: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     types = (str, os.PathLike)
 
     def fault(self, value: Any) -> str | None:
         place, folder = os.fspath(value), Path(value)
-        if place in self.words or (place and any(folder.glob("*config.json"))):
+        if place in self.names or (place and any(folder.glob("*config.json"))):
             return None
-        close = near(place, self.words)
+        close = near(place, self.names)
         return close if not place or folder.exists() or not HUB_ID.fullmatch(place) or close else None
 
     def __str__(self) -> str:
-        words = "".join(f"{word!r}, " for word in self.words)
+        words = "".join(f"{name!r}, " for name in self.names)
         return f"{words}the folder of a saved one with its config, or a Hub id"
 
 
@@ -292,7 +292,7 @@ def check_fields(kind: type, values: Mapping[str, Any], rules: Mapping[str, Any]
         if rules and name in rules:
             rule = _or_none(rules[name], hint)
         else:
-            rule = _rule(hint)
+            rule = rule_for(hint)
             if hasattr(kind, "RULES") and get_origin(hint) is not Annotated and not _is_plain(rule):
                 continue  # the other library reads these in its own way
         if rule is not None:
@@ -334,7 +334,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @functools.cache
     def rules() -> dict[str, Any]:
         hints = _hints(function)
-        return {name: rule for name in names if name in hints and (rule := _rule(hints[name])) is not None}
+        return {name: rule for name in names if name in hints and (rule := rule_for(hints[name])) is not None}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -358,17 +358,17 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {name: hint for name, hint in function.__annotations__.items() if not isinstance(hint, str)}
 
 
-def _rule(hint: Any) -> Any:
+def rule_for(hint: Any) -> Any:
     """The rule that an annotation stands for; None if it allows anything, or only the function can judge."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
         own = [rule for rule in inner[1:] if hasattr(rule, "check")]
-        return _or_none(own[0], hint) if own else _rule(inner[0])
+        return _or_none(own[0], hint) if own else rule_for(inner[0])
     if origin in (Union, types.UnionType):
         inner = tuple(each for each in inner if each is not types.NoneType)
         if any(_is_enum(each) for each in inner):
             inner = tuple(each for each in inner if each is not str)  # the text is one of the enum's names
-        members = tuple(_rule(each) for each in inner)
+        members = tuple(rule_for(each) for each in inner)
         if None in members or any("numpy" in getattr(each, "__module__", "") for each in inner):
             return None
         return _or_none(members[0] if len(members) == 1 else _Either(members), hint)
@@ -380,7 +380,7 @@ def _rule(hint: Any) -> Any:
         return OneOf([str(member.value) for member in origin])
     if origin in (list, Sequence, tuple):
         length = len(inner) if origin is tuple and Ellipsis not in inner else 0
-        return _Items(_rule(inner[0]) if len(set(inner) - {Ellipsis}) == 1 else None, length)
+        return _Items(rule_for(inner[0]) if len(set(inner) - {Ellipsis}) == 1 else None, length)
     if not isinstance(origin, type) or origin in (Any, object) or getattr(origin, "_is_protocol", False):
         return None
     return _Kind((origin,))
@@ -413,11 +413,10 @@ class _Kind(Rule):
 
 
 class _Flag(Rule):
+    words = "true or false"
+
     def fits(self, value: Any) -> bool:
         return type(value).__name__ in ("bool", "bool_")  # numpy's is called either
-
-    def __str__(self) -> str:
-        return "true or false"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -19,28 +19,28 @@ from .attach import PowerGradHandle, attach_powergrad, release_powergrad
 from .clipping import ClipGradients, check_clipping
 from .functional import check_alpha
 from .gate import State
-from .guard import ALPHA_KEY, guard_copies
+from .guard import ALPHA_KEY, INITIAL_KEY, guard_copies
 from .heads import Head, last_linear
-from .limits import Number, check_type, checked, near
+from .limits import Number, check_type, checked, near, rule_for
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
 PREFIX = "powergrad_"
 DEFAULT_ALPHA = 0.25
 # Ranges of common options. torch and timm accept most values outside, and training then diverges.
-_RANGES = {
-    "lr": "[0, inf)",
-    "weight_decay": "[0, inf)",
-    "momentum": "[0, 1)",
-    "dampening": "[0, 1]",
-    "eps": "[0, inf)",
-    "layer_decay": "(0, 1]",
-    "layer_decay_min_scale": "[0, 1]",
-    "alpha": "[0, 1]",
-    "lr_decay": "[0, inf)",
-    "rho": "[0, 1)",
+_RULES = {
+    "lr": Number("[0, inf)"),
+    "weight_decay": Number("[0, inf)"),
+    "momentum": Number("[0, 1)"),
+    "dampening": Number("[0, 1]"),
+    "betas": rule_for(list[Annotated[float, Number("[0, 1)")]]),
+    "eps": Number("[0, inf)"),
+    "layer_decay": Number("(0, 1]"),
+    "layer_decay_min_scale": Number("[0, 1]"),
+    "alpha": Number("[0, 1]"),
+    "lr_decay": Number("[0, inf)"),
+    "rho": Number("[0, 1)"),
 }
-INITIAL_KEY = f"initial_{ALPHA_KEY}"  # for schedules, like "initial_lr"
 
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
 
@@ -177,16 +177,10 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
 
 def check_option(name: str, value: Any, default: Any) -> None:
     """Raises TypeError or ValueError for an option of a wrong type or out of its range."""
-    if name == "betas":
-        if not isinstance(value, (tuple, list)) or not value:
-            raise TypeError(f"betas must be numbers in [0, 1), such as (0.9, 0.999), got {value!r}")
-        for beta in value:
-            Number("[0, 1)").check("betas", beta)
-    elif isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be true or false, got {value!r}")
-    elif value is not None and (name in _RANGES or isinstance(default, (int, float))):
-        Number(_RANGES.get(name, "(-inf, inf)")).check(name, value)
+    if isinstance(default, bool):
+        rule_for(bool).check(name, value)
+    elif value is not None and (name in _RULES or isinstance(default, (int, float))):
+        _RULES.get(name, Number()).check(name, value)
 
 
 class AlphaGroup(dict[str, Any]):

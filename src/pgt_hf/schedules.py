@@ -12,9 +12,8 @@ from typing import Annotated, Any
 from torch.optim import Optimizer
 
 from .functional import check_alpha
-from .guard import ALPHA_KEY
+from .guard import ALPHA_KEY, INITIAL_KEY
 from .limits import Count, Number, Whole, checked
-from .optim import INITIAL_KEY
 
 __all__ = ["SHAPES", "AlphaScheduler", "Shape", "steps"]
 

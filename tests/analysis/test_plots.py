@@ -120,7 +120,7 @@ def test_run_with_a_checkpoint_alone_gives_its_training_curve(tmp_path):
 
 
 def test_folder_without_a_run_is_an_error_without_a_traceback(tmp_path):
-    with pytest.raises(SystemExit, match="error: .* holds no record of a run"):
+    with pytest.raises(SystemExit, match="error: .* has no record of a run"):
         main(["plot", str(tmp_path)])
 
 

@@ -10,15 +10,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgt_hf.hub import (
-    ALIGNMENT,
-    pack_checkpoint,
-    prepare_release,
-    pull_checkpoint,
-    read_header,
-    rewrite_safetensors,
-    unpack_checkpoint,
-)
+from pgt_hf.hub import prepare_release, pull_checkpoint
+from pgt_hf.hub.checkpoint_files import pack_checkpoint, unpack_checkpoint
+from pgt_hf.hub.safetensors_layout import ALIGNMENT, read_header, rewrite_safetensors
 from pgt_hf.images import create_model, load_classifier
 
 TENSORS = {

@@ -239,11 +239,11 @@ def test_push_survives_a_passing_failure(server, client, run, fault):
     ("fault", "message"),
     [
         ({"pattern": "PUT /lfs/", "status": 507}, "507"),
-        ({"pattern": "POST .*/commit/", "drop_after": 50}, "broke off"),
+        ({"pattern": "POST .*/commit/", "drop_after": 50}, "failed"),
         ({"pattern": "POST .*/commit/", "status": 500}, "500"),
         pytest.param(
             {"pattern": "POST .*/preupload", "drop_after": 0},
-            "OSError: the push to 'alice/ants' broke off",
+            "OSError: the push to 'alice/ants' failed",
             marks=pytest.mark.long,
         ),
         pytest.param(

@@ -22,6 +22,7 @@ from pgt_hf.images import (
     load_image_dataset,
     num_images,
 )
+from pgt_hf.images.dataset import thumbnail
 
 TINY_IMAGENET = SHARED / "tiny-imagenet"
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0}
@@ -332,21 +333,26 @@ def folder_of_parquet(folder: Path, **splits: Dataset) -> str:
     for name, split in splits.items():
         half = split.num_rows // 2
         for number, rows in enumerate((range(half), range(half, split.num_rows))):
-            split.select(rows).to_parquet(folder / f"{name}-{number:05}-of-00002.parquet")
+            split.select(rows).to_parquet(folder / f"{name}-{number:05}-of-00002.parquet", batch_size=4)
     return str(folder)
 
 
-def test_streaming_reads_train_as_it_goes_and_downloads_the_evaluation_split_alone(tmp_path, monkeypatch):
+def test_streaming_reads_the_images_as_it_goes_and_downloads_none(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    name = folder_of_parquet(tmp_path / "set", train=images(), validation=images(6))
+    name = folder_of_parquet(tmp_path / "set", train=images(), validation=images(13))
     dataset = load_image_dataset(name, streaming=True)
-    assert (num_images(dataset["train"]), num_images(dataset["validation"])) == (24, 6)
-    assert dataset["validation"]["label"][:] == list(range(6))
+    assert (num_images(dataset["train"]), num_images(dataset["validation"])) == (24, 13)
     assert dataset["train"].num_shards == 2
     assert dataset["train"].features == dataset["validation"].features
-    assert not list((tmp_path / "cache").rglob("*train*.arrow"))
     part = stream(dataset["train"], num_samples=num_images(dataset["train"]))
     assert sorted(load(part, workers=2)["labels"].tolist()) == list(range(24))
+    streamed = load(ImageDataset(dataset["validation"], transform(False)), workers=2)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+    downloaded = load_image_dataset(name)["validation"]  # in row groups of 4, 2, 4 and 3 images
+    assert equal(streamed, load(ImageDataset(downloaded, transform(False))))
+    for index in (9, 4, 12):  # the pictures of mistakes
+        assert thumbnail(dataset["validation"], index, 8).getpixel((0, 0)) == (10 * index,) * 3
 
 
 def test_streaming_keeps_the_first_images_where_a_number_is_given(tmp_path):

@@ -75,9 +75,14 @@ def test_samples_are_the_same_as_without_arrow(folder):
     assert difference(images[0]["pixel_values"], images[1]["pixel_values"])[0] > 1
 
 
-def test_a_folder_of_arrow_files_can_be_streamed(folder):
+def test_a_folder_of_arrow_files_can_be_streamed_and_its_evaluation_split_is_downloaded_alone(
+    folder, tmp_path_factory, monkeypatch
+):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     splits = load_image_dataset(str(folder), streaming=True)
     transform = ImageTransform(config(48), training=True, normalize=False)
     stream = ImageStream(splits["train"], transform, batch_size=2, num_samples=10)
     assert [sample["labels"] for sample in stream].count(0) == 6
-    assert splits["validation"].num_rows == 5
+    assert splits["validation"]["label"][:] == [0, 1, 0, 1, 0]
+    assert [path.name.split("-")[-1] for path in cache.rglob("*.arrow")] == ["validation.arrow"]

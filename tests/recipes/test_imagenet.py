@@ -209,7 +209,7 @@ def test_sigterm_saves_a_checkpoint_and_stops_all_processes_and_no_other_run_may
             time.sleep(0.05)
         second = run(*PYTHON, RECIPE, *options.split(), cwd=tmp_path, check=False)
         assert (second.returncode, "Traceback" in second.stderr) == (1, False)
-        assert "error: another run is going on in runs/digits" in second.stderr
+        assert "error: another run is active in runs/digits" in second.stderr
         for member in everyone(process):  # data workers too, as a scheduler does
             member.terminate()
         assert process.wait(timeout=120) != 0

@@ -1,4 +1,4 @@
-"""Local tables as people have them: CSV, TSV, JSON and Parquet files, one or a folder of them, by split."""
+"""Local tables: a CSV, TSV, JSON or Parquet file, or a folder of them, by split."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from .splits import logger, split_of
 __all__ = ["TABLES", "by_split", "in_words", "is_visible", "read_table", "read_tables", "visible_files"]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_BLOCK = 1 << 26  # bytes; a text must fit into one
+_BLOCK = 1 << 26  # bytes; the longest possible cell
 _LEFT_BY_SYSTEMS = (
     *("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -27,9 +27,9 @@ _SPLIT_COLUMNS = ("split", "subset", "partition", "set", "data set", "data_set",
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below ``folder`` in order, without what systems leave there: .DS_Store, __MACOSX, Thumbs.db.
+    """All files below ``folder``, sorted, without hidden ones and those of systems, such as Thumbs.db.
 
-    Links are followed, but not upwards; a link to nowhere counts as a file, which cannot be read.
+    Links are followed, except upwards; a broken link counts as a file, which cannot be read.
 
     Raises:
         OSError: A folder cannot be read.
@@ -39,7 +39,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder of this name is not one that is hidden, or that a system has left."""
+    """Whether a file or folder of this name is neither hidden nor a system's."""
     return not name.startswith(".") and name.casefold() not in _LEFT_BY_SYSTEMS
 
 
@@ -63,10 +63,10 @@ def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Files by the split that their names say. A single file that names none is ``train``, where no other is.
+    """Files by the split in their names; a single file without one is ``train`` if no other is.
 
     Raises:
-        ValueError: Several name no split, and there is no ``train``.
+        ValueError: Several files name no split, and none is ``train``.
     """
     found: dict[str, list[Path]] = {}
     others: list[Path] = []
@@ -77,19 +77,19 @@ def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
         if len(others) > 1:
             names = ", ".join(repr(file.name) for file in others)
             raise ValueError(
-                f"{str(root)!r}: which of {names} is for training? Name them after splits, as train.csv, or give one"
+                f"{str(root)!r}: which of {names} is for training? Name them after splits (train.csv), or give one"
             )
         found["train"] = others
     elif others:
-        logger.warning("%s: %s not used, no split has such a name", root, ", ".join(file.name for file in others))
+        logger.warning("%s: %s not used: the name means no split", root, ", ".join(file.name for file in others))
     return found
 
 
 def read_tables(files: dict[str, list[Path]]) -> DatasetDict:
-    """A split of the files' rows, in order. Where there is ``train`` alone, a column may say what each row is for.
+    """The files' rows by split. If there is only ``train``, a column may name each row's split.
 
     Raises:
-        ValueError: A file cannot be read, or two of one split have other columns; it is named.
+        ValueError: A file cannot be read, or two of one split differ in their columns; the message names it.
     """
     splits = DatasetDict()
     for split, paths in files.items():
@@ -130,24 +130,17 @@ def _by_column(table: Dataset) -> DatasetDict:
 
 
 def read_table(path: Path) -> Dataset:
-    """The rows of one file; the cells of CSV and TSV are strings, as they were written.
+    """The rows of one file; cells of CSV and TSV stay strings.
 
     Raises:
-        ValueError: It is empty, damaged, not UTF-8, or names a column twice; the message names the file.
+        ValueError: It is empty, damaged, not UTF-8, or has two columns of one name; the message names the file.
     """
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
             return Dataset.from_parquet(str(path))
         table = _read_json(path) if kind in (".json", ".jsonl") else _read_csv(path)
-    except (
-        pa.ArrowException,
-        csv.Error,
-        RecursionError,
-        UnicodeDecodeError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except (pa.ArrowException, csv.Error, RecursionError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {in_words(error)}") from error
     if not table.num_rows:
         raise ValueError(f"{str(path)!r} has no rows")
@@ -155,7 +148,7 @@ def read_table(path: Path) -> Dataset:
 
 
 def in_words(error: BaseException) -> str:
-    """What lies under an exception of `datasets`, on one line."""
+    """The cause of an exception of ``datasets``, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
@@ -171,10 +164,10 @@ def _read_csv(path: Path) -> pa.Table:
     with open(path, encoding=encoding, newline="") as text:
         header = text.readline()
         if not header.strip():
-            raise ValueError("it is empty" if not start else "its first line, which names the columns, is blank")
+            raise ValueError("its first line, which names the columns, is blank" if start else "it is empty")
         tabs = path.suffix.lower() == ".tsv" and "\t" in header
         if "\0" in header:
-            raise ValueError("it holds zero bytes, as no text does; convert UTF-16 and UTF-32 to UTF-8 with iconv")
+            raise ValueError("it holds zero bytes, which text has not; convert UTF-16 and UTF-32 to UTF-8 with iconv")
         delimiter = "\t" if tabs else max(",;\t|", key=header.count)
         text.seek(0)
         rows = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
@@ -205,7 +198,7 @@ def _read_json(path: Path) -> pa.Table:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is no JSON object, {error}") from None
+                    raise ValueError(f"line {number} is no JSON object: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must hold a list of objects, or an object on each line")
     columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
@@ -213,5 +206,5 @@ def _read_json(path: Path) -> pa.Table:
         try:
             columns[column] = pa.array([row.get(column) for row in rows])
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"its column {column!r} holds what does not go together: {error}") from None
+            raise ValueError(f"its column {column!r} mixes types: {error}") from None
     return pa.Table.from_pydict(columns)

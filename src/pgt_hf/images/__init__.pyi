@@ -38,7 +38,6 @@ from .seeding import seed_sample as seed_sample
 from .seeding import seeded as seeded
 from .sources import DEFAULT_DATASET as DEFAULT_DATASET
 from .sources import DIGITS as DIGITS
-from .sources import check_access as check_access
 from .sources import load_image_dataset as load_image_dataset
 from .sources import num_images as num_images
 from .transforms import ImageTransform as ImageTransform

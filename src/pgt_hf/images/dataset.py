@@ -58,7 +58,8 @@ class ImageDataset(_Epochs, Dataset[dict[str, Any]]):
     A sample is a function of (seed, epoch, index) alone: the same bits for any number of workers or processes.
 
     Args:
-        split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
+        split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it; or an
+            ``IndexedStream`` of such.
         transform: An ``ImageTransform``, or another function of an image or its file (bytes; of PPM a memoryview).
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
@@ -82,8 +83,7 @@ class ImageDataset(_Epochs, Dataset[dict[str, Any]]):
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
-        self.split = _undecoded(split).with_format(None)
-        self._rows = self.split.with_format("arrow")
+        self.split = undecoded(_image_and_label(split))
         self.reader = _Reader(transform, seed, on_bad_image)
         self._bad_in_epoch = torch.full((len(split),), -1, dtype=torch.int32).share_memory_()
 
@@ -99,7 +99,7 @@ class ImageDataset(_Epochs, Dataset[dict[str, Any]]):
         with preserve_rng():
             return [
                 self.reader(
-                    *_cells(self._rows[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
+                    *_cells(self.split[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
                 )
                 for index in indices
             ]
@@ -168,7 +168,7 @@ class ImageStream(_Epochs, IterableDataset[dict[str, Any]]):
             raise ValueError(
                 f"num_samples must be at least world_size * batch_size = {world_size * batch_size}, got {num_samples}"
             )
-        self.split = _undecoded(split).with_format("arrow")
+        self.split = undecoded(_image_and_label(split))
         self.reader = _Reader(transform, seed, on_bad_image)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.block_size = seed, block_size
@@ -306,15 +306,19 @@ def thumbnail(split: Any, index: int, side: int) -> Image.Image | None:
     """A small upright copy of an image of a split; None where there is none, or it cannot be read."""
     if "image" not in (split.column_names or ()):
         return None
-    from datasets import Image as ImageFeature
-
     try:
-        cell = split.cast_column("image", ImageFeature(decode=False)).with_format(None)[int(index)]["image"]
-        image = read_upright(read_image(cell), side)
+        image = read_upright(read_image(undecoded(split)[int(index)].column("image")[0].as_py()), side)
     except (BadImageError, OSError):
         return None
     image.thumbnail((side, side))
     return image
+
+
+def undecoded(split: Any) -> Any:
+    """The rows of a split as Arrow tables, whose images are files."""
+    from datasets import Image as ImageFeature
+
+    return split.cast_column("image", ImageFeature(decode=False)).with_format("arrow")
 
 
 class _Reader:
@@ -361,12 +365,11 @@ def _example(pixels: Tensor | dict[str, Tensor], label: int) -> dict[str, Any]:
     return (pixels if isinstance(pixels, dict) else {"pixel_values": pixels}) | {"labels": label}
 
 
-def _undecoded(split: Any) -> Any:
+def _image_and_label(split: Any) -> Any:
+    """The split; raises TypeError or ValueError unless it has these columns."""
     if not hasattr(split, "cast_column"):
         raise TypeError(f"split must be a data set of `datasets`, got a {type(split).__name__}")
-    from datasets import Image as ImageFeature
-
     missing = {"image", "label"} - set(split.column_names or ())
     if missing:
         raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
-    return split.cast_column("image", ImageFeature(decode=False))
+    return split

@@ -51,7 +51,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class RunArguments:
     """Arguments of every program that trains."""
 
-    resume: Annotated[str | None, ExistingPath("folder", words=("auto",))] = field(
+    resume: Annotated[str | None, ExistingPath("folder", names=("auto",))] = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
     allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})

@@ -266,7 +266,7 @@ def quiet_libraries() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
-    """A bad image or a full disk is the user's to mend: one line; all else has its traceback."""
+    """One line for a bad image or a full disk, which the user can fix; a traceback for everything else."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
         hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
@@ -310,7 +310,7 @@ def _end(message: str, everywhere: bool = False) -> NoReturn:
 
 
 def _leave_to_first(everywhere: bool) -> bool:
-    """Whether another process of this machine tells the same error, for which it gets some time."""
+    """Whether the machine's first process prints the same error; waits to let it."""
     if not everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return False
     time.sleep(_PATIENCE)  # the launcher ends this process once the first one has failed

@@ -21,12 +21,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState
 
 from ..data.workers import guard_workers, use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
+from ..images.seeding import seed_step
 from ..images.transforms import normalize
 from ..runs.record import EMA, WEIGHTS
 from .checkpoints import AtomicCheckpoints, temporarily
@@ -269,8 +270,7 @@ class _Steps(TrainerCallback):
             dataset.fast_forward(epoch, done)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        key = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
-        set_seed(int(key.generate_state(1)[0]))
+        seed_step(args.seed, state.global_step, args.process_index, args.device)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:

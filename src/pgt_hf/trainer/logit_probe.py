@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
+from ..logits import elem_of
 
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
@@ -49,13 +50,13 @@ class LogitProbe:
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None or not logits.requires_grad or logits.dim() < 2:
             return
+        self._logits = elem_of(logits).detach()
         with torch._C.DisableTorchFunctionSubclass():
-            self._logits = logits.detach().view_as(logits)
             logits.register_hook(self._see_grad)
 
     def _see_grad(self, grad: Tensor) -> None:
         if self.listening and self._grad is None:
-            self._grad = grad.detach().clone()
+            self._grad = elem_of(grad).detach().clone()
 
     def _see_features(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self.listening and self.features is None and args:

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy
 
 from ..attach import PowerGradHandle
 from ..heads import find_heads
@@ -60,6 +61,7 @@ class PowerGradTrainer(Trainer):
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
+        self._operations_per_value: int | None = None
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
         if self.args.world_size > 1:
             end_group_at_exit(self)
@@ -83,6 +85,7 @@ class PowerGradTrainer(Trainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._operations_per_value = None  # a model_init may have made another model
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -131,6 +134,29 @@ class PowerGradTrainer(Trainer):
         if model.training:
             self._measure(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Trainer counts the parameters anew for every batch, which takes longer than our whole transform.
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or not (values := inputs[name].numel()):
+            return 0
+        if self._operations_per_value is None:
+            self._operations_per_value = super().floating_point_ops(inputs) // values
+        return self._operations_per_value * values
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Where nothing is clipped, Trainer computes the norm at every step, for a few log entries. In fp16 it must:
+        # that also takes the scale off the gradients, before any callback looks at them.
+        if grad_norm is None and self.accelerator.scaler is None and not self._logs_next():
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is being taken will be logged."""
+        step, strategy = self.state.global_step + 1, self.args.logging_strategy
+        if strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0:
+            return True
+        return strategy == IntervalStrategy.EPOCH or (step == 1 and self.args.logging_first_step)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.

@@ -112,7 +112,10 @@ class StopOnSigterm(TrainerCallback):
         while True:
             heard, _, _ = select.select([receiver], [], [], 1.0 if launched else None)
             if heard:
-                if signal.SIGTERM in receiver.recv(64):
+                signals = receiver.recv(64)
+                if not signals:  # the sender is closed: training is over, and nobody listens any more
+                    return
+                if signal.SIGTERM in signals:
                     self._stop(_SIGTERM)
             elif os.getppid() != parent:
                 self._stop(_ORPHANED)
