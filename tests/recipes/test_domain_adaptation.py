@@ -183,7 +183,7 @@ def test_bad_images_that_are_skipped_are_in_no_batch_and_no_accuracy():
     torch.manual_seed(1)
     network = timm.create_model("test_resnet", num_classes=10)
     assert run.accuracy(network, with_bad) == run.accuracy(network, without)
-    batches = _endless(run.loader(with_bad, shuffle=True))
+    batches = _endless(run._loader(with_bad, shuffle=True))
     seen = [next(batches) for _ in range(4)]
     assert sorted(len(images) for images, _ in seen) == [3, 4, 4, 4]
     assert all(images.flatten(1).std(dim=1).min() > 0 and (labels >= 0).all() for images, labels in seen)
