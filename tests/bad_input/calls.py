@@ -191,6 +191,7 @@ def _rows() -> Iterator[Row]:
         "mixup": "nonnegative", "cutmix": "nonnegative", "random_erasing": "share", "ema_decay": "fraction",
         "channels_last": "flag", "save_total_limit": "count", "logging_steps": "positive", "adam_beta1": "fraction",
     }  # fmt: skip
+    yield "ImageSourceArguments", images.ImageSourceArguments, dict, {"on_bad_image": "name"}
     yield "ImageDataArguments", images.ImageDataArguments, dict, {
         "max_train_samples": "count", "max_eval_samples": "count", "image_size": "count", "hflip": "share",
         "min_crop": "positive", "color_jitter": "nonnegative", "on_bad_image": "name", "auto_augment": "name_or_none",
