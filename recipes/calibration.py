@@ -35,6 +35,7 @@ from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, crea
 from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import Count, Folder, Positive, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse
+from pgt_hf.runs import describe_data
 
 KINDS = ("raw", "folded", "fitted")
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
@@ -97,8 +98,8 @@ def trained_logits(
 ) -> tuple[Tensor, Tensor]:
     """The validation images' logits and labels from one training run, or from its file if it was done before."""
     own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
-    asked = vars(data_args) | vars(args)
-    settings = json.dumps({key: value for key, value in asked.items() if key not in own}, sort_keys=True)
+    asked = {key: value for key, value in (vars(data_args) | vars(args)).items() if key not in own}
+    settings = json.dumps(asked | {"data": describe_data(data_args.dataset_name, dataset)}, sort_keys=True)
     file = run / "logits.npz"
     if file.is_file():
         with np.load(file) as saved:
@@ -138,6 +139,11 @@ def trained_logits(
     found = trainer.predict(validation)
     read = found.label_ids != IGNORED
     logits, labels = found.predictions[read], found.label_ids[read]
+    with errors_in_one_line():
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"learning_rate must be lower: at alpha {alpha:g} the run diverged, got {args.learning_rate}"
+            )
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(file, logits=logits, labels=labels, settings=settings)

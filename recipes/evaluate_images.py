@@ -57,6 +57,9 @@ class EvaluationArguments:
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "So many images; default: the run's, or all."}
     )
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
@@ -95,13 +98,16 @@ def main() -> None:
                 image_column=args.image_column,
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,
+                allow_outside_files=args.allow_outside_files,
                 seed=args.seed,
                 streaming=args.streaming or None,
             )
             model = load_classifier(args.model, args.weights)
-        alpha = args.alpha
-        if alpha is None and not getattr(model.config, "powergrad_folded", False):
-            alpha = getattr(model.config, "powergrad_alpha", None)
+        alpha = getattr(model.config, "powergrad_alpha", None)
+        if args.alpha not in (None, alpha) and alpha is not None:
+            raise ValueError(f"alpha must be left out, since the model's config has it, {alpha}, got {args.alpha}")
+        folded = getattr(model.config, "powergrad_folded", False)
+        alpha = None if folded else args.alpha if alpha is None else alpha
         to_class = match_labels(class_names(split), list(model.config.id2label.values()))
         transform = preprocessing(model, args.model, args.image_size)
         images = ImageDataset(split, transform, on_bad_image=args.on_bad_image)

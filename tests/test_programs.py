@@ -100,7 +100,7 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
             "error: --folder must be a folder that can be written to, got '/dev/null/x'.*",
         ),
         (["--resume", "no-such"], {}, "error: --resume must be 'auto' or a folder that exists, got 'no-such'"),
-        ([], {"defaults": {"sice": 3}}, "error: there are no arguments of these names: sice"),
+        ([], {"defaults": {"sice": 3}}, "error: the arguments must be those of this program, got sice"),
     ],
 )
 def test_bad_argument_is_one_line(monkeypatch, words, options, message):

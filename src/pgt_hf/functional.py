@@ -485,7 +485,7 @@ def check_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     if input.dim() == 0:
-        raise ValueError("input must have shape (C), (N, C) or (N, C, d1, ...), got a 0-dim tensor")
+        raise ValueError("input must have shape (C), (N, C) or (N, C, d1, ...), got ()")
     dim = _class_dim(input)
     if weight is not None and weight.shape != (input.size(dim),):
         raise ValueError(f"weight must have shape ({input.size(dim)},), one per class, got {tuple(weight.shape)}")

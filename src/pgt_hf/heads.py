@@ -71,8 +71,9 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
 def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     """Multiplies the head's weight and bias by ``alpha``, in place: the same top-1, with ``p'`` as probabilities.
 
-    PGT trains ``p' = softmax(alpha z)``, so the raw softmax of a well-fitted model is over-confident. Folding, a
-    temperature of 1/alpha, makes the model return the trained probabilities.
+    PGT trains ``p' = softmax(alpha z)``, which is less sharp than the raw softmax. Folding (a temperature of 1/alpha)
+    makes it the one that the model gives: an improvement where the network fits its data and is over-confident, and a
+    loss where it underfits. ``compare_calibration`` measures which it is.
 
     Args:
         model: A trained model, see ``attach_powergrad``.

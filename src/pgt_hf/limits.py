@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 __all__ = [
     "HUB_ID", "Count", "DataSet", "ExistingPath", "Folder", "ModelName", "Needs", "NonNegative", "Number", "OneOf",
-    "Positive", "Rate", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile", "WritableFolder",
-    "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
+    "Positive", "Rate", "RepoId", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile",
+    "WritableFolder", "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -131,6 +131,22 @@ class OneOf(Rule):
         return f"one of {', '.join(self.names)}"
 
 
+class RepoId(Rule):
+    """The name of a repository on the Hub."""
+
+    words = "owner/name"
+
+    def fault(self, value: Any) -> str | None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            return f": {error}"
+        return None
+
+
 class Text(Rule):
     """A text that is not empty."""
 
@@ -228,6 +244,8 @@ class DataSet(Rule):
         place = os.fspath(value)
         if place in self.embedded or (place and os.path.exists(place)):
             return None
+        if meant := "" if "/" in place else near(place.casefold(), self.embedded):
+            return meant
         is_path = os.path.isabs(place) or place.count("/") > 1 or place.startswith(".") or Path(place).suffix in _FILES
         return near(place, _beside(Path(place))) if is_path or not HUB_ID.fullmatch(place) else None
 
@@ -297,15 +315,18 @@ def check_fields(kind: type, values: Mapping[str, Any], rules: Mapping[str, Any]
                 continue  # the other library reads these in its own way
         if rule is not None:
             rule.check(name, value)
-        if isinstance(rule, _Items) and not len(value):
-            raise ValueError(f"{name} must name at least one, got {value!r}")
+        if isinstance(rule, _Items) and (not len(value) or any(item in value[:i] for i, item in enumerate(value))):
+            raise ValueError(f"{name} must name at least one, and none twice, got {_shown(value)}")
 
 
 def check_needs(kind: type, values: Mapping[str, Any], given: Iterable[str]) -> None:
-    """Raises ValueError for a given argument whose ``Needs`` are not met."""
-    hints = get_type_hints(kind, include_extras=True)
+    """Raises ValueError for a given argument whose ``Needs`` are not met.
+
+    They stand in the annotations or, for fields that another library has, in the class's ``NEEDS``.
+    """
+    hints, more = get_type_hints(kind, include_extras=True), getattr(kind, "NEEDS", {})
     for name in sorted(set(given) & set(hints)):
-        for rule in getattr(hints[name], "__metadata__", ()):
+        for rule in (*getattr(hints[name], "__metadata__", ()), more.get(name)):
             if isinstance(rule, Needs) and not rule.met(values):
                 now = values.get(rule.other)
                 raise ValueError(f"{name} counts only with {rule}, got {values[name]!r} with {rule.other} {now!r}")
@@ -378,7 +399,7 @@ def rule_for(hint: Any) -> Any:
         return _SIMPLE[origin]
     if _is_enum(origin):
         return OneOf([str(member.value) for member in origin])
-    if origin in (list, Sequence, tuple):
+    if origin in (list, Iterable, Sequence, tuple):
         length = len(inner) if origin is tuple and Ellipsis not in inner else 0
         return _Items(rule_for(inner[0]) if len(set(inner) - {Ellipsis}) == 1 else None, length)
     if not isinstance(origin, type) or origin in (Any, object) or getattr(origin, "_is_protocol", False):
@@ -453,12 +474,12 @@ class _Items(Rule):
     length: int = 0
 
     def fits(self, value: Any) -> bool:
-        is_list = hasattr(value, "__len__") and hasattr(value, "__iter__")
+        is_list = hasattr(value, "__iter__") and getattr(value, "shape", None) != ()
         return is_list and not isinstance(value, (str, bytes, Mapping))
 
     def check(self, name: str, value: Any) -> None:
         super().check(name, value)
-        for item in value if self.rule is not None else ():
+        for item in value if self.rule is not None and hasattr(value, "__len__") else ():  # no generator is used up
             self.rule.check(name, item)
 
     def fault(self, value: Any) -> str | None:

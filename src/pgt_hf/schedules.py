@@ -100,6 +100,7 @@ class AlphaScheduler:
         self.last_epoch = last_epoch
         self.step()
 
+    @checked
     def get_alpha(self, step: int) -> float:
         """The alpha of any step."""
         if step < self.warmup_steps:

@@ -319,6 +319,21 @@ def test_single_files_and_arguments(tmp_path):
         load_image_dataset(str(tmp_path), label_column="image")
 
 
+@pytest.mark.parametrize("form", ["../elsewhere/{}", "{}", "file://{}"])
+def test_table_names_files_outside_its_folder_only_where_that_is_allowed(form, tmp_path):
+    tree("elsewhere/cat", "elsewhere/dog")(tmp_path)
+    (tmp_path / "set").mkdir()
+    files = [path.relative_to(tmp_path / "elsewhere") for path in sorted((tmp_path / "elsewhere").rglob("*.png"))]
+    names = [form.format(file if ".." in form else tmp_path / "elsewhere" / file) for file in files]
+    lines = [f"{name},{'ab'[number % 2]}" for number, name in enumerate(names)]
+    (tmp_path / "set" / "x.csv").write_text("\n".join(["image,label", *lines]))
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\) must name a file in the folder of its table") as error:
+        load_image_dataset(str(tmp_path / "set" / "x.csv"))
+    assert names[0] in str(error.value)
+    found = load_image_dataset(str(tmp_path / "set" / "x.csv"), allow_outside_files=True)
+    assert sum(split.num_rows for split in found.values()) == len(files)
+
+
 def test_configuration_of_a_data_set_can_be_named(tmp_path):
     for kind in ("small", "large"):
         (tmp_path / kind).mkdir()

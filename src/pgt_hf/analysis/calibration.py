@@ -69,7 +69,7 @@ def compare_calibration(
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if not len(labels):
-        raise ValueError("labels must leave at least 1 image to score, got none")
+        raise ValueError(f"labels must leave at least 1 image to score, got {IGNORED} alone")
     if not logits.isfinite().all():
         raise ValueError("logits must be finite, got nan or infinity among them")
     rows: dict[str, tuple[tuple[float, ...], Tensor]] = {"raw": ((1.0,), score_logits(logits, labels))}
@@ -90,6 +90,7 @@ def compare_calibration(
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
+@checked
 def best_calibrated(found: Mapping[str, Calibration]) -> str:
     """Which of the probabilities has the lowest NLL.
 
@@ -100,6 +101,7 @@ def best_calibrated(found: Mapping[str, Calibration]) -> str:
     return min(found, key=lambda name: found[name].nll)
 
 
+@checked
 def calibration_table(found: Mapping[str, Calibration]) -> str:
     """A table of temperatures and scores to print, and which of the probabilities to use.
 

@@ -97,11 +97,13 @@ def compare(method: Sequence[_Score], baseline: Sequence[_Score]) -> Comparison:
         No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
     """
     if len(method) != len(baseline) or len(method) < 2:
-        raise ValueError(f"compare needs the same seeds of both, at least 2; got {len(method)} and {len(baseline)}")
+        counts = f"{len(method)} and {len(baseline)}"
+        raise ValueError(f"method and baseline must hold scores of the same seeds, at least 2, got {counts}")
     difference, half_width = interval([a - b for a, b in zip(method, baseline, strict=True)])
     return Comparison(difference, half_width, len(method))
 
 
+@checked
 def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: Sequence[int]) -> list[str]:
     """What a search has shown, in sentences: warnings, if any, then the comparison.
 
@@ -116,6 +118,8 @@ def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: 
         The best learning rate of the baseline, 1, lies at the upper end of its range ...
         No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
     """
+    if not 0 < rates[0] < rates[1]:
+        raise ValueError(f"rates must be two rising numbers above 0, got {rates}")
     result = compare(confirmed["pgt"].scores, confirmed["baseline"].scores)
     chance = max(Counter(labels).values()) / len(labels)
     noise = 2 * math.sqrt(chance * (1 - chance) / len(labels))

@@ -1,10 +1,14 @@
 """The confusion matrix and the most confident mistakes of a classifier."""
 
+from typing import Annotated
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..functional import IGNORED
-from ..limits import Count, checked
+from ..limits import Count, Whole, checked
+
+_Most = Annotated[int, Whole("[0, inf)")]
 
 
 @checked
@@ -30,7 +34,7 @@ def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: Count) ->
 
 
 @checked
-def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: Count) -> list[int]:
+def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: _Most) -> list[int]:
     """The indices of at most ``most`` wrongly classified images, the most confident mistake first.
 
     Arrays have shape (N); ``confidence`` is the probability of ``predicted``. ``IGNORED`` labels are left out.

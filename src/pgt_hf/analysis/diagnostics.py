@@ -253,6 +253,7 @@ class History:
         self.snapshots: list[dict[str, NDArray[Any]]] = []
         self._offered = 0
 
+    @checked
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Offers a snapshot; steps grow, and a name has one shape. Names that not all snapshots have are not saved."""
         if self._offered % self.stride == 0:
@@ -261,6 +262,7 @@ class History:
         if len(self.snapshots) == self.capacity:
             self.snapshots, self.stride = self.snapshots[::2], 2 * self.stride
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Replaces the file atomically."""
         if not self.snapshots:
@@ -270,6 +272,7 @@ class History:
         with replacing(path) as draft, draft.open("wb") as file:
             np.savez_compressed(file, stride=self.stride, offered=self._offered, **columns)
 
+    @checked
     def resume(self, path: str | os.PathLike[str], step: int) -> None:
         """Continues from a file, without its snapshots from ``step`` on."""
         columns = self.read(path)
@@ -279,6 +282,7 @@ class History:
         self.snapshots = [{key: column[index] for key, column in columns.items()} for index in range(kept)]
 
     @staticmethod
+    @checked
     def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps."""
         try:

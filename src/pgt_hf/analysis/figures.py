@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 def require_matplotlib() -> None:
     """Raises ImportError before hours of training, rather than when the first picture is drawn."""
     require("matplotlib", "drawing a picture")
+
+
+def check_target(path: Target, name: str = "path") -> None:
+    """Raises ValueError unless the file's ending is that of a picture that can be written."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if not isinstance(path, BytesIO) and Path(path).suffix.lower().removeprefix(".") not in known:
+        raise ValueError(
+            f"{name} must end in one of {', '.join(f'.{each}' for each in sorted(known))}, got {str(path)!r}"
+        )
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
@@ -58,6 +71,7 @@ def finish(grid: Any, used: int, label: str) -> None:
 
 def save(figure: "Figure", path: Target, title: str | None) -> None:
     """Writes the picture, with ``title`` above it if there is one."""
+    check_target(path)
     if title:
         figure.suptitle(title)
     if isinstance(path, BytesIO):
@@ -69,6 +83,6 @@ def save(figure: "Figure", path: Target, title: str | None) -> None:
         figure.savefig(path, dpi=150)
 
 
-def shorten(name: str) -> str:
-    """The end of a long name, at most 30 characters."""
-    return name if len(name) <= 30 else "..." + name[-27:]
+def shorten(name: str, most: int = 30) -> str:
+    """The end of a long name, at most ``most`` characters."""
+    return name if len(name) <= most else "..." + name[3 - most :]

@@ -39,7 +39,8 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1
     return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k if depth <= best.shape[1]}
 
 
-def ranked_classes(logits: Tensor, k: int = TOP_K) -> Tensor:
+@checked
+def ranked_classes(logits: Tensor, k: Count = TOP_K) -> Tensor:
     """The k best classes of each image, (N, k); the best one alone where there are no more than k classes.
 
     Example:

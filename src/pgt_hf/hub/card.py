@@ -11,7 +11,7 @@ from typing import Any
 import jinja2  # comes with torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..limits import near
+from ..limits import RepoId, checked, near
 from ..runs.dataset_terms import Terms, dataset_terms
 from ..runs.record import CURVE, METRICS, REPORT, Run, architecture, is_hub_id, shown_metrics, shown_settings
 
@@ -41,6 +41,7 @@ def check_license(license: str) -> None:
         )
 
 
+@checked
 def model_card(
     run: Run,
     repo_id: str,
@@ -68,6 +69,7 @@ def model_card(
     Example:
         >>> print(model_card(read_run("runs/digits"), "alice/digits"))
     """
+    RepoId().check("repo_id", repo_id)
     if license is not None:
         check_license(license)
     task, terms = _task(run.config), dataset_terms(run.dataset)
@@ -127,26 +129,33 @@ def _eval_results(run: Run, task: str, terms: Terms) -> list[EvalResult]:
 
 
 def _calibration(run: Run) -> str:
-    alpha = run.alpha
+    """What training fitted, and which probabilities were measured to be best."""
+    alpha, folded = run.alpha, run.config.get("powergrad_folded")
+    sentences = ["A pipeline's scores are `softmax(z)`, where `z` are the logits of these weights."]
     if alpha is None or alpha == 1:
-        return "The model was trained with plain cross-entropy on its logits `z`: its probabilities are `softmax(z)`."
-    fitted = f"Training fitted `softmax({alpha:g} * z)`, where `z` are the logits that it computed."
-    advice = "The softmax of `z` itself is sharper, and as a rule over-confident."
-    if {"ece", "ece_folded"} <= set(run.metrics):
-        raw, folded = run.metrics["ece"], run.metrics["ece_folded"]
-        better = f"softmax({alpha:g} * z)" if folded <= raw else "softmax(z)"
-        advice = (
-            f"On the validation set the expected calibration error was {raw:.4g} for `softmax(z)` and {folded:.4g} "
-            f"for `softmax({alpha:g} * z)`: take `{better}` for probabilities. The best class is the same."
-        )
-    if run.config.get("powergrad_folded"):
-        here = (
-            f"In these weights the factor {alpha:g} has been multiplied into the head (`powergrad_folded` in "
-            f"config.json): their logits are `{alpha:g} * z`, and a pipeline's scores are `softmax({alpha:g} * z)`."
+        sentences.append("The model was trained with plain cross-entropy, which fits them.")
+    elif folded:
+        sentences.append(
+            f"They are what training fitted: the factor alpha = {alpha:g} has been multiplied into the head "
+            "(`powergrad_folded` in config.json)."
         )
     else:
-        here = "These weights give `z`; a pipeline's scores are `softmax(z)`."
-    return f"{fitted} {here} {advice}"
+        sentences.append(f"Training fitted `softmax({alpha:g} * z)`, which is less sharp.")
+    if len(run.nll_by_scale) > 1:
+        found = [f"{nll:.4g} for `{_formula(scale, alpha)}`" for scale, nll in run.nll_by_scale.items()]
+        sentences.append(
+            f"On the validation set, the negative log-likelihood was {', '.join(found[:-1])} and {found[-1]}: take "
+            f"`{_formula(run.scale, alpha)}` for probabilities. The best class is the same."
+        )
+    elif alpha not in (None, 1) and not folded:
+        sentences.append("Which of the two is calibrated better has not been measured.")
+    return " ".join(sentences)
+
+
+def _formula(scale: float, alpha: float | None) -> str:
+    if scale == 1:
+        return "softmax(z)"
+    return f"softmax({scale:g} * z)" if scale == alpha else f"softmax(z / {1 / scale:.3g})"
 
 
 def _model_class(config: Mapping[str, Any]) -> str:

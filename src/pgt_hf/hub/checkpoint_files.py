@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
-from ..limits import Whole
+from ..limits import Whole, checked
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from ..runs.record import STATE
 
@@ -28,6 +28,7 @@ _PACKED = ".packed.safetensors"
 _PLAIN = (".safetensors", ".json", ".jsonl", ".txt", ".model")
 
 
+@checked
 def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Copies ``checkpoint-N`` into ``target``, without pickles and paths of this machine, and returns ``target``.
 
@@ -57,6 +58,7 @@ def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[st
     return target
 
 
+@checked
 def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str]) -> Path:
     """Unpacks a checkpoint to resume from, as ``checkpoint-N`` in the run's folder, and returns its path.
 

@@ -15,19 +15,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import CommitInfo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+from ..limits import OneOf, Positive, checked
 from ..runs.environment import package_versions
 from ..runs.folder import add_to_record
 from ..runs.record import STATE, read_record, read_run
 from .card import model_card
 from .checkpoint_files import pack_checkpoint
 from .release import LAST_CHECKPOINT, prepare_release
-from .upload import check_push_access, push_release
+from .upload import check_push_access, check_repo_id, push_release
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class PublishCallback(TrainerCallback):
 
     Raises:
         PermissionError: When a Trainer is made: the token is missing, refused, or may not write there.
-        ValueError: ``strategy`` is not known; when a Trainer is made: its model could not be loaded from the Hub.
+        TypeError, ValueError: An argument is not allowed; when a Trainer is made: its model could not be loaded from
+            the Hub.
 
     Example:
         >>> publish = PublishCallback("alice/digits")
@@ -67,6 +69,7 @@ class PublishCallback(TrainerCallback):
         >>> publish.push(trainer, dataset="digits")
     """
 
+    @checked
     def __init__(
         self,
         repo_id: str | None = None,
@@ -74,11 +77,13 @@ class PublishCallback(TrainerCallback):
         token: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
-        strategy: str = "every_save",
+        strategy: Annotated[str, OneOf([known.value for known in HubStrategy])] = "every_save",
         always: bool = False,
         fold: bool = False,
-        timeout: float = 600.0,
+        timeout: Positive = 600.0,
     ) -> None:
+        if repo_id is not None:
+            check_repo_id(repo_id)
         self.repo_id = repo_id
         self.unpushed: str | None = None  # what the last push failed to bring
         self._where: dict[str, Any] = {"token": token, "private": private, "revision": revision}

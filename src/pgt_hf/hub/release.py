@@ -19,9 +19,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, snapshot_download
 
 from ..extras import require
-from ..limits import WritableFolder, checked
+from ..limits import RepoId, WritableFolder, checked
 from ..runs.dataset_terms import dataset_terms
-from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_run
+from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_evaluation, read_run
 from .card import check_license, model_card
 from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
@@ -79,6 +79,8 @@ def prepare_release(
     check_repo_id(repo_id)
     if license is not None:
         check_license(license)
+    if base_model is not None:
+        RepoId().check("base_model", base_model)
     WritableFolder().check("target", target)
     if target.resolve() in {place.resolve() for place in (run_folder, Path(checkpoint or folder))}:
         raise ValueError(f"target must be another folder than the run's own, got {os.fspath(target)!r}")
@@ -107,6 +109,8 @@ def prepare_release(
             content = config if name == CONFIG else None
             _copy_without_paths(model / name, target / name, content)
     run = replace(run, config=config)
+    if fold:
+        run = run.folded()
     try:
         require("matplotlib", "a curve and a report")
         require("evaluate", "a report")
@@ -118,7 +122,7 @@ def prepare_release(
         with suppress(ValueError):  # nothing that can be drawn has been logged
             plot_training_curve(run.history, target / CURVE)
         if checkpoint is None:  # the evaluation that it shows is the final model's
-            _add_report(run_folder, target, run, pictures)
+            _add_report(run_folder, target, run, fold, pictures)
     card = model_card(
         run,
         repo_id,
@@ -157,6 +161,8 @@ def push_run(
     check_repo_id(wanted)
     if release.get("license") is not None:
         check_license(release["license"])
+    if release.get("base_model") is not None:
+        RepoId().check("base_model", release["base_model"])
     full = check_push_access(wanted, token, private=private)
     with tempfile.TemporaryDirectory() as release_folder:
         prepare_release(folder, release_folder, full, **release)
@@ -192,15 +198,22 @@ def pull_checkpoint(
     check_repo_id(repo_id)
     if not re.fullmatch(r"[\w-][\w.-]*", checkpoint):
         raise ValueError(f"checkpoint must be the name of a folder in the repository, got {checkpoint!r}")
-    snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    WritableFolder().check("run", run)
+    try:
+        snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    except OSError as error:
+        raise OSError(f"{repo_id!r} cannot be read: {' '.join(str(error).split())}") from error
     return unpack_checkpoint(Path(snapshot, checkpoint), run)
 
 
-def _add_report(folder: Path, target: Path, run: Run, pictures: bool | None) -> None:
+def _add_report(folder: Path, target: Path, run: Run, fold: bool, pictures: bool | None) -> None:
     from ..runs.report import write_report
 
     allowed = dataset_terms(run.dataset).redistributable if pictures is None else pictures
-    write_report(folder, target / REPORT, run=run, pictures=allowed)
+    evaluation = read_evaluation(folder)
+    if fold and evaluation is not None and run.alpha:
+        evaluation = evaluation.folded(run.alpha)
+    write_report(folder, target / REPORT, run=run, evaluation=evaluation, pictures=allowed)
 
 
 def _fold(model: Path, target: Path, alpha: float | None) -> Path:

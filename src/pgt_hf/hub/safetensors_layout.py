@@ -6,10 +6,12 @@ import struct
 from typing import Any
 
 from ..atomic import replacing
+from ..limits import checked
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 
 
+@checked
 def rewrite_safetensors(
     source: str | os.PathLike[str], target: str | os.PathLike[str], remove_prefix: str = ""
 ) -> None:
@@ -45,6 +47,7 @@ def rewrite_safetensors(
             output.write(file.read(spans[name][1] - spans[name][0]))
 
 
+@checked
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The names, types, shapes and offsets of a safetensors file's tensors, and its ``__metadata__``."""
     with open(path, "rb") as file:

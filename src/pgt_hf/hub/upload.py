@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import HfHubHTTPError
 
-from ..limits import check_type
+from ..limits import RepoId, checked
 from .safetensors_layout import read_header
 
 _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
@@ -18,13 +17,10 @@ _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
 
 def check_repo_id(repo_id: str) -> None:
     """Raises TypeError or ValueError unless it is a name, or owner/name, as the Hub allows them."""
-    check_type("repo_id", repo_id, str)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}: {error}") from error
+    RepoId().check("repo_id", repo_id)
 
 
+@checked
 def check_push_access(repo_id: str, token: str | None = None, *, private: bool | None = None) -> str:
     """Checks that the token may write to the repository, and returns its full "owner/name".
 
@@ -55,6 +51,7 @@ def check_push_access(repo_id: str, token: str | None = None, *, private: bool |
     return found
 
 
+@checked
 def push_release(
     folder: str | os.PathLike[str],
     repo_id: str,

@@ -31,6 +31,7 @@ from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .presets import preset_table as preset_table
+from .presets import published_top1 as published_top1
 from .raw import map_arrow as map_arrow
 from .raw import write_arrow as write_arrow
 from .seeding import preserve_rng as preserve_rng

@@ -37,6 +37,9 @@ class ImageSourceArguments:
     label_column: Annotated[str | None, Text()] = field(
         default=None, metadata={"help": "Column of the labels, if it is not detected."}
     )
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
+    )
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "What to do with an unreadable image: 'error', or 'skip' and count it."}
     )
@@ -53,6 +56,7 @@ class ImageSourceArguments:
             self.dataset_config,
             image_column=self.image_column,
             label_column=self.label_column,
+            allow_outside_files=self.allow_outside_files,
             seed=seed,
             **more,
         )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,15 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     else:
         try:
             model = AutoModelForImageClassification.from_pretrained(place)
-        except OSError as error:
+        except (KeyError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
             if Path(place).is_dir():
-                raise
+                kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason)
+                reason = f"it holds a {kind[1]}" if kind else reason
+                raise ValueError(f"{place!r} must be the folder of an image classifier: {reason}") from error
             raise OSError(
                 f"{place!r} is not a folder, a timm model or a model on the Hub{near(place, timm.list_models())}: "
-                f"{' '.join(str(error).split())}"
+                f"{reason}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)

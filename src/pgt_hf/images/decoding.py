@@ -147,7 +147,8 @@ def shrink(image: bytes, shorter_side: Count, quality: Annotated[int | None, Who
     return file.getvalue()
 
 
-def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
+@checked
+def read_upright(image: File, shorter_side: Count | None = None) -> Image.Image:
     """The whole image, upright and with three 8-bit channels; or a smaller copy of it.
 
     Raises:
@@ -162,6 +163,7 @@ def read_upright(image: File, shorter_side: int | None = None) -> Image.Image:
     return whole if size is None else whole.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
+@checked
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image with three 8-bit channels; real sets contain grey, 16-bit, palette, CMYK and transparent ones.
 

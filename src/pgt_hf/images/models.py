@@ -57,6 +57,9 @@ def create_model(
         network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
     except OSError as error:
         raise OSError(f"pretrained: timm's weights of {name!r} are not available: {error}") from error
+    except TypeError as error:
+        wanted = ", ".join(timm_kwargs)
+        raise ValueError(f"name must be a timm model that takes {wanted}, got {name!r}: {error}") from error
     model_args |= fit_image_size(network, image_size)
     names = dict(enumerate(label_names))
     config = TimmWrapperConfig(
@@ -114,7 +117,7 @@ def pgt_resnet(
     published = pretrained and kwargs.get("pretrained_cfg")  # weights of this very variant, from the Hub or a folder
     try:
         network = timm.create_model(base, pretrained=pretrained and not published, **kwargs)
-    except TypeError:
+    except (AssertionError, TypeError):  # families that take no such norm layer
         network = None
     if not isinstance(network, ResNet):
         raise ValueError(f"norm_free and small_images are for timm's ResNets, got {base!r}")

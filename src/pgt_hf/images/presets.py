@@ -6,6 +6,7 @@ does not say how the rate follows the batch (here: linearly), nor how AGC and gr
 and 1.0).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,24 @@ PRESETS: dict[str, Preset] = {
     "vit_small": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224"}),
     "resnet50_a3": Preset(A3),
 }
+
+
+def published_top1(arguments: Mapping[str, Any]) -> float | None:
+    """What was published of a run with these arguments; nothing, if they differ from their preset's.
+
+    Example:
+        >>> published_top1({"preset": "resnet50_cosine", "dataset_name": "digits", "max_steps": 20})
+    """
+    preset = PRESETS.get(arguments.get("preset") or "", Preset({}))
+    whole = {
+        "dataset_name": "ILSVRC/imagenet-1k",
+        "max_train_samples": None,
+        "max_eval_samples": None,
+        "max_steps": -1,
+    }
+    whole |= {"learning_rate": None, "pretrained": False}
+    same = all(arguments.get(name) == value for name, value in (whole | preset.settings).items())
+    return preset.top1 if same else None
 
 
 def preset_table() -> str:

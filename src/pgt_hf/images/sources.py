@@ -57,6 +57,7 @@ def load_image_dataset(
     max_eval_samples: Count | None = None,
     seed: Seed = 0,
     streaming: bool = False,
+    allow_outside_files: bool = False,
 ) -> DatasetDict | dict[str, Any]:
     """Loads labelled images.
 
@@ -78,6 +79,7 @@ def load_image_dataset(
         seed: For every draw.
         streaming: Leave the images where they are and read them as training and evaluation go. An evaluation split
             that is not in Parquet files is downloaded, alone, so that it can be indexed; local ones are as without.
+        allow_outside_files: Let a table name files that lie outside its own folder.
 
     Returns:
         ``train`` and ``validation``, each with the columns ``image`` (Image) and ``label`` (ClassLabel, the same names
@@ -89,8 +91,8 @@ def load_image_dataset(
         FileNotFoundError: There is no such folder or data set.
         ConnectionError: The Hub could not be reached.
         ValueError: No image or label column, no image that can be read, a row without a label, a class that
-            ``train`` lacks, or a file that is damaged; the message names it. With ``streaming`` also: a split is
-            missing, or the classes have no names.
+            ``train`` lacks, a path that leads out of its table's folder, or a file that is damaged; the message names
+            it. With ``streaming`` also: a split is missing, or the classes have no names.
 
     Example:
         >>> load_image_dataset("digits")["validation"].num_rows
@@ -102,7 +104,13 @@ def load_image_dataset(
     local = (_digits(seed), {}) if name == DIGITS else read_local(name)
     if local is not None and config is not None:
         raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
-    select = partial(_image_and_label, name=name, image_column=image_column, label_column=label_column)
+    select = partial(
+        _image_and_label,
+        name=name,
+        image_column=image_column,
+        label_column=label_column,
+        outside=allow_outside_files,
+    )
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     if local is None and streaming:
         return _stream(name, config, select, limits, seed)
@@ -257,6 +265,7 @@ def _image_and_label(
     folder: Path | None = None,
     *,
     optional: bool = False,
+    outside: bool = False,
 ) -> Any:
     """Of a ``Dataset`` as of an ``IterableDataset``; the image alone where the labels are ``optional`` and absent."""
     if split.features is None:
@@ -280,10 +289,10 @@ def _image_and_label(
     for old, new in columns.items():
         if old != new:
             split = split.rename_column(old, new)
-    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None))
+    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None), outside)
 
 
-def _as_images(split: Any, name: str, folder: Path | None) -> Any:
+def _as_images(split: Any, name: str, folder: Path | None, outside: bool) -> Any:
     """Bytes and paths of files become images; paths in a local table are relative to its ``folder``."""
     feature = split.features["image"]
     if isinstance(feature, Image):
@@ -292,9 +301,10 @@ def _as_images(split: Any, name: str, folder: Path | None) -> Any:
     if kind not in ("string", "large_string", "binary", "large_binary", "dict"):
         raise ValueError(f"{name!r}: the column of images must hold images or their paths, it holds {feature}")
     if kind.endswith("string") and folder is not None:
+        options = {"folder": str(folder.resolve()), "outside": outside, "name": name}
         if isinstance(split, Dataset):
             _warn_of_copies(split, name)
-        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder.resolve())})
+        split = split.map(_locate, input_columns="image", with_indices=True, fn_kwargs=options)
     try:
         return split.cast_column("image", Image())
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
@@ -327,10 +337,20 @@ def _check_readable(split: Dataset | IndexedStream, name: str) -> None:
     raise BadImageError(f"{name!r}: no image can be read, {len(rows)} were tried: {first}") from first
 
 
-def _locate(image: str | None, folder: str) -> dict[str, str | None]:
-    if not image or "://" in image:
+def _locate(image: str | None, row: int, folder: str, outside: bool, name: str) -> dict[str, str | None]:
+    if not image or ("://" in image and "::" not in image and not image.startswith(("file:", "local:"))):
         return {"image": image or None}
-    path = os.path.join(folder, image)  # an absolute path stays as it is
+    path = os.path.join(folder, image.removeprefix("file://"))  # an absolute path stays as it is
     if ("\\" in image or image != image.strip()) and not os.path.exists(path):
         path = os.path.join(folder, image.strip().replace("\\", "/"))  # written on Windows, or with blanks
+    if not (outside or Path(os.path.normpath(path)).is_relative_to(folder) or _is_in(path, folder)):
+        raise ValueError(
+            f"{name!r}: row {row} (from 0) must name a file in the folder of its table, {folder!r}, got {image!r}; "
+            "allow_outside_files lets it name others"
+        )
     return {"image": path}
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Whether it is, by whatever links; asked only where the name alone does not say so."""
+    return Path(path).resolve().is_relative_to(folder)

@@ -40,7 +40,7 @@ _RULES: dict[str, Any] = {
     "color_jitter": Number("[0, 10]"),
     "hflip": Number("[0, 1]"),
     "vflip": Number("[0, 1]"),
-    "crop_pct": Number("(0, 1]"),
+    "crop_pct": Number("[0.05, 1]"),
     "auto_augment": AutoAugment(),
     "interpolation": OneOf(("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")),
 }
@@ -236,6 +236,7 @@ def _draw(steps: Sequence[Any]) -> Tensor:
     return torch.tensor([flips, *jitter])
 
 
+@checked
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
 
@@ -243,6 +244,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), mean=(0.5,) * 3, std=(0.5,) * 3).unique()
         tensor([1.])
     """
+    if not len(mean) == len(std) == images.size(-3):
+        raise ValueError(f"mean and std must have {images.size(-3)} numbers each, got {mean} and {std}")
     shift, scale = (_constant(tuple(values), images.device) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
 
@@ -253,6 +256,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return (255 * torch.tensor(values)).to(device).view(-1, 1, 1)
 
 
+@checked
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stacks examples into ``pixel_values`` of shape (N, 3, H, W), ``labels`` of shape (N), and any ``augmentation``.
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..data.workers import use_worker_server
 from ..limits import ExistingPath
+from ..runs import environment
 from ..runs.folder import claim_folder
 from ..runs.record import CONTENTS, METRICS
 from ..trainer.checkpoint_folders import find_checkpoint
@@ -26,6 +27,7 @@ __all__ = [
     "begin",
     "errors_in_one_line",
     "fit_global_batch",
+    "next_commands",
     "parse",
     "quiet_libraries",
     "quiet_other_processes",
@@ -115,6 +117,24 @@ IMAGE_DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
 }
 
 
+def next_commands(args: TrainingArguments) -> dict[str, str | None]:
+    """The commands that come after a training: train as long again, train without PGT to compare, publish.
+
+    The second one writes to a folder of its own and pushes nothing.
+    """
+    folder = Path(str(args.output_dir))
+    longer = {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
+    if args.max_steps > 0:
+        longer = {"max_steps": f"{2 * args.max_steps}"}
+    own = dict.fromkeys((name for name in vars(args) if name.startswith(("hub_", "push_to_hub"))), None)
+    plain = environment.command_line(**own, resume=None, alpha=1, output_dir=f"{folder}-plain")
+    return {
+        "go on": environment.command_line(resume="auto", **longer) if any(folder.glob("checkpoint-*")) else None,
+        "compare": plain if getattr(args, "alpha", 1) != 1 else None,
+        "publish": environment.command("pgt-hf", "push", str(folder), "--repo-id", "YOU/NAME"),
+    }
+
+
 def tell(
     heading: str,
     results: Mapping[str, Any],
@@ -145,6 +165,6 @@ def tell(
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
-    for what, command in then.items():
-        if command is not None:
-            print(f"  {what:10} {command}")
+    for what, line in then.items():
+        if line is not None:
+            print(f"  {what:10} {line}")

@@ -19,6 +19,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -77,10 +78,13 @@ def parse(
         chosen |= dict(smoke or {}) if asked.smoke else {}
         if "num_train_epochs" in given and "max_steps" not in given:
             chosen.pop("max_steps", None)  # would win over the given epochs
+        if isinstance(epochs := given.get("num_train_epochs"), float) and chosen.get("warmup_epochs", 0) > epochs > 0:
+            chosen["warmup_epochs"] = epochs  # the default warm-up is no longer than the run
         if "lr_scheduler_type" in given and "schedule" not in given:
             chosen.pop("schedule", None)  # would win over the given type
-        if "optim" in given and given["optim"] != chosen.get("optim") and "optim_args" not in given:
-            chosen.pop("optim_args", None)  # the default ones belong to the default optimizer
+        if "optim" in given and given["optim"] != chosen.get("optim"):
+            for name in {"optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"} - set(given):
+                chosen.pop(name, None)  # the default ones belong to the default optimizer
         namespace = parser.finish(words, chosen)
         values = vars(namespace)
         config = {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
@@ -137,7 +141,8 @@ class _Parser(HfArgumentParser):
     def finish(self, words: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
         """All arguments, from the command line and the defaults."""
         if unknown := set(defaults) - set(_flags):
-            raise ValueError(f"there are no arguments of these names: {', '.join(sorted(unknown))}")
+            where = f" in {config!r}" if (config := self.begin(words).get("config")) else ""
+            raise ValueError(f"the arguments{where} must be those of this program, got {', '.join(sorted(unknown))}")
         self.shown = defaults
         self.set_defaults(**defaults)
         return self.parse_args(words)
@@ -149,6 +154,8 @@ class _Parser(HfArgumentParser):
             raise ValueError(
                 f"--resume-from-checkpoint must be given as --resume, a checkpoint or 'auto', got {value!r}"
             )
+        if idle := sorted(given & {"do_train", "do_eval", "do_predict", "parallelism_config"}):
+            raise ValueError(f"{idle[0]} must be left out of a command line, where it has no effect")
         for name in sorted(given):
             if isinstance(values[name], str) and not values[name].strip():
                 raise ValueError(f"{name} must not be empty, got {values[name]!r}")
@@ -164,6 +171,10 @@ class _Parser(HfArgumentParser):
                     raise type(error)(f"{error}, in {values['config']!r}") from error
                 raise
             check_needs(kind, values, given)
+        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in self.words)
+        counts = Counter(action.dest for action in actions if action is not None)
+        if twice := next((name for name in sorted(given) if counts[name] > 1), None):
+            raise ValueError(f"{self.flag(twice)} must be given once, got it {counts[twice]} times")
 
     def error(self, message: str) -> NoReturn:
         """Gives argparse's messages the form of all others."""

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..images.sources import load_image_dataset
+from ..limits import checked
 from .record import read_record, run_folder
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
+@checked
 def load_validation(
     model: str | os.PathLike[str],
     dataset_name: str | None = None,
@@ -43,6 +45,7 @@ def load_validation(
     image_column: str | None = None,
     label_column: str | None = None,
     max_eval_samples: int | None = None,
+    allow_outside_files: bool | None = None,
     seed: int | None = None,
     streaming: bool | None = None,
 ) -> Any:
@@ -58,6 +61,7 @@ def load_validation(
         image_column: The same.
         label_column: The same.
         max_eval_samples: The same.
+        allow_outside_files: The same.
         seed: For every draw; by default the run's, else 0.
         streaming: As ``load_image_dataset`` takes it; by default as the run was told.
 
@@ -76,8 +80,10 @@ def load_validation(
         raise ValueError(f"dataset_name must be given: {os.fspath(model)} does not say what it was trained on")
     given: dict[str, Any] = {"config": config, "image_column": image_column, "label_column": label_column}
     given |= {"max_eval_samples": max_eval_samples, "streaming": streaming}
-    known = {"streaming": False} | arguments | {"config": arguments.get("dataset_config")}
-    own = {key: known.get(key) for key in given} if name == arguments.get("dataset_name") else {}
+    given |= {"allow_outside_files": allow_outside_files or None}
+    known = arguments | {"config": arguments.get("dataset_config")}
+    own = {key: known[key] for key in given if known.get(key) is not None}
+    own = own if name == arguments.get("dataset_name") else {}
     chosen = {key: value for key, value in given.items() if value is not None}
     drawn = record.get("seed", 0) if seed is None else seed
     splits = load_image_dataset(name, seed=drawn, **own | {**chosen, "max_eval_samples": own.get("max_eval_samples")})

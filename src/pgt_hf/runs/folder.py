@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..atomic import WriteError, replacing, warn_on_failure, why_not_written
+from ..limits import check_type, checked
 from .environment import describe_code, describe_environment
 from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
@@ -238,17 +239,22 @@ def claim_folder(path: str | os.PathLike[str]) -> None:
     _claimed[folder] = lock
 
 
+@checked
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Adds JSON values to a run's ``run.json``, which is created if needed, or replaces them."""
     _write_json(Path(folder, RECORD), read_record(folder) | dict(content))
 
 
+@checked
 def write_evaluation(folder: str | os.PathLike[str], evaluation: "Evaluation") -> None:
     """Writes ``evaluation.json``, for ``read_evaluation``.
 
     Example:
         >>> write_evaluation("runs/digits", examine(model, validation))
     """
+    from ..analysis.predictions import Evaluation
+
+    check_type("evaluation", evaluation, Evaluation)
     _write_json(Path(folder, EVALUATION), evaluation.to_json(), indent=None)
 
 

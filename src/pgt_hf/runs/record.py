@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,20 +88,24 @@ class Run:
         return self.settings.get("alpha", self.config.get("powergrad_alpha"))
 
     @property
-    def scale(self) -> float:
-        """The factor to the logits whose probabilities had the lowest NLL on held-out images: 1, alpha or 1/T."""
-        if self.config.get("powergrad_folded"):
-            return 1.0
-        fitted = 1 / self.settings.get("temperature", 1.0)
-        factors = {"nll": 1.0, "nll_folded": self.alpha or 1.0, "nll_fitted": fitted}
-        return factors[min(factors, key=lambda key: self.metrics.get(key, math.inf))]
+    def nll_by_scale(self) -> dict[float, float]:
+        """The NLL of ``softmax(scale * z)`` on held-out images, for the scales that were measured: 1, alpha, 1/T."""
+        scales = {"nll": 1.0, "nll_folded": self.alpha, "nll_fitted": 1 / self.settings.get("temperature", 1.0)}
+        return {scale: self.metrics[key] for key, scale in scales.items() if scale and key in self.metrics}
 
     @property
-    def probabilities(self) -> str:
-        """Those that ``scale`` gives, as ``softmax(z)``, ``softmax(0.25 z)`` or ``softmax(z / 1.3)``."""
-        if self.scale == 1:
-            return "softmax(z)"
-        return f"softmax({self.scale:g} z)" if self.scale == self.alpha else f"softmax(z / {1 / self.scale:.3g})"
+    def scale(self) -> float:
+        """The factor to the logits whose probabilities had the lowest NLL; 1 where nothing was measured."""
+        return min(self.nll_by_scale, key=self.nll_by_scale.__getitem__, default=1.0)
+
+    def folded(self) -> "Run":
+        """The run as it is once alpha is multiplied into the head: what was folded are then the logits themselves."""
+        metrics = {key: value for key, value in self.metrics.items() if f"{key}_folded" not in self.metrics}
+        metrics = {key.removesuffix("_folded"): value for key, value in metrics.items()}
+        settings = dict(self.settings)
+        if "temperature" in settings and self.alpha:
+            settings["temperature"] *= self.alpha
+        return replace(self, config=self.config | {"powergrad_folded": True}, settings=settings, metrics=metrics)
 
     @property
     def dataset(self) -> str | None:
@@ -142,7 +146,8 @@ def read_run(
     evaluated: dict[str, Any] = next(
         (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
     )
-    found = {key.removeprefix("eval_"): value for key, value in (evaluated | metrics).items()}
+    results = metrics if any(map(_is_metric, metrics)) else evaluated | metrics  # an older model's are not mixed in
+    found = {key.removeprefix("eval_"): value for key, value in results.items()}
     if ema or (ema is None and model_folder(model) != model):
         found = {key.removeprefix("ema_"): value for key, value in found.items() if key.startswith("ema_")} or found
     if "nll" in found:  # the same quantity
@@ -170,6 +175,7 @@ def read_history(
     return state["log_history"] if state else []
 
 
+@checked
 def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
     """What ``write_evaluation`` wrote to a folder, or None.
 
@@ -190,6 +196,7 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     return averaged if (averaged / CONFIG).is_file() else Path(folder)
 
 
+@checked
 def run_folder(model: str | os.PathLike[str]) -> Path | None:
     """The run that a model's folder belongs to: the run itself, a checkpoint or the averaged model."""
     return next((place for place in (Path(model), Path(model).parent) if (place / RECORD).is_file()), None)

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..limits import checked
 from ..manifest import MANIFEST, find_damage
 from ..runs.record import STATE
 
@@ -44,6 +45,7 @@ def usable_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     return [checkpoint for checkpoint in list_checkpoints(run) if _set_aside(checkpoint) is None]
 
 
+@checked
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest sound checkpoint of a run, or None if it has none yet; damaged ones are passed over with a warning.
 
@@ -133,6 +135,8 @@ def _check_given(name: str) -> str:
     verifiable = (checkpoint / MANIFEST).is_file()
     if not verifiable and not (checkpoint / STATE).is_file():
         raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {name!r}")
+    if not any(path.is_dir() or path.suffix in (".bin", ".safetensors") for path in checkpoint.iterdir()):
+        raise ValueError(f"--resume must be 'auto' or a checkpoint with its weights, got {name!r} without")
     if not verifiable:
         logger.warning("%s has no %s, so damage to it cannot be noticed", name, MANIFEST)
     elif trouble := _find_trouble(checkpoint):

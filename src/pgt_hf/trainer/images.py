@@ -8,6 +8,7 @@ stopped.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerState
 
@@ -29,6 +30,7 @@ from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
 from ..images.seeding import seed_step
 from ..images.transforms import normalize
+from ..limits import check_type
 from ..runs.record import EMA, WEIGHTS
 from .checkpoints import AtomicCheckpoints, temporarily
 from .image_arguments import ImageTrainingArguments
@@ -78,7 +80,13 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     ) -> None:
         if not isinstance(args, ImageTrainingArguments):
             raise TypeError(f"args must be an ImageTrainingArguments, got a {type(args).__name__}")
-        classes = model.config.num_labels
+        check_type("model", model, nn.Module)
+        classes = getattr(getattr(model, "config", None), "num_labels", None)
+        if classes is None:
+            raise TypeError(
+                f"model must be a classifier of transformers, got a {type(model).__name__}; see create_model"
+            )
+        check_type("class_weights", class_weights, Tensor, NoneType)
         if class_weights is not None and class_weights.shape != (classes,):
             raise ValueError(f"class_weights must have shape ({classes},), got {tuple(class_weights.shape)}")
         mixing = args.mixup > 0 or args.cutmix > 0

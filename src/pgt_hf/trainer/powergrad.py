@@ -1,6 +1,7 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
 from collections.abc import Sized
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..attach import PowerGradHandle
 from ..heads import find_heads
+from ..limits import check_type
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -48,7 +50,9 @@ class PowerGradTrainer(Trainer):
         args = PowerGradTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
-        if args.powergrad_head is not None and isinstance(model, nn.Module):
+        if model is not None or (named.get("model_init") is None and len(others) < 3):
+            check_type("model", model, nn.Module)
+        if args.powergrad_head is not None and model is not None:
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
         counted = isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset)
         if args.dataloader_drop_last and counted:
@@ -65,6 +69,9 @@ class PowerGradTrainer(Trainer):
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
         if self.args.world_size > 1:
             end_group_at_exit(self)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            with suppress(AttributeError, ValueError):  # what needs the model is said when the optimizer is made
+                self.get_optimizer_cls_and_kwargs(self.args)  # one that is not installed is an error now
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

@@ -77,6 +77,10 @@ def parse_optim_args(
             check_option(key, value, allowed[key].default)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optim_args: {error}") from error
+    if values.get("nesterov") and (values.get("momentum") == 0 or values.get("dampening")):
+        raise ValueError(
+            f"optim_args: nesterov must be false without momentum, and with dampening, got {optim_args!r}"
+        )
     return values
 
 
