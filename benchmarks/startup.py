@@ -4,10 +4,12 @@
     python -m benchmarks.startup --checkout ../other --rounds 3     # this and another checkout, alternated
 
 The commands run in turns; a figure is the median over the rounds. The first step is over when ``history.jsonl`` has
-its loss.
+its loss. CPU seconds are those of all processes of a command together.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -38,53 +40,58 @@ STEPS = {
 HELP = "`recipes/imagenet.py --help`"
 
 
-def seconds(command: list[str], root: Path, history: Path | None = None) -> float:
-    """Until the command ends; or until there is something in the history, whereupon it is killed."""
+def seconds(command: list[str], root: Path, history: Path | None = None) -> tuple[float, float]:
+    """Of the clock, and of the processors, until the command ends; or until there is something in the history."""
     environment = os.environ | {"PYTHONPATH": str(root / "src"), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        if history is None:
-            failed = process.wait() != 0
-        else:
-            while not (done := history.is_file() and history.stat().st_size > 0) and process.poll() is None:
-                time.sleep(0.005)
-            failed = not done
+        started, used = time.perf_counter(), sum(os.times()[2:4])
+        process = psutil.Popen(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        while not (stepped := bool(history and history.is_file() and history.stat().st_size)):
+            if process.poll() is not None:
+                break
+            time.sleep(0.01)
         taken = time.perf_counter() - started
-        if history is not None:
-            family = [*psutil.Process(process.pid).children(recursive=True), process] if done else []
-            for member in family:
-                member.kill()
-            process.wait()
-            psutil.wait_procs(family[:-1])
-        if failed:
+        members = family(process)
+        used = sum(sum(member.cpu_times()) for member in members) if stepped else sum(os.times()[2:4]) - used
+        for member in members:
+            member.kill()
+        psutil.wait_procs(members, timeout=10)  # they may still write into the folder
+        if not stepped and (history or process.returncode):
             log.seek(0)
             sys.exit(f"error: {' '.join(command)} failed: {log.read().decode()[-2000:]}")
-    return taken
+    return taken, used
+
+
+def family(process: psutil.Popen) -> list[psutil.Process]:
+    """A program that runs, and all that it has started: a launcher puts each process into a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [*process.children(recursive=True), process]
+    return []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="the commands whose names contain this")
     parser.add_argument("--checkout", type=Path, help="another checkout to compare with")
     args = parser.parse_args()
     roots = {"here": ROOT} | ({"other": args.checkout.resolve()} if args.checkout else {})
-    taken: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for _ in range(args.rounds):
-        for name, program in IMPORTS.items():
-            taken[name]["here"].append(seconds([*PYTHON, "-c", program], ROOT))
-        for place, root in roots.items():
-            taken[HELP][place].append(seconds([*PYTHON, "recipes/imagenet.py", "--help"], root))
-            for name, launcher in STEPS.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    command = [*launcher, *DIGITS, folder]
-                    taken[name][place].append(seconds(command, root, Path(folder, "history.jsonl")))
-    print(f"| | {' | '.join('seconds' if place == 'here' else place for place in roots)} |")
-    print(f"|---|{'---|' * len(roots)}")
+    taken: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    chosen = [name for name in (*IMPORTS, HELP, *STEPS) if args.only in name]
+    for _, (place, root), name in itertools.product(range(args.rounds), roots.items(), chosen):
+        with tempfile.TemporaryDirectory() as folder:
+            history = Path(folder, "history.jsonl")
+            if name in STEPS:
+                taken[name][place].append(seconds([*STEPS[name], *DIGITS, folder], root, history))
+            else:
+                command = ["-c", IMPORTS[name]] if name in IMPORTS else ["recipes/imagenet.py", "--help"]
+                taken[name][place].append(seconds([*PYTHON, *command], root))
+        print(name, place, *(f"{found:.1f}" for found in taken[name][place][-1]), file=sys.stderr, flush=True)
+    heads = [f"{what}{' there' * (place != 'here')}" for place in roots for what in ("seconds", "CPU seconds")]
+    print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for name, places in taken.items():
-        print(f"| {name} | " + " | ".join(f"{statistics.median(times):.1f}" for times in places.values()) + " |")
+        medians = [statistics.median(column) for times in places.values() for column in zip(*times, strict=True)]
+        print(f"| {name} | " + " | ".join(f"{median:.1f}" for median in medians) + " |")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,10 @@ class PrepareArguments:
 
 
 def main() -> None:
-    kinds, defaults = (ImageSourceArguments, PrepareArguments), {"dataset_name": DEFAULT_DATASET}
-    source, args, _ = parse(*kinds, description=__doc__, defaults=defaults, smoke=SMOKE)
+    source, args, _ = parse(
+        ImageSourceArguments, PrepareArguments,
+        description=__doc__, defaults={"dataset_name": DEFAULT_DATASET}, smoke=SMOKE,
+    )  # fmt: skip
     with errors_in_one_line():
         if args.verify:
             check(Path(args.output_dir), "delete it and prepare it again")

@@ -195,6 +195,7 @@ def _rows() -> Iterator[Row]:
     yield "ImageTrainingArguments, Adam", training, lambda: {"optim": "powergrad_adamw"}, {
         "adam_beta1": "fraction", "adam_beta2": "fraction",
     }  # fmt: skip
+    yield "ImageSourceArguments", images.ImageSourceArguments, dict, {"on_bad_image": "name"}
     yield "ImageDataArguments", images.ImageDataArguments, dict, {
         "max_train_samples": "count", "max_eval_samples": "count", "image_size": "count", "hflip": "share",
         "min_crop": "positive", "color_jitter": "nonnegative", "on_bad_image": "name", "auto_augment": "name_or_none",

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import runpy
+from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as Feature
 from launch import ROOT, TWO, run
@@ -27,7 +29,9 @@ from pgt_hf.images import (
     seeded,
 )
 from pgt_hf.images.adaptation import (
+    AdaptationRun,
     DomainAdversary,
+    _endless,
     confident_labels,
     dann_schedule,
     entropy,
@@ -157,6 +161,32 @@ def test_entropy_is_minimised_by_the_norms_alone():
         assert torch.equal(old, new) or name.rpartition(".")[0] in norms
     with pytest.raises(ValueError, match="must have normalisation layers to adapt"):
         train_norms_alone(torch.nn.Linear(2, 2))
+
+
+def test_bad_images_that_are_skipped_are_in_no_batch_and_no_accuracy():
+    digits = load_image_dataset("digits", max_eval_samples=15)["validation"].cast_column(
+        "image", Feature(decode=False)
+    )
+    cells, labels = digits["image"][:], digits["label"][:]
+    spoilt = [{"bytes": b"", "path": None}, *cells]
+    transform = ImageTransform({"input_size": (3, 32, 32), "crop_pct": 1.0}, training=False)
+    with_bad, without = (
+        ImageDataset(
+            Dataset.from_dict({"image": images, "label": [0] * (len(images) - 15) + labels}, features=digits.features),
+            transform,
+            on_bad_image="skip",
+        )
+        for images in (spoilt, cells)
+    )
+    settings = Namespace(batch=4, num_workers=0)
+    run = AdaptationRun(Accelerator(cpu=True), settings, 0.25, {"train": with_bad})
+    torch.manual_seed(1)
+    network = timm.create_model("test_resnet", num_classes=10)
+    assert run.accuracy(network, with_bad) == run.accuracy(network, without)
+    batches = _endless(run._loader(with_bad, shuffle=True))
+    seen = [next(batches) for _ in range(4)]
+    assert sorted(len(images) for images, _ in seen) == [3, 4, 4, 4]
+    assert all(images.flatten(1).std(dim=1).min() > 0 and (labels >= 0).all() for images, labels in seen)
 
 
 # --- the recipe
