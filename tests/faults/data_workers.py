@@ -33,7 +33,9 @@ def rounds(count: int, fork: bool) -> int:
     options = worker_options(WORKERS)
     if fork:
         options = {"num_workers": WORKERS, "multiprocessing_context": "fork"}
-    for _ in range(count):
+    for done in range(count):
+        if done % 25 == 0:
+            state.print(f"{WORKERS * done:,} workers on each process, {hung} rounds hung", flush=True)
         for _ in range(20):
             broadcast(torch.ones(8))
         try:
