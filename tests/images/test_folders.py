@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from pgt_hf.images import BadImageError, ImageStream, ImageTransform, class_names, load_image_dataset
+from pgt_hf.images import BadImageError, ImageDataset, ImageStream, ImageTransform, class_names, load_image_dataset
 
 Maker = Callable[[Path], object]
 
@@ -365,9 +365,11 @@ def test_label_that_is_missing_stops_a_stream_at_its_image(tmp_path):
             tmp_path / f"{split}-00000-of-00001.parquet"
         )
     splits = load_image_dataset(str(tmp_path), streaming=True)
-    assert splits["validation"]["label"][:] == [0]
-    stream = ImageStream(
-        splits["train"], ImageTransform({"input_size": (3, 8, 8)}, training=True), batch_size=4, num_samples=4
-    )
+    transform = ImageTransform({"input_size": (3, 8, 8)}, training=True)
+    validation = ImageDataset(splits["validation"], transform)
+    assert validation[1]["labels"] == 0
+    with pytest.raises(ValueError, match="image 0 must have the number of a class as its label, got -1"):
+        validation[0]
+    stream = ImageStream(splits["train"], transform, batch_size=4, num_samples=4)
     with pytest.raises(ValueError, match="image 2 of shard 0 must have the number of a class as its label, got -1"):
         list(stream)
