@@ -53,6 +53,7 @@ faults: venv ## Kill, damage and resume trainings and prepared data, for an hour
 	$(RUN) tests/faults/checkpoints.py $(ARGS)
 	$(RUN) tests/faults/prepare_faults.py $(ARGS)
 	$(RUN) tests/faults/runs.py
+	$(RUN) tests/faults/disks.py
 	$(RUN) tests/faults/data_workers.py
 
 test-all: venv ## Run the test suite, with the variants that take long

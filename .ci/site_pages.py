@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages and files from outside docs/, and an API page for each public module.
+"""MkDocs hooks: pages and files from outside docs/, and the API pages that mkdocs.yml lists.
 
 Links in Markdown are written for the checkout, where GitHub and editors follow them. Here they are resolved against
 the checkout and written again for the site.
@@ -17,7 +17,6 @@ from mkdocs.structure.files import File
 
 LOG = get_plugin_logger("site_pages")
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "src" / "pgt_hf"
 PAGES = {  # in the checkout: on the site
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
@@ -45,15 +44,11 @@ class Docstrings(griffe.Extension):
                 module.exports = set(imported_names(stub))
 
 
-def on_config(config: Any) -> Any:
-    reference = next(group["Reference"] for group in config.nav if "Reference" in group)
-    reference[:0] = [{module: f"reference/{module}.md"} for module in sorted(public_modules())]
-    return config
-
-
 def on_files(files: Any, config: Any) -> Any:
-    for module in public_modules():
-        files.append(File.generated(config, f"reference/{module}.md", content=f"# {module}\n\n::: {module}\n"))
+    reference = next(group["Reference"] for group in config.nav if "Reference" in group)
+    for module, uri in (entry for item in reference for entry in item.items()):
+        if uri.startswith("reference/"):
+            files.append(File.generated(config, uri, content=f"# {module}\n\n::: {module}\n"))
     for page, uri in PAGES.items():
         files.append(File.generated(config, uri, content=(ROOT / page).read_text(encoding="utf-8")))
     for file in list(files.documentation_pages()):
@@ -88,14 +83,6 @@ def on_page_content(html: str, page: Any, files: Any, **kwargs: Any) -> str:
         return f'href="{target.url_relative_to(page.file)}'
 
     return HREF.sub(rewrite, html) if uri.endswith(".ipynb") else html
-
-
-def public_modules() -> Iterator[str]:
-    """The package, and the modules and subpackages right under it that say what they export."""
-    for path in sorted([PACKAGE / "__init__.py", *PACKAGE.glob("[a-z]*.py"), *PACKAGE.glob("*/__init__.py")]):
-        if "__all__" in path.read_text(encoding="utf-8"):
-            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-            yield ".".join(part for part in parts if part != "__init__")
 
 
 def imported_names(stub: Path) -> Iterator[str]:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.loss import ALPHA, SHAPES, losses, peak_bytes, seconds
+from benchmarks.loss import ALPHA, SHAPES, TARGETS, measure
 from pgt_hf import attach_powergrad
 
 PACKAGES = ("torch", "transformers", "timm", "liger-kernel", "scikit-learn", "triton")
@@ -132,33 +132,15 @@ def waits(args: argparse.Namespace) -> Rows:
 
 
 def loss_table(args: argparse.Namespace) -> Rows:
-    """One forward and backward pass of the loss alone; times as ``benchmarks.loss`` takes them."""
+    """One forward and backward pass of the loss alone, as ``benchmarks.loss`` measures it."""
     rows: Rows = []
     shapes = SHAPES[:2] if args.small else SHAPES
-    for shape, dtype, compiled in product(shapes, (torch.float32, torch.bfloat16), (False, True)):
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        logits = torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True)
-        target = torch.randint(shape[1], shape[:1], device=args.device)
-        sides = losses(0.0, compiled)
-        if not compiled and args.device != "cpu" and find_spec("liger_kernel"):
-            from liger_kernel.transformers import LigerCrossEntropyLoss
-
-            sides["Liger (plain)"] = LigerCrossEntropyLoss()
-        times: dict[str, list[float]] = {}
-        where = {"shape": str(shape), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
-        for side, loss in sides.items():
-            with failures(rows, where | {"side": side}) as row:
-                seconds(loss, logits, target, 3)
-                times[side] = []
-                row |= {"peak MB": peak_bytes(loss, logits, target) / 2**20}
-        for _ in range(3 if args.small else 21):
-            for side in times:
-                times[side].append(seconds(sides[side], logits, target, 3 if args.small else 30))
-        for row in rows[-len(sides) :]:
-            if taken := times.get(row["side"]):
-                row["ms"] = 1e3 * statistics.median(taken)
-                row["ratio"] = statistics.median(a / b for a, b in zip(taken, times["plain head"], strict=True))
+    targets = [(kind, False) for kind in TARGETS] + [("indices", True)]
+    for shape, dtype, (kind, compiled) in product(shapes, ("float32", "bfloat16"), targets):
+        with failures(rows, {"dtype": dtype, "compiled": compiled, "shape": str(shape), "target": kind}) as row:
+            row |= measure(
+                shape, kind, dtype, args.device, compiled, rounds=3 if args.small else 21, seconds_each=0.01
+            )
     return rows
 
 

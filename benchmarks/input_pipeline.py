@@ -38,7 +38,7 @@ from pgt_hf.images import (
     ImageDataset,
     ImageTransform,
     collate,
-    decode_rgb,
+    decode,
     load_image_dataset,
     map_arrow,
     normalize,
@@ -209,7 +209,7 @@ def profile(files: list[bytes], size: int) -> None:
         for step in peer.transforms:
             image = timed("timm", type(step).__name__, number, step, image)
         timed("ours", "seed", number, seed_sample, 0, 0, number)
-        region, target = timed("ours", "decode and crop", number, decode_rgb, file, ours._plan)
+        region, target = timed("ours", "decode and crop", number, decode, file, ours._plan)
         region = torch.from_numpy(region).permute(2, 0, 1)
         image = timed("ours", "resize", number, transforms._resize, region, target, interpolation)
         for step in ours._steps:

@@ -1,12 +1,12 @@
-"""Time and peak memory of one forward and backward pass: ours, torch's cross-entropy, the published hook.
+"""Time and peak memory of one forward and backward pass: ours beside torch's cross-entropy.
 
     python -m benchmarks.loss                       # CPU, float32
-    python -m benchmarks.loss --compile             # the same, compiled by inductor
-    python -m benchmarks.loss --label-smoothing 0.1
-    python -m benchmarks.loss --device cuda --dtype bfloat16
+    python -m benchmarks.loss --dtype bfloat16 --autocast
+    python -m benchmarks.loss --compile             # every side compiled by inductor
+    python -m benchmarks.loss --device cuda         # and beside Liger's kernel, where that is installed
 
-The row "attached" is ``F.cross_entropy`` of a head that PGT is attached to; "plain head" is the same without PGT.
-All sides run in one process, alternated; each figure is a median, each ratio the median of the paired ratios.
+All sides run in one process, in turn. Time is the processor's on a CPU, where other programs may be running, and the
+wall's on a GPU. Each ratio is the median of the paired ratios to ``F.cross_entropy``.
 """
 
 import argparse
@@ -14,16 +14,20 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from pgt_hf import attach_powergrad, powergrad_cross_entropy, powergrad_log_softmax
+from pgt_hf import attach_powergrad, powergrad_cross_entropy
 
 ALPHA = 0.25
 SHAPES = ((8, 10), (256, 1000), (1024, 1000), (64, 50257))
+TARGETS = ("indices", "smoothed", "soft")  # label smoothing of 0.1; class probabilities
+REFERENCE = "F.cross_entropy"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -34,8 +38,29 @@ class Head(nn.Module):
         return logits.view_as(logits)
 
 
+def losses(kind: str, device: str = "cpu", compiled: bool = False) -> dict[str, Loss]:
+    """The sides that can take such a target; torch's own loss comes first."""
+    plain, attached = Head(), Head()
+    attach_powergrad(attached, ALPHA)
+    options = {"label_smoothing": 0.1 if kind == "smoothed" else 0.0}
+    sides: dict[str, Loss] = {
+        REFERENCE: lambda z, y: F.cross_entropy(plain(z), y, **options),
+        "attached": lambda z, y: F.cross_entropy(attached(z), y, **options),
+        "powergrad_cross_entropy": lambda z, y: powergrad_cross_entropy(plain(z), y, alpha=ALPHA, **options),
+    }
+    if compiled:
+        return {name: torch.compile(loss) for name, loss in sides.items()}
+    if kind == "indices":
+        sides["published hook"] = published
+    if device != "cpu" and kind != "soft" and find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        sides["Liger, without PGT"] = LigerCrossEntropyLoss(**options)
+    return sides
+
+
 def published(logits: Tensor, target: Tensor) -> Tensor:
-    """From the formula, as a gradient hook: p = grad * N + q, then p ** alpha normalised, as published."""
+    """The formula as a gradient hook, p = grad * N + q and then p ** alpha normalised, as it was published."""
 
     def hook(grad: Tensor) -> Tensor:
         q = F.one_hot(target, grad.size(1)).to(grad.dtype)
@@ -47,21 +72,44 @@ def published(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def losses(label_smoothing: float, compiled: bool) -> dict[str, Loss]:
-    """The sides; torch's own loss of a plain head comes first."""
-    plain, attached = Head(), Head()
-    attach_powergrad(attached, ALPHA)
-    options = {"label_smoothing": label_smoothing}
-    sides: dict[str, Loss] = {
-        "plain head": lambda z, y: F.cross_entropy(plain(z), y, **options),
-        "attached": lambda z, y: F.cross_entropy(attached(z), y, **options),
-        "powergrad_cross_entropy": lambda z, y: powergrad_cross_entropy(plain(z), y, alpha=ALPHA, **options),
+def measure(
+    shape: tuple[int, int],
+    kind: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    compiled: bool = False,
+    autocast: bool = False,
+    rounds: int = 31,
+    seconds_each: float = 0.03,
+) -> dict[str, float | str]:
+    """A row of the table: milliseconds and MB of ``F.cross_entropy``, and the other sides' ratios to it."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    logits = torch.randn(shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    target = torch.randint(shape[1], shape[:1], device=device)
+    if kind == "soft":
+        target = torch.rand_like(logits).softmax(1).detach()
+    sides = losses(kind, device, compiled)
+    if autocast:
+        sides = {name: torch.autocast(device, torch.bfloat16)(loss) for name, loss in sides.items()}
+    for loss in sides.values():
+        seconds(loss, logits, target, 3)  # warms up, and compiles
+    memory = {name: peak_bytes(loss, logits, target) for name, loss in sides.items()}
+    repeats = max(1, int(seconds_each / seconds(sides[REFERENCE], logits, target, 3)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in reversed(sides) if turn % 2 else sides:
+            times[name].append(seconds(sides[name], logits, target, repeats))
+    row: dict[str, float | str] = {
+        "shape": str(shape),
+        "target": kind,
+        f"{REFERENCE}: ms": 1e3 * statistics.median(times[REFERENCE]),
+        "MB": memory[REFERENCE] / 2**20,
     }
-    if compiled:
-        return {name: torch.compile(loss) for name, loss in sides.items()}
-    sides["nll_loss(powergrad_log_softmax)"] = lambda z, y: F.nll_loss(powergrad_log_softmax(z, alpha=ALPHA), y)
-    sides["published formula as a hook"] = published
-    return sides
+    for name in list(sides)[1:]:
+        row[f"{name}: time"] = statistics.median(a / b for a, b in zip(times[name], times[REFERENCE], strict=True))
+        row[f"{name}: memory"] = memory[name] / memory[REFERENCE]
+    return row
 
 
 def seconds(loss: Loss, logits: Tensor, target: Tensor, repeats: int) -> float:
@@ -104,34 +152,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--compile", action="store_true", help="compile every side with inductor")
+    parser.add_argument("--autocast", action="store_true", help="under autocast, as in mixed-precision training")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
-    print(f"torch {torch.__version__}, {platform.machine()}, {where}, {args.dtype}, {args.rounds} rounds\n")
-    print("| shape | side | median ms | ratio of time | peak MB | ratio of memory |\n|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        sides = losses(args.label_smoothing, args.compile)
-        logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
-        target = torch.randint(shape[1], shape[:1], device=args.device)
-        first = next(iter(sides))
-        for loss in sides.values():
-            seconds(loss, logits, target, 3)
-        repeats = max(1, int(0.03 / seconds(sides[first], logits, target, 3)))
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, loss in sides.items():
-                times[name].append(seconds(loss, logits, target, repeats))
-        memory = {name: peak_bytes(loss, logits, target) for name, loss in sides.items()}
-        for name in sides:
-            ratio = statistics.median(a / b for a, b in zip(times[name], times[first], strict=True))
-            print(
-                f"| {shape} | {name} | {1e3 * statistics.median(times[name]):.3f} | {ratio:.2f} "
-                f"| {memory[name] / 2**20:.2f} | {memory[name] / memory[first]:.2f} |",
-                flush=True,
-            )
+    how = f"{args.dtype}{', autocast' if args.autocast else ''}{', compiled' if args.compile else ''}"
+    print(f"torch {torch.__version__}, {platform.machine()}, {where}, {how}, {args.rounds} rounds\n")
+    columns: list[str] = []
+    for shape, kind in product(SHAPES, TARGETS):
+        row = measure(shape, kind, args.dtype, args.device, args.compile, args.autocast, args.rounds)
+        if not columns:  # indices, which every side takes
+            columns = list(row)
+            print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        cells = (row.get(column, "") for column in columns)
+        print(f"| {' | '.join(f'{c:.3g}' if isinstance(c, float) else c for c in cells)} |", flush=True)
 
 
 if __name__ == "__main__":

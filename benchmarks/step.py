@@ -3,10 +3,13 @@
     python -m benchmarks.step              # test_resnet, 32 pixels, batch 8, one thread
     python -m benchmarks.step --rounds 9
 
-The trainers run in turns in one process; a figure is the median over the rounds of the time of a step.
+The trainers run in turns in one process; a figure is the median over the rounds of a step's CPU time, which other work
+on the machine does not stretch much.
 """
 
 import argparse
+import cProfile
+import pstats
 import statistics
 import tempfile
 import time
@@ -46,8 +49,8 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == WARM_UP:
-            self.started = time.perf_counter()
-        self.seconds = (time.perf_counter() - getattr(self, "started", 0)) / max(state.global_step - WARM_UP, 1)
+            self.started = time.process_time()
+        self.seconds = (time.process_time() - getattr(self, "started", 0)) / max(state.global_step - WARM_UP, 1)
 
 
 def network() -> Any:
@@ -64,12 +67,12 @@ def plain_loop(steps: int, optim: str) -> float:
     started = 0.0
     for step in range(steps):
         if step == WARM_UP:
-            started = time.perf_counter()
+            started = time.process_time()
         batch = next(batches)
         F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (time.perf_counter() - started) / (steps - WARM_UP)
+    return (time.process_time() - started) / (steps - WARM_UP)
 
 
 def trained(steps: int, trainer: Any, arguments: Any, optim: str, callbacks: tuple[type, ...] = ()) -> float:
@@ -97,8 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--profile", choices=SIDES, help="print where the time of one side goes, and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.profile:
+        with cProfile.Profile() as trace:
+            SIDES[given.profile](given.steps)
+        pstats.Stats(trace).sort_stats("tottime").print_stats(40)
+        return
     found: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(given.rounds):
         for name, side in SIDES.items():

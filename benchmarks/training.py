@@ -1,17 +1,19 @@
 """Images per second of whole training: ours, a plain timm-style loop, and transformers' image-classification example.
 
-    python -m benchmarks.training                              # resnet18, 160 pixels, CPU
-    python -m benchmarks.training --data FOLDER --workers 2
-    accelerate launch --num_processes 2 -m benchmarks.training --sides ours
+    python -m benchmarks.training                              # resnet18, 160 pixels, CPU, float32
+    python -m benchmarks.training --sizes 128 224 --precisions float32 bfloat16 --workers 1
+    accelerate launch --num_processes 2 -m benchmarks.training --peers
     python -m benchmarks.training --overhead                   # a step with PGT against one without
     python -m benchmarks.training --profile                    # where the time of ours goes
 
-All sides train the same network on the same images with the same batch and threads, in one process, in turns; each
-figure is a median over the rounds, each ratio the median of the rounds' ratios. On the CPU without workers the clock
-is the processor's time of this process, which other programs on the machine do not stretch.
+Each peer and ours train the same network on the same images with the same batch and threads, in one process, in turns;
+each figure is a median over the rounds, each ratio the median of the rounds' ratios. On the CPU without workers the
+clock is the processor's time of this process, which other programs on the machine do not stretch.
 """
 
 import argparse
+import itertools
+import math
 import os
 import platform
 import statistics
@@ -23,6 +25,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from timm.data import create_loader
 from torch.profiler import ProfilerActivity, profile
 from torchvision import transforms as tv
@@ -169,16 +172,12 @@ def transformers_example(dataset: Any, args: argparse.Namespace) -> float:
     return clock.rate(args.batch * arguments.world_size)
 
 
-SIDES: dict[str, Side] = {
-    "ours": ours,
-    "timm": timm_loop,
-    "ours-no-jitter": lambda dataset, args: ours(dataset, args, color_jitter=0.0),
-    "transformers": transformers_example,
+# Each peer, and ours with the same augmentation: the example jitters no colours.
+PEERS: dict[str, tuple[Side, Side]] = {
+    "timm": (timm_loop, ours),
+    "transformers' example": (transformers_example, lambda dataset, args: ours(dataset, args, color_jitter=0.0)),
 }
-PEERS = {
-    "timm": "ours",
-    "transformers": "ours-no-jitter",
-}  # with the same augmentation: the example jitters no colours
+ALONE: dict[str, tuple[Side, Side]] = {"none": (lambda dataset, args: math.nan, ours)}
 
 
 def measure_overhead(args: argparse.Namespace) -> None:
@@ -233,21 +232,22 @@ def main() -> None:
     parser.add_argument(
         "--data", help="a folder that datasets.load_dataset reads; else the ImageNet sample, or made images"
     )
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[160], help="pixels")
+    parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true", help="ours with --torch-compile, the peers as they are")
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(0)
+    args.size, args.bf16 = args.sizes[0], args.precisions[0] == "bfloat16"
     if args.overhead:
         measure_overhead(args)
         return
@@ -258,23 +258,24 @@ def main() -> None:
         print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
         return
 
-    rates: dict[str, list[float]] = {name: [] for name in args.sides}
-    for turn in range(args.rounds):
-        for name in args.sides if turn % 2 else reversed(args.sides):
-            rates[name].append(SIDES[name](dataset, args))
-    if int(os.environ.get("RANK", "0")):
-        return
+    first = int(os.environ.get("RANK", "0")) == 0
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
-    print(
-        f"torch {torch.__version__}, timm {timm.__version__}, {platform.machine()}, {where}, "
-        f"{os.environ.get('WORLD_SIZE', '1')} process(es), {args.workers} worker(s); "
-        f"{args.model}, {args.size} pixels, batch {args.batch}, {args.rounds} rounds of {args.steps} steps\n"
-    )
-    print("| side | median images/s | ours against it |\n|---|---|---|")
-    for name in args.sides:
-        ratios = [a / b for a, b in zip(rates.get(PEERS.get(name, ""), ()), rates[name], strict=False)]
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
-        print(f"| {name} | {statistics.median(rates[name]):.1f} | {ratio} |")
+    if first:
+        print(
+            f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}, "
+            f"{platform.machine()}, {where}, {os.environ.get('WORLD_SIZE', '1')} process(es), {args.workers} "
+            f"worker(s); {args.model}, batch {args.batch}, {args.rounds} rounds of {args.steps} steps\n"
+        )
+        print("| pixels | precision | peer | peer's images/s | ours | ours is so many times as fast |")
+        print("|---|---|---|---|---|---|")
+    for size, precision in itertools.product(args.sizes, args.precisions):
+        args.size, args.bf16 = size, precision == "bfloat16"
+        for name, (peer, own) in ({name: PEERS[name] for name in args.peers} or ALONE).items():
+            pairs = [(peer(dataset, args), own(dataset, args)) for _ in range(args.rounds)]
+            rates = [statistics.median(side) for side in zip(*pairs, strict=True)]
+            ratio = statistics.median(b / a for a, b in pairs)
+            if first:
+                print(f"| {size} | {precision} | {name} | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, crea
 from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Whole
 from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse
+from pgt_hf.runs import describe_data
 from pgt_hf.trainer import (
     PAPER_ALPHAS,
     ReportToStudy,
@@ -56,8 +57,9 @@ SMOKE: dict[str, Any] = {
 }  # fmt: skip
 # What the storage remembers of a search: with other values it would be another one.
 IDENTITY = (
-    "dataset_name", "model_name", "image_size", "min_crop", "hflip", "epochs", "batch_size", "max_train_samples",
-    "max_eval_samples", "sampler", "alphas", "lr_low", "lr_high", "lr_points", "seeds", "pruner",
+    "dataset_name", "dataset_config", "image_column", "label_column", "max_train_samples", "max_eval_samples",
+    "model_name", "image_size", "min_crop", "hflip", "color_jitter", "auto_augment", "epochs", "batch_size",
+    "sampler", "alphas", "lr_low", "lr_high", "lr_points", "seeds", "pruner",
 )  # fmt: skip
 
 
@@ -93,8 +95,6 @@ class SearchArguments(ImageDataArguments):
             self.trials = len(self.alphas) * self.lr_points
         if self.trials is None:
             raise ValueError(f"trials must be given with --sampler {self.sampler}, got none")
-        if len(set(self.alphas)) < len(self.alphas):
-            raise ValueError(f"alphas must differ from each other, got {self.alphas}")
         if self.lr_high <= self.lr_low:
             raise ValueError(f"lr_high must be above lr_low, {self.lr_low}, got {self.lr_high}")
 
@@ -108,7 +108,7 @@ def main() -> None:
         Whole(f"[1, {len(data['train'])}]").check("batch_size", args.batch_size)  # a step takes no more than there are
         create_model(args.model_name, class_names(data["validation"]), image_size=args.image_size)
         storage = open_storage(args.storage, args.output_dir)
-        studies = {side: open_side(storage, side, args) for side in SIDES}
+        studies = {side: open_side(storage, side, data, args) for side in SIDES}
     try:
         search(storage, studies, data, args, rank)
     except ConnectionError as error:
@@ -146,12 +146,12 @@ def quieten() -> None:
     logging.getLogger("pgt_hf.search").setLevel(logging.WARNING)
 
 
-def open_side(storage: Any, side: str, args: SearchArguments) -> optuna.Study:
+def open_side(storage: Any, side: str, data: Any, args: SearchArguments) -> optuna.Study:
     # No seeds: workers, and a search that goes on, must not draw the same settings again.
     tpe = optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
     sampler = tpe if args.sampler == "tpe" else optuna.samplers.RandomSampler()
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5) if args.pruner == "median" else optuna.pruners.NopPruner()
-    identity = {key: getattr(args, key) for key in IDENTITY}
+    identity = {key: getattr(args, key) for key in IDENTITY} | {"data": describe_data(args.dataset_name, data)}
     return open_study(storage, f"alpha_search/{side}", sampler, pruner, identity)
 
 

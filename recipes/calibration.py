@@ -23,54 +23,64 @@ from torch import Tensor
 from transformers import set_seed
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
-from pgt_hf.analysis import Calibration, compare_calibration, plot_reliability, reliability, require_matplotlib
-from pgt_hf.images import DIGITS, ImageDataset, ImageTransform, class_names, collate, create_model, load_image_dataset
-from pgt_hf.images.rules import Crop, DataSetName, Side, TimmModel
+from pgt_hf.analysis import (
+    IGNORED,
+    Calibration,
+    compare_calibration,
+    plot_reliability,
+    reliability,
+    require_matplotlib,
+)
+from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
+from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import Count, Folder, Positive, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse
+from pgt_hf.runs import describe_data
 
 KINDS = ("raw", "folded", "fitted")
+DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
 SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
 
 
 @dataclass
+class DataArguments(ImageDataArguments):
+    max_eval_samples: Annotated[int | None, Whole("[2, inf)")] = field(
+        default=None, metadata={"help": "Evaluate on at most this many images, in two halves."}
+    )
+
+
+@dataclass
 class CalibrationArguments:
-    dataset_name: DataSetName = field(default=DIGITS, metadata={"help": "Hub id, folder of images, or 'digits'."})
     output_dir: Folder = field(default="runs/calibration", metadata={"help": "Where tables, picture and logits go."})
     alphas: list[Share] = field(
         default_factory=lambda: [1.0, 0.5, 0.25, 0.1, 0.05], metadata={"help": "A row of the table for each."}
     )
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A training for each."})
     model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm network."})
-    image_size: Side = field(default=32, metadata={"help": "Side in pixels."})
     epochs: Positive = field(default=8.0, metadata={"help": "Length of each training."})
     learning_rate: Rate = field(default=0.05, metadata={"help": "The same at every alpha."})
     batch_size: Count = field(default=64, metadata={"help": "Images per process and step."})
-    min_crop: Crop = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
-    hflip: Share = field(default=0.0, metadata={"help": "Probability of a horizontal flip."})
-    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: Annotated[int | None, Whole("[2, inf)")] = field(
-        default=None, metadata={"help": "Evaluate on so many images only."}
-    )
     bins: Count = field(default=15, metadata={"help": "Bins of the ECE."})
     num_workers: Workers = field(default=0, metadata={"help": "Processes that decode, per process."})
     smoke: bool = field(default=False, metadata={"help": f"A minute on a laptop: {SMOKE}"})
 
 
 def main() -> None:
-    args, _ = parse(CalibrationArguments, description=__doc__, defaults={}, smoke=SMOKE)
+    data_args, args, _ = parse(
+        DataArguments, CalibrationArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
+    )
     state = PartialState()
     folder = Path(args.output_dir)
     with errors_in_one_line():
         require_matplotlib()
         with state.main_process_first():
-            limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-            dataset = load_image_dataset(args.dataset_name, **limits)
+            dataset = data_args.load()
 
     rows, predicted = [], {}
     for alpha in args.alphas:
         for seed in args.seeds:
-            logits, labels = trained_logits(dataset, alpha, seed, args, folder / f"alpha-{alpha:g}-seed-{seed}")
+            run = folder / f"alpha-{alpha:g}-seed-{seed}"
+            logits, labels = trained_logits(dataset, alpha, seed, args, data_args, run)
             predicted.setdefault(alpha, []).append((logits, labels))
             top1 = (logits.argmax(dim=1) == labels).double().mean().item()
             norm = logits.norm(dim=1).mean().item()
@@ -78,17 +88,18 @@ def main() -> None:
                 rows.append(row(alpha, seed, top1, norm, kind, found))
     if state.is_main_process:
         write(rows, folder)
-        draw(predicted, args.bins, folder / "reliability.png", args.dataset_name)
+        draw(predicted, args.bins, folder / "reliability.png", str(data_args.dataset_name))
         print(f"\nWritten to {folder}: table.csv, table.md, reliability.png")
     state.destroy_process_group()
 
 
 def trained_logits(
-    dataset: Any, alpha: float, seed: int, args: CalibrationArguments, run: Path
+    dataset: Any, alpha: float, seed: int, args: CalibrationArguments, data_args: DataArguments, run: Path
 ) -> tuple[Tensor, Tensor]:
     """The validation images' logits and labels from one training run, or from its file if it was done before."""
     own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
-    settings = json.dumps({key: value for key, value in vars(args).items() if key not in own}, sort_keys=True)
+    asked = {key: value for key, value in (vars(data_args) | vars(args)).items() if key not in own}
+    settings = json.dumps(asked | {"data": describe_data(data_args.dataset_name, dataset)}, sort_keys=True)
     file = run / "logits.npz"
     if file.is_file():
         with np.load(file) as saved:
@@ -96,9 +107,8 @@ def trained_logits(
                 return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
 
     set_seed(seed)
-    model = create_model(args.model_name, class_names(dataset["train"]), image_size=args.image_size)
-    config = model.config.pretrained_cfg
-    augmented = ImageTransform(config, training=True, scale=(args.min_crop, 1.0), hflip=args.hflip, color_jitter=None)
+    model = create_model(args.model_name, class_names(dataset["train"]), image_size=data_args.image_size)
+    train, validation = data_args.datasets(dataset, model.config.pretrained_cfg, seed, normalize=True)
     trainer = PowerGradTrainer(
         model,
         PowerGradTrainingArguments(
@@ -122,15 +132,22 @@ def trained_logits(
             report_to="none",
             seed=seed,
         ),
-        train_dataset=ImageDataset(dataset["train"], augmented, seed=seed),
+        train_dataset=train,
         data_collator=collate,
     )
     trainer.train()
-    found = trainer.predict(ImageDataset(dataset["validation"], ImageTransform(config, training=False)))
+    found = trainer.predict(validation)
+    read = found.label_ids != IGNORED
+    logits, labels = found.predictions[read], found.label_ids[read]
+    with errors_in_one_line():
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"learning_rate must be lower: at alpha {alpha:g} the run diverged, got {args.learning_rate}"
+            )
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, logits=found.predictions, labels=found.label_ids, settings=settings)
-    return torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
+        np.savez_compressed(file, logits=logits, labels=labels, settings=settings)
+    return torch.from_numpy(logits), torch.from_numpy(labels)
 
 
 def row(alpha: float, seed: int, top1: float, norm: float, kind: str, found: Calibration) -> dict[str, Any]:

@@ -21,9 +21,10 @@ import csv
 import json
 import statistics
 import time
+from argparse import Namespace
 from collections import defaultdict
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,16 +42,31 @@ from pgt_hf.images import (
     METHODS,
     AdaptationRun,
     Corrupted,
+    ImageDataArguments,
     ImageDataset,
     ImageTransform,
     class_names,
-    load_image_dataset,
 )
-from pgt_hf.images.rules import Crop, DataSetName, Side, TimmModel
-from pgt_hf.limits import Count, DataSet, Folder, Needs, Number, OneOf, Positive, Rate, Seed, Share, Workers, near
+from pgt_hf.images.rules import TimmModel
+from pgt_hf.limits import (
+    Count,
+    DataSet,
+    Folder,
+    Needs,
+    Number,
+    OneOf,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Text,
+    Workers,
+    near,
+)
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import describe_code, describe_environment
 
+DEFAULTS: dict[str, Any] = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "color_jitter": 0.0}
 SMOKE: dict[str, Any] = {
     "alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192,
     "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0,
@@ -74,10 +90,12 @@ class Target(DataSet):
 
 @dataclass
 class AdaptationArguments:
-    dataset_name: DataSetName = field(default=DIGITS, metadata={"help": "The source: Hub id, folder, or 'digits'."})
     targets: list[Annotated[str, Target((DIGITS,))]] = field(
         default_factory=lambda: ["gaussian_noise:3", "contrast:3"],
-        metadata={"help": "corruption:level, or data set."},
+        metadata={"help": "corruption:level of the source, --dataset-name, or another data set."},
+    )
+    target_config: Annotated[str | None, Text()] = field(
+        default=None, metadata={"help": "The configuration of targets that are Hub data sets, if any."}
     )
     methods: list[Annotated[str, OneOf(METHODS)]] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Some of {', '.join(METHODS)}."}
@@ -88,9 +106,6 @@ class AdaptationArguments:
     seeds: list[Seed] = field(default_factory=lambda: [0], metadata={"help": "A run of everything for each."})
     model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm network."})
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
-    image_size: Side = field(default=32, metadata={"help": "Side in pixels."})
-    min_crop: Crop = field(default=0.7, metadata={"help": "Smallest random crop, as a share of the image's area."})
-    hflip: Share | None = field(default=None, metadata={"help": "Probability of a flip; 0.5, and 0 for digits."})
     epochs: Count = field(default=8, metadata={"help": "On the source, and of dann."})
     adapt_epochs: Annotated[Count, Needs("methods", ("tent", "pseudo-labels"))] = field(
         default=2, metadata={"help": "Of tent and pseudo-labels."}
@@ -107,8 +122,6 @@ class AdaptationArguments:
         default=1.0, metadata={"help": "Largest strength of dann's reversed gradient."}
     )
     batch: Count = field(default=64, metadata={"help": "Images per process and domain."})
-    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on so many of each domain only."})
-    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on so many of each domain only."})
     num_workers: Workers = field(
         default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
     )
@@ -117,16 +130,21 @@ class AdaptationArguments:
 
 
 def main() -> None:
-    args, _ = parse(AdaptationArguments, description=__doc__, defaults={}, smoke=SMOKE)
+    data_args, args, config = parse(
+        ImageDataArguments, AdaptationArguments,
+        description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("dataset_name",),
+    )  # fmt: skip
     accelerator = Accelerator()
     quiet_other_processes(accelerator.process_index)
     with errors_in_one_line():
         require_matplotlib()
+        if args.target_config and all(name.partition(":")[0] in CORRUPTIONS for name in args.targets):
+            raise ValueError(f"target_config must be left out, no target is a data set, got {args.target_config!r}")
         with accelerator.main_process_first():
-            source, names = load(args, args.dataset_name, None)
-            targets = {name: load(args, name, names)[0] for name in args.targets}
+            source, names = load(data_args)
+            targets = {name: load(data_args, name, names, args.target_config)[0] for name in args.targets}
         needed = args.batch * accelerator.num_processes
-        for name, domain in {args.dataset_name: source, **targets}.items():
+        for name, domain in {data_args.dataset_name: source, **targets}.items():
             if len(domain["train"]) < needed:
                 raise ValueError(
                     f"batch must be at most {len(domain['train']) // accelerator.num_processes}, the training images "
@@ -150,33 +168,36 @@ def main() -> None:
             bar.set_postfix_str(f"alpha {alpha:g}, {name}, {method}: {accuracies[1]:.1%}")
     bar.close()
     if accelerator.is_main_process:
-        report(rows, folder, args)
+        report(rows, folder, args, config)
     accelerator.end_training()
 
 
-def load(args: AdaptationArguments, name: str, names: list[str] | None) -> tuple[dict[str, ImageDataset], list[str]]:
-    """Training and validation images of a domain; its classes must be ``names``, in any order the data set likes."""
-    kind, _, level = name.partition(":")
-    dataset_name, corrupted = name, None
-    if names is not None and kind in CORRUPTIONS:
-        dataset_name, corrupted = args.dataset_name, (kind, int(level))
-    limits = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-    splits = load_image_dataset(dataset_name, **limits)
-    found = class_names(splits["train"])
+def choose_defaults(early: Namespace) -> dict[str, Any]:
+    digits = (early.dataset_name or DIGITS) == DIGITS
+    return DEFAULTS | {"hflip": 0.0 if digits else 0.5}  # a mirrored 2 is no 2
+
+
+def load(
+    data_args: ImageDataArguments, target: str | None = None, names: list[str] | None = None, config: str | None = None
+) -> tuple[dict[str, ImageDataset], list[str]]:
+    """Images of the source, or of a target, whose classes must be ``names``, in any order the data set likes."""
+    kind, _, level = str(target).partition(":")
+    other = target is not None and kind not in CORRUPTIONS
+    splits = (replace(data_args, dataset_name=target, dataset_config=config) if other else data_args).load()
+    found, source = class_names(splits["train"]), data_args.dataset_name
     if names is not None and sorted(found) != sorted(names):
-        raise ValueError(f"--targets: {name} has other classes than {args.dataset_name}: {found[:5]}, {names[:5]}")
+        raise ValueError(f"--targets: {target} has other classes than {source}: {found[:5]}, {names[:5]}")
     if names is not None and found != names:
         splits = splits.map(lambda label: {"label": names.index(found[label])}, input_columns="label")
-    hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset_name == DIGITS else 0.5
-    size = {"input_size": (3, args.image_size, args.image_size), "crop_pct": 1.0}
+    size = {"input_size": (3, data_args.image_size, data_args.image_size), "crop_pct": 1.0}
     transforms = {
-        "train": ImageTransform(size, training=True, scale=(args.min_crop, 1.0), hflip=hflip, color_jitter=0.0),
+        "train": data_args.augmentation(size, normalize=True),
         "validation": ImageTransform(size, training=False),
     }
     domain = {}
     for split, transform in transforms.items():
-        seen: Any = transform if corrupted is None else Corrupted(transform, *corrupted)
-        domain[split] = ImageDataset(splits[split], seen)
+        seen: Any = Corrupted(transform, kind, int(level)) if kind in CORRUPTIONS else transform
+        domain[split] = ImageDataset(splits[split], seen, on_bad_image=data_args.on_bad_image)
     return domain, found if names is None else names
 
 
@@ -187,19 +208,19 @@ def build_network(args: AdaptationArguments, classes: int) -> nn.Module:
         raise OSError(f"pretrained: timm's weights of {args.model_name!r} are not available: {error}") from error
 
 
-def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments) -> None:
+def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments, config: dict[str, Any]) -> None:
     """results.csv with every run, table.md with means and deviations over the seeds, and the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["alpha", "seed", "target", "method", "source_top1", "target_top1"])
         writer.writerows(rows)
-    made = {"arguments": asdict(args), "code": describe_code(), "environment": describe_environment(1)}
+    made = {"arguments": config, "code": describe_code(), "environment": describe_environment(1)}
     made["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
     (folder / "run.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     table = markdown(rows, args)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    plot_adaptation(rows, folder / "target_accuracy.png", f"{args.model_name} on {args.dataset_name}")
+    plot_adaptation(rows, folder / "target_accuracy.png", f"{args.model_name} on {config['dataset_name']}")
     print(f"\n{table}\n\nTop-1 on source / target in percent, mean of {len(args.seeds)} seed(s).")
     print(f"Written to {folder}: results.csv, table.md, target_accuracy.png, run.json")
 

@@ -35,7 +35,7 @@ from pgt_hf.images import (
     preprocessing,
 )
 from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
-from pgt_hf.limits import Count, ExistingPath, Seed, Share, Workers, WritableFile
+from pgt_hf.limits import Count, ExistingPath, Seed, Share, Whole, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import load_validation, package_versions, read_record, run_folder
 
@@ -57,12 +57,16 @@ class EvaluationArguments:
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "So many images; default: the run's, or all."}
     )
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "'error', or 'skip': leave it out, and count it."}
     )
     image_size: Side | None = field(default=None, metadata={"help": "Side in pixels, if not the model's own."})
     alpha: Share | None = field(default=None, metadata={"help": "Exponent of the training, if the config lacks it."})
-    bins: Count = field(default=BINS, metadata={"help": "Bins of the ECE."})
+    bins: Annotated[int, Whole("[1, 10000]")] = field(default=BINS, metadata={"help": "Bins of the ECE."})
     batch_size: Count = field(default=64, metadata={"help": "Images per process and batch."})
     num_workers: Workers = field(
         default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
@@ -83,9 +87,9 @@ def main() -> None:
     quiet_other_processes(accelerator.process_index)
 
     # build
-    run = run_folder(args.model)
-    dataset_name = args.dataset_name or (read_record(run).get("data", {}).get("name") if run else DEFAULT_DATASET)
     with errors_in_one_line():
+        run = run_folder(args.model)
+        dataset_name = args.dataset_name or (read_record(run).get("data", {}).get("name") if run else DEFAULT_DATASET)
         with accelerator.main_process_first():
             split = load_validation(
                 args.model,
@@ -94,12 +98,16 @@ def main() -> None:
                 image_column=args.image_column,
                 label_column=args.label_column,
                 max_eval_samples=args.max_eval_samples,
+                allow_outside_files=args.allow_outside_files,
                 seed=args.seed,
+                streaming=args.streaming or None,
             )
             model = load_classifier(args.model, args.weights)
-        alpha = args.alpha
-        if alpha is None and not getattr(model.config, "powergrad_folded", False):
-            alpha = getattr(model.config, "powergrad_alpha", None)
+        alpha = getattr(model.config, "powergrad_alpha", None)
+        if args.alpha not in (None, alpha) and alpha is not None:
+            raise ValueError(f"alpha must be left out, since the model's config has it, {alpha}, got {args.alpha}")
+        folded = getattr(model.config, "powergrad_folded", False)
+        alpha = None if folded else args.alpha if alpha is None else alpha
         to_class = match_labels(class_names(split), list(model.config.id2label.values()))
         transform = preprocessing(model, args.model, args.image_size)
         images = ImageDataset(split, transform, on_bad_image=args.on_bad_image)

@@ -53,9 +53,9 @@ from pgt_hf.images import (
     replace_head,
     set_image_size,
 )
-from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import CheckpointError, parse_optim_args
+from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
+from pgt_hf.runs import RunFolder, command, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import DivergenceCallback, parse_optim_args
 
 SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
@@ -101,6 +101,7 @@ def main() -> None:
         title = f"{model_args.model_name}, {model_args.mode}, alpha = {args.alpha}"
         record = RunFolder(args.output_dir, {"arguments": config, "data": data, "seed": args.seed}, title)
         record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = ImageTrainer(
             model,
             args,
@@ -114,15 +115,15 @@ def main() -> None:
             compute_metrics=metrics,
             preprocess_logits_for_metrics=metrics.preprocess,
             optimizer_cls_and_kwargs=(lambda: create_optimizer, optimizer_options(model_args, args)),
-            callbacks=[record, stop],
+            callbacks=[record, stop, guard],
         )
         if model_args.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(model_args.patience))
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
+    guard.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     if model_args.fold:
@@ -149,7 +150,7 @@ def main() -> None:
             plot_confusion(evaluation.confusion, names, folder / "confusion_matrix.png", title)
             plot_mistakes(evaluation, splits["validation"], folder / "mistakes.png", title)
             write_report(folder)
-        say(summary, args.output_dir, evaluation)
+        say(summary, args, evaluation)
     trainer.end()
 
 
@@ -213,17 +214,16 @@ def optimizer_options(model_args: FinetuningArguments, args: ImageTrainingArgume
     return options | {"opt": name, "lr": args.learning_rate, "param_group_fn": groups}
 
 
-def say(summary: dict[str, Any], folder: str, evaluation: Evaluation) -> None:
+def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evaluation | None) -> None:
     then = {
-        "use": f'transformers.pipeline("image-classification", model={folder!r})("photo.jpg")',
-        "predict": command("pgt-hf", "predict", folder, "photo.jpg"),
-        "evaluate": command("python", recipe("evaluate_images.py"), folder),
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
+        "predict": command("pgt-hf", "predict", args.output_dir, "IMAGE"),
+        "evaluate": command("python", recipe("evaluate_images.py"), args.output_dir),
     }
     files = {"confusion_matrix.png": "which class was taken for which", "mistakes.png": "the worst mistakes"}
     heading = f"{summary['model']} ({summary['mode']}) on {summary['dataset']}, {summary['eval_images']:,} images"
     results = {key: summary.get(key) for key in SHOWN}
-    tell(heading, results, folder, then, files, calibration_table(evaluation.calibration))
+    table = evaluation and calibration_table(evaluation.calibration)
+    tell(heading, results, args.output_dir, then | next_commands(args), files, table)
     print("\nThe best epoch was chosen on these validation images: a new set's accuracy will be a little lower.")
 
 

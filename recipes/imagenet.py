@@ -35,21 +35,23 @@ from pgt_hf.images import (
     load_classifier,
     num_images,
     preset_table,
+    published_top1,
 )
-from pgt_hf.images.rules import Crop, Side, TimmName
-from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate
+from pgt_hf.images.rules import CropPct, Side, TimmName
+from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate, Whole
 from pgt_hf.programs import (
     IMAGE_DEFAULTS,
     RunArguments,
     begin,
     errors_in_one_line,
     fit_global_batch,
+    next_commands,
     parse,
     read_config,
     tell,
 )
-from pgt_hf.runs import RunFolder, command, command_line, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import CheckpointError, DiagnosticsCallback, DivergenceCallback
+from pgt_hf.runs import RunFolder, command, describe_data, recipe, warn_on_failure, write_report
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -89,12 +91,12 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(ImageDataArguments):
-    streaming: bool = field(default=False, metadata={"help": "Read the training images without downloading them."})
+    streaming: bool = field(default=False, metadata={"help": "Read the images without downloading them."})
     train_images: Annotated[Count | None, Needs("streaming")] = field(
         default=None, metadata={"help": "Images per epoch, where a stream cannot tell."}
     )
     eval_image_size: Side | None = field(default=None, metadata={"help": "Side of the evaluation images, if other."})
-    crop_pct: Crop | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
+    crop_pct: CropPct | None = field(default=None, metadata={"help": "Share of the side that evaluation keeps."})
 
 
 @dataclass
@@ -106,7 +108,7 @@ class RecipeArguments(RunArguments):
     global_batch: Count = field(default=1024, metadata={"help": "Images per update, over all processes and steps."})
     base_lr: Rate = field(default=0.4, metadata={"help": "Learning rate at a batch of 1024, scaled to yours."})
     diagnostics: bool = field(default=True, metadata={"help": "Record logits, filters, gradients (whole parameters)."})
-    report: bool = field(default=True, metadata={"help": "Write report.html, after one more look at the images."})
+    report: bool = field(default=True, metadata={"help": "Write report.html: calibration, confusion, worst mistakes."})
 
 
 def main() -> None:
@@ -144,8 +146,7 @@ def main() -> None:
             trainer.add_callback(DiagnosticsCallback())
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
     guard.leave(trainer)
     trainer.save_model()
@@ -155,8 +156,7 @@ def main() -> None:
 
     # report
     if trainer.is_world_process_zero():
-        preset = PRESETS.get(run_args.preset or "")
-        more = {"model": model_args.model_name, "published_top1": preset.top1 if preset else None}
+        more = {"model": model_args.model_name, "published_top1": published_top1(config)}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         summary, evaluation = record.finish(trainer, results, **more), None
         if run_args.report:
@@ -189,7 +189,8 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, names: lis
     if Path(model_args.model_name).is_dir():
         model = load_classifier(model_args.model_name)
         if list(model.config.id2label.values()) != names:
-            raise ValueError(f"{model_args.model_name} was trained on other classes than {data_args.dataset_name} has")
+            other = f"{model_args.model_name!r}, which has others"
+            raise ValueError(f"model_name must name a model with the classes of {data_args.dataset_name}, got {other}")
         return model
     model = create_model(
         model_args.model_name,
@@ -213,6 +214,7 @@ def build_data(splits: Any, data_args: DataArguments, preprocessing: dict[str, A
     images = data_args.train_images or data_args.max_train_samples or num_images(splits["train"])
     if images is None:
         raise ValueError("this stream does not say how many images it has; give --train-images")
+    Whole(f"[{args.per_device_train_batch_size * args.world_size}, inf)").check("train_images", images)
     train = ImageStream(
         splits["train"],
         data_args.augmentation(preprocessing, on_device=on_device),
@@ -230,18 +232,13 @@ def say(summary: dict[str, Any], args: ImageTrainingArguments, evaluation: Evalu
     results = {key: summary.get(key) for key in SHOWN}
     if summary["published_top1"]:
         results["published top-1"] = summary["published_top1"] / 100
-    folder, longer = args.output_dir, {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
-    if args.max_steps > 0:
-        longer = {"max_steps": f"{2 * args.max_steps}"}
     then = {
-        "predict": command("pgt-hf", "predict", folder, "IMAGE"),
-        "evaluate": command("python", recipe("evaluate_images.py"), folder),
-        "go on": command_line(resume="auto", **longer),
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
-        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
+        "predict": command("pgt-hf", "predict", args.output_dir, "IMAGE"),
+        "evaluate": command("python", recipe("evaluate_images.py"), args.output_dir),
     }
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_images']:,} evaluation images"
-    tell(heading, results, folder, then, table=evaluation and calibration_table(evaluation.calibration))
+    table = evaluation and calibration_table(evaluation.calibration)
+    tell(heading, results, args.output_dir, then | next_commands(args), table=table)
 
 
 if __name__ == "__main__":

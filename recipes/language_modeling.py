@@ -23,10 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments, fold_powergrad, powergrad_linear_cross_entropy
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command, command_line, describe_data
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
+from pgt_hf.runs import RunFolder, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
 
 LARGE_VOCABULARY = 32768
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -144,10 +144,12 @@ def main() -> None:
                 f"the fused loss brings PGT with it; --optim must be a plain optimizer, got {args.optim!r}"
             )
     model = build(FusedLossLlama if fused else LlamaForCausalLM, language_args, len(tokenizer), args.alpha)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     description = {"arguments": config, "data": describe_data(language_args.dataset_name, dataset), "seed": args.seed}
     record = RunFolder(args.output_dir, description, f"{language_args.dataset_name}, alpha = {args.alpha}")
     with errors_in_one_line():
         record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = (PlainTrainer if fused else LanguageTrainer)(
             model,
             args,
@@ -155,13 +157,13 @@ def main() -> None:
             eval_dataset=blocks["validation"],
             processing_class=tokenizer,
             data_collator=stack,
-            callbacks=[record, stop],
+            callbacks=[record, stop, guard],
         )
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
+    guard.leave(trainer)
     model.__class__ = LlamaForCausalLM  # trained: from here on, and on disk, a Llama as any other
     trainer.save_model()
 
@@ -178,9 +180,13 @@ def main() -> None:
             for key, split in (("train", "train"), ("eval", "validation"))
         }
         more = {"vocabulary": len(tokenizer), "parameters": sum(parameter.numel() for parameter in model.parameters())}
-        more |= {"fused_loss": fused, "perplexity": math.exp(loss), "perplexity_folded": math.exp(folded)}
-        say(record.finish(trainer, {}, **tokens, **more), args.output_dir)
+        more |= {"fused_loss": fused, "perplexity": perplexity(loss), "perplexity_folded": perplexity(folded)}
+        say(record.finish(trainer, {}, **tokens, **more), args)
     trainer.end()
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def check(settings: Namespace, given: set[str]) -> None:
@@ -233,14 +239,10 @@ def build(kind: type[Any], language_args: LanguageArguments, vocabulary: int, al
     return model
 
 
-def say(summary: dict[str, Any], folder: str) -> None:
+def say(summary: dict[str, Any], args: PowerGradTrainingArguments) -> None:
     heading = f"{summary['parameters']:,} parameters, {summary['vocabulary']:,} words, on {summary['dataset']}"
-    then = {
-        "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of perplexity_folded",
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
-        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
-    }
-    tell(heading, {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}, folder, then)
+    results = {key: summary[key] for key in ("perplexity", "perplexity_folded", "seconds")}
+    tell(heading, results, args.output_dir, next_commands(args))
 
 
 if __name__ == "__main__":

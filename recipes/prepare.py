@@ -18,66 +18,66 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from filelock import FileLock, Timeout
 
 from pgt_hf.atomic import replacing
-from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, class_names, load_image_dataset, read_image, shrink
+from pgt_hf.images import DEFAULT_DATASET, DIGITS, BadImageError, ImageSourceArguments, class_names, read_image, shrink
 from pgt_hf.images.raw import write_arrow
-from pgt_hf.images.rules import DataSetName, OnBadImage
-from pgt_hf.limits import Folder, OneOf, Seed, Whole
+from pgt_hf.limits import Folder, Needs, OneOf, Seed, Whole
 from pgt_hf.programs import errors_in_one_line, parse
 
 MANIFEST, LOCK, ROW_GROUP = "manifest.json", ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
+WRITING = ("size", "format", "quality", "images_per_shard", "num_proc", "seed")
 
 
 @dataclass
 class PrepareArguments:
-    dataset_name: DataSetName = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder, or 'digits'."})
     output_dir: Folder = field(default="data/prepared", metadata={"help": "The folder to write."})
     size: Annotated[int, Whole("[1, 65500]")] = field(
-        default=400, metadata={"help": "Longest shorter side in pixels; 256 to 400 is usual."}
+        default=400, metadata={"help": "Most pixels of the shorter side."}
     )
     format: Annotated[str, OneOf(("jpeg", "raw"))] = field(
         default="jpeg", metadata={"help": "'jpeg', or 'raw': pixels, which cost no decoding."}
     )
-    quality: Annotated[int, Whole("[1, 95]")] = field(
+    quality: Annotated[int, Whole("[1, 95]"), Needs("format", ("jpeg",))] = field(
         default=90, metadata={"help": "JPEG quality of the images that are resized, 1 to 95."}
     )
-    images_per_shard: Annotated[int, Whole("[1, 1000000]")] = field(
-        default=1000, metadata={"help": "Images in one file."}
-    )
+    images_per_shard: Annotated[int, Whole("[1, 1e6]")] = field(default=1000, metadata={"help": "Images per file."})
     num_proc: Annotated[int, Whole("[1, 10000]")] = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
-    on_bad_image: OnBadImage = field(default="error", metadata={"help": "'error' stops, 'skip' leaves it out."})
     seed: Seed = field(default=0, metadata={"help": "Draws a validation split where the data set has none."})
+    NEEDS: ClassVar[dict[str, Needs]] = dict.fromkeys(WRITING, Needs("verify", (False,)))
     verify: bool = field(default=False, metadata={"help": "Only check what is in --output-dir."})
     smoke: bool = field(default=False, metadata={"help": f"Set {SMOKE}"})
 
 
 def main() -> None:
-    args, _ = parse(PrepareArguments, description=__doc__, defaults={}, smoke=SMOKE)
+    source, args, _ = parse(
+        ImageSourceArguments, PrepareArguments,
+        description=__doc__, defaults={"dataset_name": DEFAULT_DATASET}, smoke=SMOKE,
+    )  # fmt: skip
     with errors_in_one_line():
         if args.verify:
             check(Path(args.output_dir), "delete it and prepare it again")
         else:
-            prepare(args, Path(args.output_dir))
+            prepare(source, args, Path(args.output_dir))
     tell(Path(args.output_dir))
 
 
-def prepare(args: PrepareArguments, output: Path) -> None:
+def prepare(source: ImageSourceArguments, args: PrepareArguments, output: Path) -> None:
     """Writes every shard that is missing or damaged, and gives the folder its name when all of them are right."""
     if output.exists() and not (output / MANIFEST).is_file():
         raise FileExistsError(f"{output} is there already, without a {MANIFEST}: choose another --output-dir")
-    splits = load_image_dataset(args.dataset_name, seed=args.seed)
+    splits = source.load(args.seed)
     if splits["train"] is splits["validation"]:  # one split that serves as both is written once
         splits = {"validation": splits["validation"]}
-    settings = {key: getattr(args, key) for key in ("dataset_name", "size", "quality", "images_per_shard", "seed")}
+    settings = {key: getattr(args, key) for key in ("size", "quality", "images_per_shard", "seed")}
     settings["quality"] = None if args.format == "raw" else args.quality
-    settings |= {"on_bad_image": args.on_bad_image, "rows": {key: split.num_rows for key, split in splits.items()}}
+    settings |= vars(source) | {"rows": {key: split.num_rows for key, split in splits.items()}}
     if output.exists():
         same_settings(output, read_json(output / MANIFEST), settings)
         check(output, "delete it and prepare it again")

@@ -9,6 +9,7 @@
 what to expect.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -23,10 +24,10 @@ from transformers import (
 from pgt_hf import PowerGradTrainer, PowerGradTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics
 from pgt_hf.limits import Count, DataSet, ModelName, Whole
-from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, parse, tell
-from pgt_hf.runs import RunFolder, command, command_line, describe_data
+from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
+from pgt_hf.runs import RunFolder, command, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, CheckpointError
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
 
 SCRATCH = "scratch"
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -119,6 +120,7 @@ def main() -> None:
     record = RunFolder(args.output_dir, description, f"{text_args.dataset_name}, alpha = {args.alpha}")
     with errors_in_one_line():
         record.check_resume(resume, run_args.allow_changed_data)
+        guard = DivergenceCallback()
         trainer = TextTrainer(
             model,
             args,
@@ -128,13 +130,13 @@ def main() -> None:
             processing_class=tokenizer,
             compute_metrics=metrics,
             preprocess_logits_for_metrics=metrics.preprocess,
-            callbacks=[record, stop],
+            callbacks=[record, stop, guard],
         )
 
     # train
-    with errors_in_one_line(CheckpointError):
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     stop.leave(trainer)
+    guard.leave(trainer)
     trainer.save_model()
     results = trainer.evaluate()
 
@@ -143,7 +145,7 @@ def main() -> None:
         texts = {
             f"{key}_texts": dataset[split].num_rows for key, split in (("train", "train"), ("eval", "validation"))
         }
-        say(record.finish(trainer, results, model=text_args.model_name, **texts), args.output_dir)
+        say(record.finish(trainer, results, model=text_args.model_name, **texts), args)
     trainer.end()
 
 
@@ -168,20 +170,17 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
         intermediate_size=128,
         max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         **labels,
     )
     return BertForSequenceClassification(config), tokenizer
 
 
-def say(summary: dict[str, Any], folder: str) -> None:
+def say(summary: dict[str, Any], args: PowerGradTrainingArguments) -> None:
     heading = f"{summary['model']} on {summary['dataset']}, {summary['eval_texts']:,} evaluation texts"
-    then = {
-        "use": f'transformers.pipeline("text-classification", model={folder!r})("some text")',
-        "compare": command_line(alpha=1, output_dir=f"{folder}-plain", resume=None) if summary["alpha"] != 1 else None,
-        "fold": f"pgt_hf.fold_powergrad(model, {summary['alpha']}) gives the model of nll_folded and ece_folded",
-        "publish": command("pgt-hf", "push", folder, "--repo-id", "YOU/NAME"),
-    }
-    tell(heading, {key: summary.get(key) for key in SHOWN}, folder, then)
+    classify = f'transformers.pipeline("text-classification", {json.dumps(args.output_dir)})("some text")'
+    then = {"use": command("python", "-c", f"import transformers; print({classify})")} | next_commands(args)
+    tell(heading, {key: summary.get(key) for key in SHOWN}, args.output_dir, then)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 # Tests of the root that take more than a few seconds; the other files mark their own.
-SLOW = re.compile(r"test_attach.*(vgg|inductor|soft_targets)|powergrad_kron|tritons_interpreter|test_readme")
+SLOW = re.compile(r"test_attach.*(inductor|soft_targets)|tritons_interpreter|test_readme")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

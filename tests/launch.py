@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # data sets that not every machine has
@@ -29,6 +32,15 @@ def load_recipe(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # its processes look it up there
     spec.loader.exec_module(module)
     return module
+
+
+def run_here(recipe: str, *arguments: str, cwd: Path) -> None:
+    """Runs a recipe as a program, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", [recipe, *arguments])
+        runpy.run_path(recipe, run_name="__main__")
 
 
 def run(*command: str, cwd: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -72,15 +72,15 @@ def gemma():
 PLAIN = {
     "timm-resnet18": timm_model("resnet18"),
     "timm-seresnet18": timm_model("seresnet18"),
-    "timm-vgg11_bn": timm_model("vgg11_bn"),
+    "timm-vgg11_bn": timm_model("vgg11_bn", mlp_ratio=1 / 64),
     "timm-nf_resnet26": timm_model("nf_resnet26"),
     "timm-resnet18-norm-free": timm_model("resnet18", norm_layer=nn.Identity),
     "timm-vit": timm_model("vit_tiny_patch16_224", img_size=32, depth=2),
     "timm-deit-two-heads": deit,
     "torchvision-resnet18": lambda: (torchvision.models.resnet18(num_classes=5), images()),
-    "torchvision-vgg11": lambda: (torchvision.models.vgg11(num_classes=5), images()),
+    "torchvision-mobilenet": lambda: (torchvision.models.mobilenet_v3_small(num_classes=5), images()),
 }
-FOLDABLE = ["timm-resnet18", "timm-vit", "timm-vgg11_bn", "torchvision-resnet18", "torchvision-vgg11"]
+FOLDABLE = ["timm-resnet18", "timm-vit", "timm-vgg11_bn", "torchvision-resnet18", "torchvision-mobilenet"]
 FOLDABLE += ["TimmWrapper", "ViT", "BERT"]
 WITH_LOSS = {
     "TimmWrapper": timm_wrapper,
@@ -358,7 +358,7 @@ def test_it_acts_only_in_training_mode_with_gradients():
 def test_attaching_twice_is_an_error_that_says_so():
     model = nn.Linear(3, 2)
     handle = attach_powergrad(model, alpha=ALPHA)
-    with pytest.raises(RuntimeError, match="attached to this Linear already"):
+    with pytest.raises(RuntimeError, match="already attached to this Linear"):
         attach_powergrad(model, alpha=ALPHA)
     handle.remove()
     attach_powergrad(model, alpha=ALPHA).remove()

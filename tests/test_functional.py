@@ -89,6 +89,33 @@ def test_every_argument_agrees_with_cross_entropy_of_scaled_logits(shape, reduct
         assert torch.equal(value, upstream * F.cross_entropy(logits, target, **options))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("indices", {"label_smoothing": 0.1}),
+        ("indices", {"reduction": "none", "weight": torch.rand(7, dtype=torch.float64)}),
+        ("any numbers", {"label_smoothing": 0.1}),
+        ("any numbers", {"reduction": "sum"}),
+    ],
+)
+def test_a_compiled_loss_and_targets_that_sum_to_anything_agree_with_torch_too(compiled, kind, options):
+    logits = torch.randn(4, 7, 3, dtype=torch.float64)
+    target = torch.rand(4, 7, 3, dtype=torch.float64)
+    if kind == "indices":
+        target = torch.randint(7, (4, 3)).index_fill(0, torch.tensor([1]), -100)
+    upstream = torch.rand((4, 3) if options.get("reduction") == "none" else (), dtype=torch.float64)
+
+    def loss(z):
+        return powergrad_cross_entropy(z, target, alpha=0.3, **options)
+
+    function = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    grad, value = gradient_of(lambda z: upstream * function(z), logits)
+    expected, _ = gradient_of(lambda z: upstream * F.cross_entropy(0.3 * z, target, **options) / 0.3, logits)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-12)
+    assert torch.equal(value, upstream * F.cross_entropy(logits, target, **options))
+
+
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_alpha_one_is_torch_bit_for_bit(kind, dtype):

@@ -47,7 +47,9 @@ def assert_same(model, twin, **tolerance):
 
 
 @pytest.mark.parametrize("name", [name for name in list_optimizers() if "bnb" not in name and "fused" not in name])
+@torch.compiler.set_stance("force_eager")  # kron would compile its step, for a minute
 def test_every_timm_optimizer_takes_the_steps_it_takes_on_the_formulas_gradient(name):
+    torch.compiler.set_stance("force_eager")  # kron would compile its step, for a minute
     model, twin, (inputs, target) = network(), network(), batch()
     lr = 0.01
     try:
@@ -268,7 +270,7 @@ def test_no_momentum_means_no_momentum(name):
 
 @pytest.mark.parametrize("given", [lambda model: model.parameters(), lambda model: [{"params": [model.weight]}]])
 def test_parameters_alone_are_refused_with_the_reason(given):
-    with pytest.raises(TypeError, match="model's logits, so parameters alone are not enough.*bind_powergrad"):
+    with pytest.raises(TypeError, match="model's logits, so parameters are not enough.*bind_powergrad"):
         create_optimizer(given(nn.Linear(4, 3)), "powergrad_sgd", lr=0.1)
 
 
@@ -280,7 +282,7 @@ def test_wrappers_of_an_optimizer_can_be_bound_and_other_things_not():
     model = nn.Linear(4, 3)
     wrapper = bind_powergrad(Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)), model, alpha=0.5)
     assert wrapper.powergrad.alpha == wrapper.optimizer.param_groups[0]["powergrad_alpha"] == 0.5
-    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or wrap one"):
+    with pytest.raises(TypeError, match="optimizer must be an Optimizer, got "):
         bind_powergrad(object(), nn.Linear(4, 3))
 
 

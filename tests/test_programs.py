@@ -8,6 +8,8 @@ from typing import Annotated
 import pytest
 
 from pgt_hf import ImageTrainingArguments
+from pgt_hf.atomic import WriteError
+from pgt_hf.images import BadImageError
 from pgt_hf.limits import Count, Needs, Share, WritableFolder
 from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
 
@@ -50,6 +52,16 @@ def test_defaults_may_depend_on_what_was_asked_first(monkeypatch):
     assert read(monkeypatch, defaults=defaults, early=("name",))[0].size == 1
 
 
+@pytest.mark.parametrize("error", [WriteError("a.json could not\nbe written"), BadImageError("image 3: is\nbad")])
+def test_error_that_comes_in_the_midst_of_a_program_is_one_line_if_it_is_the_users_to_mend(error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", None)
+    read(monkeypatch)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    sys.excepthook(OSError, OSError("a bug"), None)
+    assert "OSError: a bug" in capsys.readouterr().err
+
+
 def test_first_word_may_stand_without_its_flag(monkeypatch):
     assert read(monkeypatch, "folder", "--size", "2", positional="name")[0] == Numbers(2, [0.5], "folder")
     assert read(monkeypatch, "--name", "folder", positional="name")[0].name == "folder"
@@ -78,7 +90,7 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
         (["--size", "-inf"], {}, "error: --size must be followed by a value, got '-inf'"),
         (["2"], {}, "error: 2 is no argument of this program; see --help"),
         (["--shares", "0.5", "nan"], {}, r"error: --shares must be a number in \[0, 1\], got nan"),
-        (["--smoke", "perhaps"], {}, "error: --smoke must be true or false, got 'perhaps'"),
+        (["--smoke", "perhaps"], {}, "error: --smoke must be true or false, got 'perhaps' of type str"),
         (["--name", ""], {}, "error: --name must not be empty, got ''"),
         (["--far-end", "2"], {}, "error: --far-end counts only with name b, got 2 with name None"),
         (["--far-end", "2", "--name", "a"], {}, "error: --far-end counts only with name b, got 2 with name 'a'"),
@@ -88,7 +100,7 @@ def test_adjusted_values_reach_the_dataclasses_and_the_record_keeps_what_was_ask
             "error: --folder must be a folder that can be written to, got '/dev/null/x'.*",
         ),
         (["--resume", "no-such"], {}, "error: --resume must be 'auto' or a folder that exists, got 'no-such'"),
-        ([], {"defaults": {"sice": 3}}, "error: there are no arguments of these names: sice"),
+        ([], {"defaults": {"sice": 3}}, "error: the arguments must be those of this program, got sice"),
     ],
 )
 def test_bad_argument_is_one_line(monkeypatch, words, options, message):

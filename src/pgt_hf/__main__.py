@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,6 +132,7 @@ def predict(
 ) -> None:
     """Classify images with a run's model."""
     from .analysis import plot_images
+    from .analysis.figures import check_target
     from .images import read_upright
     from .limits import WritableFile
     from .programs import quiet_libraries
@@ -138,6 +140,7 @@ def predict(
 
     if picture is not None:
         WritableFile().check("picture", picture)
+        check_target(picture, "picture")
     quiet_libraries()
     found = predict_images(run, images, top=top)
     lines = {path: [f"{name}, {share:.1%}" for name, share in classes] for path, classes in found.items()}
@@ -171,12 +174,22 @@ def info() -> None:
 
 def _release(fold: bool, ema: bool, license: str | None, base_model: str | None, pictures: bool) -> dict[str, Any]:
     """Options of ``prepare_release``; without ``pictures``, the data set's licence decides."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving, which take no time
     return {"fold": fold, "ema": ema, "license": license, "base_model": base_model, "pictures": pictures or None}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; errors are messages without a traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [word.partition("=")[0].replace("--no-", "--") for word in words if word.startswith("--")]
+    if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+        sys.exit(f"error: {twice} must be given once, got it {flags.count(twice)} times")
+    for before, word in zip(("", *words), words, strict=False):
+        flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not value.strip() and (not word.startswith("--") or "=" in word):
+            sys.exit(f"error: {flag if flag.startswith('--') else 'an argument'} must not be empty, got {value!r}")
     try:
         app(args=words or ["--help"], prog_name="pgt-hf", standalone_mode=False)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -184,7 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # of typer's parser, which has a copy of click's in some versions
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(f"error: {error.format_message()} See pgt-hf {' '.join(words[:1])} --help.")
+        message = error.format_message()
+        known = [getattr(command.callback, "__name__", "") for command in app.registered_commands]
+        if wrong := re.match(r"Invalid value for '(--[\w-]+)'", message):
+            got = dict(pairwise(words)).get(wrong[1])
+            message = f"{wrong[1]} must be a number, got {got!r}: {message.partition(': ')[2]}"
+        sys.exit(f"error: {message} See pgt-hf {words[0] + ' ' if words[0] in known else ''}--help.")
 
 
 if __name__ == "__main__":

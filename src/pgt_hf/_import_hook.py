@@ -1,7 +1,4 @@
-"""Registers ``optim="powergrad_*"`` with transformers when, and only when, a program imports its Trainer's arguments.
-
-``import pgt_hf`` thus needs torch alone, and is fast.
-"""
+"""Registers ``optim="powergrad_*"`` with transformers once a program imports it; ``import pgt_hf`` stays fast."""
 
 import sys
 from collections.abc import Sequence
@@ -13,12 +10,12 @@ from typing import Any
 
 __all__ = ["register_with_trainer"]
 
-# Where the names of optimizers are, and where their handlers: the second imports the first.
+# Where transformers keeps the names of optimizers, and their handlers; the second imports the first.
 _NAMES, _HANDLERS = "transformers.training_args", "transformers.trainer_optimizer"
 
 
 def register_with_trainer() -> None:
-    """Registers now if transformers' handlers are imported, else as soon as they are; harmless when called twice."""
+    """Registers now if transformers' handlers are imported, else as soon as they are."""
     if _HANDLERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):

@@ -1,14 +1,28 @@
-"""Atomic writes: a file is replaced as a whole, even if the program is killed."""
+"""Atomic writes: a file is replaced as a whole or not at all, even if the program is killed."""
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing", "warn_on_failure"]
+__all__ = ["WriteError", "replacing", "warn_on_failure", "why_not_written"]
 
 logger = logging.getLogger(__name__)
+
+
+class WriteError(OSError):
+    """A file that a run needs could not be written; programs end with this error's line, which says what is safe."""
+
+
+def why_not_written(error: BaseException, folder: str | os.PathLike[str]) -> str:
+    """The reason for a failed write, in one line; not every library says that the disk is full."""
+    words = " ".join(str(error).split())
+    with suppress(OSError):
+        if not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20:
+            return f"No space left on device ({words})"
+    return words
 
 
 @contextmanager
@@ -30,13 +44,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """For what is drawn or written beside a training: whatever fails there is a warning of one line, no more.
-
-    Example:
-        >>> with warn_on_failure("report.html"):
-        ...     write_report("runs/digits")
-    """
+    """Turns any error into a warning of one line, for plots and reports, which must not stop training."""
     try:
         yield
-    except Exception as error:  # not the training's
+    except Exception as error:
         logger.warning("%s was not written: %s: %s", what, type(error).__name__, " ".join(str(error).split()))

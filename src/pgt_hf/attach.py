@@ -1,7 +1,7 @@
-"""``attach_powergrad``: put PGT on any model's logits, without touching the model, its loss or the loop around it.
+"""``attach_powergrad``: PGT on any model's logits, without a change to the model, its loss or its training loop.
 
-A forward hook on the head sends its output through the gate of ``gate.py``; the loss does the rest. Works on plain
-modules, timm, torchvision, transformers and PEFT models, before or after they are wrapped for distribution.
+A forward hook on the head sends its output through the gate (``gate.py``); the loss does the rest. Works on plain
+modules, timm, torchvision, transformers and PEFT models, before or after they are wrapped for distributed training.
 """
 
 import copy
@@ -25,20 +25,20 @@ __all__ = ["PowerGradHandle", "attach_powergrad", "release_powergrad"]
 
 @checked
 def attach_powergrad(model: nn.Module, alpha: float, head: Head | None = None) -> "PowerGradHandle":
-    """Makes every softmax cross-entropy of ``model``'s logits a PGT one, while it trains.
+    """Applies PGT to every softmax cross-entropy of ``model``'s logits while it trains.
 
-    It acts only in training mode with gradients enabled; evaluation, generation and saved weights are untouched. A
-    backward pass through the head in which PGT did not act, and an optimizer's step without one, raise RuntimeError.
+    It acts only in training mode with gradients enabled; evaluation, generation and saved weights stay as they are.
+    A backward pass through the head without PGT raises RuntimeError, and so does an optimizer's step without one.
 
     Args:
-        model: Any module. A plain one (timm, torchvision, your own) is hooked on its own output, all tensors of it; a
-            transformers model, whose loss may be computed inside, on its head or heads.
+        model: Any module. A plain one (timm, torchvision, your own) is hooked on its output; a transformers model,
+            which may compute its loss inside, on its head or heads.
         alpha: ``0 <= alpha <= 1``; 1 is plain training, bit for bit.
-        head: The module whose output is the logits, or its dotted name, or a list of several, if it is not detected.
+        head: The module that computes the logits, its dotted name, or a list of several, if it is not detected.
 
     Returns:
-        A ``PowerGradHandle``: ``handle.alpha`` may be changed, ``handle.calls`` counts the backward passes that went
-        through PGT, ``handle.remove()`` (or leaving a ``with`` block) detaches it.
+        A ``PowerGradHandle``: ``handle.alpha`` can be changed, ``handle.calls`` counts backward passes with PGT, and
+        ``handle.remove()``, or the end of a ``with`` block, detaches it.
 
     Raises:
         TypeError, ValueError: ``alpha`` is not allowed, or the head was not found (its candidates are listed).
@@ -54,12 +54,12 @@ def attach_powergrad(model: nn.Module, alpha: float, head: Head | None = None) -
     alpha = float(check_alpha(alpha))
     if any(hook.state.enabled for module in model.modules() for hook in _hooks_of(module).values()):
         name = type(unwrap(model)).__name__
-        raise RuntimeError(f"PGT is attached to this {name} already; call remove() on the first handle before")
+        raise RuntimeError(f"PGT is already attached to this {name}; call remove() on the first handle")
     return PowerGradHandle(model, find_heads(model, head), alpha, all_heads=head is None)
 
 
 class PowerGradHandle:
-    """What ``attach_powergrad`` returns. Also a context manager that detaches at its end."""
+    """The result of ``attach_powergrad``, and a context manager that detaches at its end."""
 
     def __init__(self, model: nn.Module, heads: list[nn.Module], alpha: float, all_heads: bool = True) -> None:
         torch.compiler.allow_in_graph(TracedGate)
@@ -80,7 +80,7 @@ class PowerGradHandle:
 
     @property
     def alpha(self) -> float:
-        """The exponent in use; a new value acts in the next forward pass, compiled or not, without recompiling."""
+        """The exponent; a new value acts in the next forward pass, compiled or not, without recompiling."""
         return self.state.alpha
 
     @alpha.setter
@@ -92,7 +92,7 @@ class PowerGradHandle:
 
     @property
     def calls(self) -> int:
-        """How many backward passes have gone through PGT since it was attached."""
+        """The number of backward passes with PGT since it was attached."""
         return self.state.calls
 
     @property
@@ -120,10 +120,10 @@ class PowerGradHandle:
 
 
 class _StateHook:
-    """A forward hook that knows its attachment; a class, so that models which carry it can be copied and pickled.
+    """A forward hook that knows its attachment; as a class, it can be copied and pickled with the model.
 
-    A copy of the head goes by the same alpha, unless an optimizer owns it: nobody must train a copy of the model (an
-    EMA, say) with PGT and not know it, so that copy is plain.
+    A copy of the head shares alpha. If an optimizer owns the attachment, a copy (an EMA, say) is plain: nobody shall
+    train it with PGT unknowingly.
     """
 
     def __init__(self, state: State) -> None:
@@ -147,8 +147,8 @@ class _Hook(_StateHook):
             return output  # a traced model has no gate, and the guard refuses its step
         if self.state.folded:
             raise RuntimeError(
-                f"alpha = {self.state.alpha} was folded into the head, and training goes on: load the weights from "
-                "before the fold, or attach PGT anew to train the folded model"
+                f"alpha = {self.state.alpha} was folded into the head during training: load the weights from before "
+                "the fold, or attach PGT again to train the folded model"
             )
         if is_functorch():
             raise RuntimeError(
@@ -159,7 +159,7 @@ class _Hook(_StateHook):
 
 
 class _CheckHeads(_StateHook):
-    """Hook of a transformers model whose heads were detected: none of its logits may be without PGT."""
+    """Checks that PGT acts on all logits of a transformers model whose heads were detected."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.acts(module) or is_compiling() or not hasattr(output, "items"):
@@ -178,7 +178,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def release_powergrad(model: nn.Module) -> None:
-    """Makes a model plain again that an optimizer of ours put PGT on; what was attached by hand stays."""
+    """Removes what an optimizer of this package attached to a model; what was attached by hand stays."""
     for module in model.modules():
         for key, hook in _hooks_of(module).items():
             if hook.state.owned or not hook.state.enabled:

@@ -1,7 +1,4 @@
-"""Gradient clipping as an optimizer hook: by global norm, by value, or adaptively (AGC, Brock et al. 2021).
-
-timm's ``dispatch_clip_grad`` does the work, before each step, on the gradients as the step will use them.
-"""
+"""Gradient clipping as an optimizer hook: by global norm, by value, or adaptively (AGC, Brock et al. 2021)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -36,7 +33,7 @@ class ClipGradients:
     Args:
         clip_mode: "norm" (global norm), "value" (each element) or "agc" (each unit against its weight's norm).
         clip_value: The norm, the value, or AGC's factor lambda.
-        exclude: Parameters that AGC leaves alone, as its authors leave the head; the other modes clip all.
+        exclude: Parameters that AGC does not clip, such as the head's; the other modes clip all.
     """
 
     def __init__(self, clip_mode: str, clip_value: float, exclude: Collection[Tensor] = ()) -> None:

@@ -22,22 +22,18 @@ _EXTRAS = {
 
 
 def require(package: str, purpose: str) -> None:
-    """Raises the error of ``missing``, before any work is done, if a package is not installed.
-
-    Example:
-        >>> require("peft", "LoRA")
-    """
+    """Raises the error of ``missing`` if a package is not installed."""
     if find_spec(package) is None:
         raise missing(package, purpose)
 
 
 def missing(package: str | None, purpose: str, extra: str | None = None) -> ImportError:
-    """The error for a package that is not installed; it names the extra that brings it.
+    """The error for a package that is not installed; it names the extra that installs it.
 
     Example:
         >>> str(missing("peft", "LoRA"))
         "LoRA needs peft: pip install 'pgt_hf[lora]'"
     """
     root = (package or "").partition(".")[0]
-    extra = _EXTRAS.get(root) and (extra or _EXTRAS[root])
-    return ImportError(f"{purpose} needs {root}: pip install {f'pgt_hf[{extra}]' if extra else root!r}")
+    wanted = f"pgt_hf[{extra or _EXTRAS[root]}]" if root in _EXTRAS else root
+    return ImportError(f"{purpose} needs {root}: pip install {wanted!r}")

@@ -102,6 +102,8 @@ def powergrad_cross_entropy(
     if _is_one(alpha):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if is_fast(target, weight, label_smoothing, alpha):
+        if is_compiling():
+            return _TracedCrossEntropy.apply(input, target, weight, alpha, *options)
         return CrossEntropy.apply(input, target, weight, alpha, *options)[0]
     return _nll(powergrad_log_softmax(input, _class_dim(input), alpha=alpha), target, weight, *options)
 
@@ -210,15 +212,20 @@ def log_softmax_backward(
         powered = _scaled(input, alpha, may_be_masked=True)
         torch.softmax(powered, dim, out=powered)
         return torch.addcmul(grad, powered, total, value=-1, out=powered)
+    return grad - _powered_softmax(input, alpha, dim, is_log_probs) * total
+
+
+def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, is_log_probs: bool = False) -> Tensor:
+    """p' = softmax(alpha z), differentiable."""
     if is_log_probs:
         powers = _scaled(input, alpha, may_be_masked=False).exp()
-        return grad - powers / powers.sum(dim, keepdim=True) * total
-    return grad - _powered_softmax(input, alpha, dim) * total
-
-
-def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    """p' = softmax(alpha z)."""
+        return powers / powers.sum(dim, keepdim=True)
     return torch.softmax(_scaled(input, alpha, may_be_masked=True), dim)
+
+
+def _is_flat(dtype: torch.dtype, alpha: float | Tensor) -> bool:
+    """Whether the log-probabilities of such logits are exact and ``sum p^alpha`` is known to be at least 1."""
+    return dtype.itemsize > 2 and isinstance(alpha, float) and 0 < alpha <= 1
 
 
 def _scaled(input: Tensor, alpha: float | Tensor, may_be_masked: bool) -> Tensor:
@@ -249,8 +256,7 @@ class LogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        is_log_probs = ctx.dtype.itemsize > 2 and isinstance(ctx.alpha, float) and 0 < ctx.alpha <= 1
-        grad = log_softmax_backward(grad_output, kept, ctx.alpha, ctx.dim, is_log_probs)
+        grad = log_softmax_backward(grad_output, kept, ctx.alpha, ctx.dim, _is_flat(ctx.dtype, ctx.alpha))
         return grad.to(ctx.dtype), None, None
 
 
@@ -287,7 +293,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.alpha, ctx.dtype, ctx.options = alpha, input.dtype, options
+        ctx.alpha, ctx.options = alpha, options
         ctx.set_materialize_grads(False)
         log_probs = F.log_softmax(input, _class_dim(input))
         ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
@@ -299,27 +305,50 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def gradient(
-        ctx: Any, grads: tuple[Tensor | None, ...], logits: Tensor, target: Tensor, weight: Tensor | None
+        ctx: Any, grads: tuple[Tensor | None, ...], kept: Tensor, target: Tensor, weight: Tensor | None
     ) -> Tensor:
         """The gradient of the logits, from those of the outputs and what ``forward`` saved."""
-        grad_output, grad_log_probs = grads
-        if grad_output is None or grad_log_probs is not None or torch.is_grad_enabled() or _is_batched(grad_output):
-            grad = grad_log_probs
-            if grad_output is not None:
-                grad = _nll_backward(grad_output, logits, target, weight, *ctx.options)
-                grad = grad if grad_log_probs is None else grad + grad_log_probs
-            assert grad is not None
-            grad = log_softmax_backward(grad, logits, ctx.alpha, _class_dim(logits))
-        else:
-            in_place = logits.dtype.itemsize > 2 and not _graph_is_kept()
-            buffer = logits.detach() if in_place else logits.to(_wide(logits), copy=True)
-            grad = _gradient_in_place(grad_output, buffer, target, weight, ctx.alpha, *ctx.options)
-        return grad.to(ctx.dtype)
+        grad_output, grad = grads
+        dtype, wide = kept.dtype, kept.to(_wide(kept))
+        if grad is not None:
+            grad = log_softmax_backward(grad, wide, ctx.alpha, _class_dim(wide))
+        if grad_output is not None:
+            dim, out = _class_dim(wide), None
+            if torch.is_grad_enabled() or _is_batched(grad_output):
+                powered = _powered_softmax(wide, ctx.alpha, dim)
+            else:
+                out = wide.clone() if wide is kept and _graph_is_kept() else wide.detach()
+                powered = torch.softmax(out.mul_(ctx.alpha), dim, out=out)
+            of_value = _gradient(grad_output, powered, out, target, weight, *ctx.options)
+            grad = of_value if grad is None else grad + of_value
+        assert grad is not None
+        return grad.to(dtype)
+
+
+class _TracedCrossEntropy(torch.autograd.Function):
+    """``CrossEntropy`` for a compiler, which finds memory by itself and takes no second derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, alpha: float | Tensor, *options: Any
+    ) -> Tensor:
+        ctx.alpha, ctx.options = alpha, options
+        log_probs = F.log_softmax(input, _class_dim(input))
+        ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
+        return _nll(log_probs, target, weight, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept, target, weight = ctx.saved_tensors
+        wide, dim = kept.to(_wide(kept)), _class_dim(kept)
+        powered = _powered_softmax(wide, ctx.alpha, dim, _is_flat(kept.dtype, ctx.alpha))
+        grad = _gradient(grad_output, powered, None, target, weight, *ctx.options)
+        return grad.to(kept.dtype), None, None, None, None, None, None
 
 
 def is_fast(target: Tensor, weight: Tensor | None, label_smoothing: float, alpha: float | Tensor) -> bool:
-    """Whether ``CrossEntropy`` takes it: in eager mode, the usual arguments."""
-    if is_compiling() or is_functorch() or not isinstance(alpha, float) or alpha == 0:
+    """Whether ``CrossEntropy``, or ``_TracedCrossEntropy`` in a compiler, takes it: the usual arguments."""
+    if is_functorch() or not (is_compiling() or (isinstance(alpha, float) and alpha > 0)):
         return False
     weighted = weight is not None and (target.is_floating_point() or label_smoothing > 0 or weight.requires_grad)
     return not (weighted or target.requires_grad)
@@ -358,72 +387,39 @@ def _nll(
     return (1 - label_smoothing) * loss + spread * (label_smoothing / classes)
 
 
-def _nll_backward(
+def _gradient(
     grad_output: Tensor,
-    logits: Tensor,
+    powered: Tensor,
+    out: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient of ``_nll`` in the log-probabilities, ``-s q``, itself differentiable."""
-    dim = _class_dim(logits)
-    smooth = label_smoothing / logits.size(dim)
-    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
-    if index is None:
-        q = target.to(_wide(logits)) * (1 - label_smoothing) + smooth
-    else:
-        q = torch.full_like(logits, smooth, dtype=_wide(logits)).scatter(dim, index, 1 - label_smoothing + smooth)
-    return -q * scale
-
-
-def _gradient_in_place(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    alpha: float,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """``s (m p' - q)`` with ``m = sum(q)``, in the memory of ``logits``, which may be log-probabilities."""
-    dim = _class_dim(logits)
-    scale, index = _row_scale(grad_output, logits, target, weight, ignore_index, reduction)
-    grad = torch.softmax(logits.mul_(alpha), dim, out=logits)
-    if index is None:
-        mass = target.sum(dim, keepdim=True) * (1 - label_smoothing) + label_smoothing
-        grad.mul_(mass).sub_(target, alpha=1 - label_smoothing)
-    else:
-        grad.scatter_add_(dim, index, torch.full_like(index, label_smoothing - 1, dtype=grad.dtype))
-    if label_smoothing > 0:
-        grad.sub_(label_smoothing / grad.size(dim))
-    return grad.mul_(scale)
-
-
-def _row_scale(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The factor ``s`` of each row, and the row's class index unless the target holds probabilities."""
-    dim = _class_dim(logits)
-    scale = grad_output.to(_wide(logits))
+    """``s (m p' - q)`` with ``m = sum(q)``: in the memory of ``out``, or differentiable where that is None."""
+    dim = _class_dim(powered)
+    classes, scale = powered.size(dim), grad_output.to(powered.dtype)
     if target.is_floating_point():
-        rows = logits.numel() / logits.size(dim)
-        return scale / rows if reduction == "mean" else scale.unsqueeze(dim) if reduction == "none" else scale, None
-    valid = target != ignore_index
-    index = torch.where(valid, target, 0).long()
-    row_weight: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype)[index], 0)
-    if reduction == "mean":
-        scale = scale / row_weight.sum()
-    # An ignored row gets 0 even where the mean is over nothing and the scale infinite.
-    scale = torch.where(valid, scale if weight is None else scale * row_weight, 0)
-    return scale.unsqueeze(dim), index.unsqueeze(dim)
+        scale = scale.unsqueeze(dim) if reduction == "none" else scale
+        scale = scale / (target.numel() / classes) if reduction == "mean" else scale
+        mass = target.sum(dim, keepdim=True, dtype=scale.dtype)
+        if label_smoothing > 0:
+            mass = mass * (1 - label_smoothing) + label_smoothing
+        grad = torch.mul(powered, mass * scale, out=out).addcmul_(target, scale * (label_smoothing - 1))
+    else:
+        valid = target != ignore_index
+        index = torch.where(valid, target, 0).long()
+        share: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype)[index], 0)
+        scale = scale / share.sum() if reduction == "mean" else scale
+        # An ignored row gets 0 even where the mean is over nothing and the scale infinite.
+        scale = torch.where(valid, scale if weight is None else scale * share, 0).unsqueeze(dim)
+        grad = torch.mul(powered, scale, out=out)
+    if label_smoothing > 0:
+        grad.sub_(scale * (label_smoothing / classes))
+    if not target.is_floating_point():  # last, so that a compiler makes one pass of all before
+        grad.scatter_add_(dim, index.unsqueeze(dim), scale * (label_smoothing - 1))
+    return grad
 
 
 def _graph_is_kept() -> bool:
@@ -466,7 +462,7 @@ def under_autocast(*tensors: Tensor | None) -> Iterator[Any]:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 
 def _class_dim(input: Tensor) -> int:
@@ -489,7 +485,7 @@ def check_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     if input.dim() == 0:
-        raise ValueError("input must have shape (C), (N, C) or (N, C, d1, ...), got a 0-dim tensor")
+        raise ValueError("input must have shape (C), (N, C) or (N, C, d1, ...), got ()")
     dim = _class_dim(input)
     if weight is not None and weight.shape != (input.size(dim),):
         raise ValueError(f"weight must have shape ({input.size(dim)},), one per class, got {tuple(weight.shape)}")

@@ -1,15 +1,17 @@
-"""The head's gate: lets logits out that carry alpha, and takes no gradient back that PGT has not acted on.
+"""The head's gate: logits leave with alpha, and a gradient that PGT has not acted on is an error.
 
-So a backward pass through the head is PGT, or an error. A compiler traces the backward pass before there is one: its
-gate cannot raise, and reports instead, through the gradients of two leaf tensors (``State``).
+A compiler traces the backward pass before it happens, so its gate cannot raise; it reports through the gradients of
+two leaf tensors instead (``State``).
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from .functional import is_compiling
@@ -24,23 +26,24 @@ def _regime(alpha: float) -> str:
 
 
 class State:
-    """What the gates of one attachment share: alpha, and how many backward passes came through.
+    """What the gates of one attachment share: alpha, and the number of backward passes that came through.
 
-    A compiled graph cannot count. Its gate gives a gradient to one of two leaf tensors instead, to alpha where the
-    stamp was seen while the graph was traced, and to ``border`` where the logits leave the graph and the stamp must
-    come in from outside. Hooks on the leaves count, so nothing ever waits for a device.
+    A compiled graph cannot count. Its gate gives a gradient to one of two leaf tensors instead: to alpha if the stamp
+    was seen while the graph was traced, to ``border`` if the logits leave the graph and the stamp comes from outside.
+    Hooks on the leaves count, so nothing waits for a device.
     """
 
     def __init__(self, alpha: float) -> None:
         self.enabled = True
-        self.owned = False  # by an optimizer, with which it ends
-        self.folded = False  # alpha is in the head's weights: to train it further would apply alpha twice
+        self.owned = False  # by an optimizer, whose life it shares
+        self.folded = False  # alpha is in the head's weights: training on would apply it twice
         self.replaced = False  # by another optimizer of the same model
         self.calls = 0
+        self.stepped: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # calls at its last step
         self.last_pass = -1
         self.value = torch.tensor(alpha, dtype=torch.float64)
         self.regime = _regime(alpha)
-        self.graph_regime = self.regime  # one recompilation where alpha leaves 1, none where it comes to it
+        self.graph_regime = self.regime  # one recompilation when alpha leaves 1, none when it returns to 1
         self.leaves = self._make_leaves(torch.float32, torch.device("cpu"))
 
     @property
@@ -50,20 +53,20 @@ class State:
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.value = torch.tensor(value, dtype=torch.float64)  # a new one: backward passes under way keep theirs
+        self.value = torch.tensor(value, dtype=torch.float64)  # a new one: pending backward passes keep theirs
         self.leaves[0].detach().fill_(value)
         self.regime = _regime(value)
         if value != 1:
             self.graph_regime = self.regime
 
     def place(self, parameter: Tensor) -> None:
-        """Keeps the leaves beside the head's parameters: a CPU tensor in a graph on a GPU stops CUDA graphs."""
+        """Keeps the leaves on the head's device: a CPU tensor in a graph on a GPU would prevent CUDA graphs."""
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if self.leaves[0].dtype != dtype or self.leaves[0].device != parameter.device:
             self.leaves = self._make_leaves(dtype, parameter.device)
 
     def count(self) -> None:
-        """Once for each backward pass, however often it comes through."""
+        """Counts each backward pass once, however often it comes through."""
         task = torch._C._current_graph_task_id()
         if task != self.last_pass or task == -1:
             self.calls, self.last_pass = self.calls + 1, task
@@ -76,7 +79,7 @@ class State:
         return alpha, border
 
     def _on_inside(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:  # torch calls this for a leaf that got no gradient, too
+        if leaf.grad is not None:  # torch also calls this for a leaf that got no gradient
             leaf.grad = None
             self.count()
 
@@ -96,15 +99,15 @@ class State:
 
 
 def enter(output: Any, state: State) -> Any:
-    """The head's output, in which every floating tensor that is to be differentiated has become ``PowerGradLogits``.
+    """The head's output, with every floating-point tensor that requires a gradient turned into ``PowerGradLogits``.
 
-    Looks into whatever torch knows as a pytree, and into the attributes of other objects, which it changes in place.
+    It searches pytrees, and the attributes of other objects, which it changes in place.
     """
     gate: Callable[[Tensor], Tensor] = lambda t: _Gate.apply(t, state)  # noqa: E731
     if is_compiling():
         leaves = state.leaves
         gate = lambda t: TracedGate.apply(t, *leaves, state.graph_regime)  # noqa: E731
-    if isinstance(output, Tensor):  # the common case, kept apart: a tree walk need not be traced
+    if isinstance(output, Tensor):  # the common case: no tree walk to trace
         return _enter_tensor(output, gate)
     seen: set[int] = set()
 
@@ -139,7 +142,7 @@ def _attributes(value: Any) -> list[str]:
 
 
 class _Gate(torch.autograd.Function):
-    """The gate in eager mode: ``PowerGradLogits`` on the way down, a stamped gradient or an error on the way up."""
+    """The gate in eager mode: gives out ``PowerGradLogits``, takes back a stamped gradient or raises."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, state: State) -> PowerGradLogits:
@@ -155,7 +158,7 @@ class _Gate(torch.autograd.Function):
 
 
 class TracedGate(torch.autograd.Function):
-    """The gate inside a compiled graph, see ``State``: of tensors alone, and never an error at run time."""
+    """The gate inside a compiled graph, see ``State``: it handles tensors only, and never raises at run time."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: Tensor, border: Tensor, regime: str) -> PowerGradLogits:

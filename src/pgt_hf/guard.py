@@ -1,8 +1,8 @@
 """No step without PGT: an optimizer's step on a model under PGT needs a backward pass that came through its head.
 
-The gate (``gate.py``) judges the gradients that reach it. What never reaches it is found here, before the step: a
-fused loss that passes the head by, a head that was replaced or copied, a model left in eval mode. Torch calls one hook
-before every optimizer's step; it is registered only while PGT is attached to something.
+The gate (``gate.py``) judges the gradients that reach it. This module finds the rest before the step: a fused loss
+that bypasses the head, a replaced or copied head, a model left in eval mode. It uses one hook before every optimizer's
+step, registered only while PGT is attached to something.
 """
 
 import weakref
@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .gate import State
 
-__all__ = ["ALPHA_KEY", "after_closure", "guard_copies", "guard_steps", "guard_weights"]
+__all__ = ["ALPHA_KEY", "INITIAL_KEY", "after_closure", "guard_copies", "guard_steps", "guard_weights"]
 
 ALPHA_KEY = "powergrad_alpha"
+INITIAL_KEY = f"initial_{ALPHA_KEY}"  # for schedules, like "initial_lr"
 
 _NO_PASS = (
     "PGT is attached (alpha={alpha}), but {event}, so this is training without PGT. Usual causes: a fused loss "
@@ -42,16 +43,8 @@ _REPLACED = (
 )
 
 
-class _Watch:
-    """What the guard remembers of one attachment."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
-        self.seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # state.calls at its step
-
-
-_watches: "weakref.WeakKeyDictionary[State, _Watch]" = weakref.WeakKeyDictionary()
-# The attachments that concern an optimizer, found anew when one is added or the optimizer has gained parameters.
+_models: "weakref.WeakKeyDictionary[State, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
+# The attachments that concern an optimizer; looked up again when one is added or the optimizer gets more parameters.
 _concerned: "weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], list[weakref.ref[State]]]]"
 _concerned = weakref.WeakKeyDictionary()
 _attachments = 0
@@ -60,9 +53,9 @@ _copies = False
 
 
 def guard_steps(state: State, model: nn.Module) -> None:
-    """Watches every optimizer that steps on ``model``, for as long as ``state`` lives."""
+    """Watches every optimizer that steps on ``model``, as long as ``state`` lives."""
     global _attachments
-    _watches[state] = _Watch(model)
+    _models[state] = weakref.ref(model)
     _attachments += 1
     _register()
 
@@ -70,8 +63,8 @@ def guard_steps(state: State, model: nn.Module) -> None:
 def guard_weights(state: State, layer: nn.Module) -> list[RemovableHandle]:
     """Refuses a backward pass that gives a head's layer a gradient without coming through the head.
 
-    So one fused loss among many is found, in the backward pass itself. A compiled graph hands out all its gradients
-    at once and in any order; hence the second look when the pass is over.
+    This finds one fused loss among several. A compiled graph returns its gradients in any order, so the check waits
+    for the end of the pass.
     """
 
     def look(weight: Tensor) -> None:
@@ -88,16 +81,16 @@ def guard_weights(state: State, layer: nn.Module) -> list[RemovableHandle]:
 
 
 def guard_copies() -> None:
-    """Watches the copies of an optimizer as well, which know no attachment."""
+    """Also watches copies of an optimizer, which have no attachment."""
     global _copies
     _copies = True
     _register()
 
 
 def after_closure(args: Any, kwargs: Any, action: Callable[[], None]) -> tuple[Any, Any] | None:
-    """Runs ``action`` on the gradients of a step: at once, or, where a closure computes them, after each of its calls.
+    """Runs ``action`` on the gradients of a step: now, or after each call of the closure that computes them.
 
-    Takes and returns what torch hands to a step pre-hook.
+    Takes and returns what a step pre-hook of torch does.
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):
@@ -122,7 +115,7 @@ def _register() -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     global _hook
-    if not _copies and _hook is not None and not any(state.enabled for state in _watches):
+    if not _copies and _hook is not None and not any(state.enabled for state in _models):
         _hook.remove()  # nothing is attached any more
         _hook = None
     name = type(optimizer).__name__
@@ -144,9 +137,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
 def _check(optimizer: Optimizer, states: list[State]) -> None:
     for state in states:
         state.place(next(iter(optimizer.param_groups[0]["params"])))
-        seen = _watches[state].seen
-        if state.calls > seen.get(optimizer, 0):
-            seen[optimizer] = state.calls
+        if state.calls > state.stepped.get(optimizer, 0):
+            state.stepped[optimizer] = state.calls
         elif _changes_anything(optimizer):
             event = f"no gradient has come through the head since this {type(optimizer).__name__} last stepped"
             raise RuntimeError(_NO_PASS.format(alpha=state.alpha, event=event))
@@ -159,8 +151,8 @@ def _states_of(optimizer: Optimizer) -> list[State]:
     if known is None or known[0] != key:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = []
-        for state, watch in list(_watches.items()):
-            model = watch.model()
+        for state, reference in list(_models.items()):
+            model = reference()
             if model is not None and any(id(parameter) in stepped for parameter in model.parameters()):
                 found.append(weakref.ref(state))
         known = _concerned[optimizer] = key, found
@@ -169,7 +161,7 @@ def _states_of(optimizer: Optimizer) -> list[State]:
 
 
 def _changes_anything(optimizer: Optimizer) -> bool:
-    """Whether the step trains: a dry one without gradients or with a rate of 0 only makes the optimizer's state."""
+    """Whether the step trains; without gradients, or at a rate of 0, it only creates the optimizer's state."""
     return any(
         bool(group.get("lr", 1)) and any(parameter.grad is not None for parameter in group["params"])
         for group in optimizer.param_groups

@@ -1,6 +1,6 @@
-"""Which modules make a model's logits, and folding alpha into them.
+"""Finds the modules that compute a model's logits, and folds alpha into them.
 
-timm, transformers and PEFT are known by their attributes alone.
+Models of timm, transformers and PEFT are recognised by their attributes.
 """
 
 import math
@@ -36,12 +36,7 @@ _LINEAR = (nn.Linear, nn.Conv2d)
 
 
 def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
-    """The modules whose outputs are logits: those named, or all that can be found.
-
-    Raises:
-        TypeError: ``head`` is neither a module, a name, nor a list of them.
-        ValueError: ``head`` is not in the model, or none was given and none found; candidates are listed.
-    """
+    """The modules whose outputs are logits: the named ones, or all that are found; otherwise an error."""
     if isinstance(head, nn.Module):
         if not any(module is head for module in model.modules()):
             raise ValueError(f"head is a {type(head).__name__} that is not part of the model")
@@ -59,7 +54,7 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
     inner = unwrap(model)
     base = _peft_base(inner)
     if not is_pretrained(base):
-        return [inner]  # PEFT calls a base model's forward() past its hooks: so the outermost module it is
+        return [inner]  # the outermost module: PEFT calls a base model's forward() without its hooks
     first = [] if hasattr(base, "timm_model") else [base.get_output_embeddings()]
     first += [getattr(base, name, None) for name in _HEAD_NAMES]
     found = [module for module in first if isinstance(module, nn.Module)]
@@ -74,10 +69,11 @@ def find_heads(model: nn.Module, head: Head | None = None) -> list[nn.Module]:
 @checked
 @torch.no_grad()
 def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
-    """Multiplies the head's weight and bias by ``alpha``, in place: same top-1, and ``p'`` as probabilities.
+    """Multiplies the head's weight and bias by ``alpha``, in place: the same top-1, with ``p'`` as probabilities.
 
-    PGT trains ``p' = softmax(alpha z)``, so the raw softmax of a trained model is over-confident. Folding (a
-    temperature of 1/alpha) makes the trained probabilities the ones that the model gives.
+    PGT trains ``p' = softmax(alpha z)``, which is less sharp than the raw softmax. Folding (a temperature of 1/alpha)
+    makes it the one that the model gives: an improvement where the network fits its data and is over-confident, and a
+    loss where it underfits. ``compare_calibration`` measures which it is.
 
     Args:
         model: A trained model, see ``attach_powergrad``.
@@ -87,9 +83,8 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: ``alpha`` is 0 or not the one in the model's config, the head has been folded already, or it is not
-            a last linear layer that can be scaled exactly: tied to the input embeddings, followed by a soft cap, or
-            unknown. Then divide the logits by a temperature of 1/alpha.
+        ValueError: ``alpha`` is 0 or differs from the model's config, or the head is already folded, unknown, tied to
+            the input embeddings or followed by a soft cap. Then divide the logits by a temperature of 1/alpha.
 
     Example:
         >>> model = fold_powergrad(nn.Linear(4, 3), alpha=0.25)
@@ -97,11 +92,11 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
     alpha = float(check_alpha(alpha))
     advice = "; divide the logits by a temperature of 1/alpha instead"
     if alpha == 0:
-        raise ValueError("alpha must be above 0 to be folded into the head: 0 would make every probability 1/C")
+        raise ValueError("alpha must be above 0 to be folded into the head: with 0, every probability would be 1/C")
     base = _peft_base(unwrap(model))
     config = getattr(base, "config", None)
     if getattr(config, "final_logit_softcapping", None):
-        raise ValueError(f"{type(base).__name__} caps its logits after the head, folding would not be exact{advice}")
+        raise ValueError(f"{type(base).__name__} caps its logits after the head: folding would not be exact{advice}")
     layers = list(_last_linear(base))
     if not layers:
         raise ValueError(f"model must have a linear layer at its head, got a {type(base).__name__} without{advice}")
@@ -110,12 +105,12 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
             raise ValueError(f"the head of {type(base).__name__} shares its weight with the input embeddings{advice}")
     trained = getattr(config, "powergrad_alpha", None)
     if getattr(config, "powergrad_folded", False) or any(hasattr(layer, _FOLDED) for layer in layers):
-        raise ValueError(f"model must not be folded twice: alpha is in the head of this {type(base).__name__} already")
+        raise ValueError(f"model must not be folded twice: alpha is already in the head of this {type(base).__name__}")
     if trained is not None and not math.isclose(trained, alpha, rel_tol=1e-6):
         raise ValueError(f"alpha must be the one that the model was trained with, {trained}, got {alpha}")
     for module in model.modules():
         for hook in module._forward_hooks.values():
-            if hasattr(hook, "state"):  # attached: whoever trains on is told
+            if hasattr(hook, "state"):  # attached: training on is an error
                 hook.state.folded = True
     for layer in layers:
         setattr(layer, _FOLDED, alpha)
@@ -128,7 +123,7 @@ def fold_powergrad(model: nn.Module, alpha: float) -> nn.Module:
 
 
 def last_linear(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """The linear layers that give the logits, for what must treat them apart (AGC leaves the head unclipped)."""
+    """The linear layers that compute the logits (which AGC, for one, leaves unclipped)."""
     return list(_last_linear(_peft_base(unwrap(model))))
 
 
@@ -163,20 +158,20 @@ def _is_tied(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Looks through DistributedDataParallel and DataParallel; a compiled module is hooked outside its graph."""
+    """The model inside DistributedDataParallel and DataParallel; a compiled module is hooked outside its graph."""
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
     return model
 
 
 def _peft_base(model: Any) -> Any:
-    """The model under torch.compile and PEFT; duck-typed from here on."""
+    """The model inside torch.compile and PEFT."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether it is a model of transformers, by its attributes."""
+    """Whether it is a transformers model."""
     return hasattr(model, "config") and hasattr(model, "get_output_embeddings")
 
 

@@ -2,12 +2,12 @@
 
 ``PowerGradLogits`` is a tensor subclass that keeps alpha through every op that torch dispatches. Where its log-softmax
 is differentiated (by Python, C++, TorchScript, a checkpoint, a compiler), torch calls
-``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. What
-comes out is a ``StampedGradient`` and stays one on its way up to the gate of the head (``gate.py``).
+``aten._log_softmax_backward_data`` with the log-probabilities, which are ``PowerGradLogits`` too: there PGT acts. The
+result is a ``StampedGradient`` and stays one on its way up to the head's gate (``gate.py``).
 """
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,24 +32,24 @@ __all__ = ["PowerGradLogits", "StampedGradient", "elem_of", "no_pgt", "unwrap"]
 aten = torch.ops.aten
 
 _NO_PGT = (
-    "PGT is attached, but a gradient reached the head ({found}) that took no log_softmax or cross_entropy of the "
-    "logits on its way{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. A softmax written out by "
-    "hand (softmax().log(), logsumexp, Categorical) becomes pgt_hf.powergrad_log_softmax. Logits must not be detached "
-    "or copied before the loss (a reentrant checkpoint detaches them: use_reentrant=False). If the logits are made "
-    "elsewhere, or this output is not logits, pass head=. To train without PGT on purpose: handle.remove()"
+    "PGT is attached, but a gradient reached the head ({found}) without passing a log_softmax or cross_entropy of the "
+    "logits{met}: this is training without PGT. Sigmoid losses (BCE) have no PGT. Replace a softmax written out by "
+    "hand (softmax().log(), logsumexp, Categorical) by pgt_hf.powergrad_log_softmax. Do not detach or copy the logits "
+    "before the loss (a reentrant checkpoint detaches them: use_reentrant=False). If another module computes the "
+    "logits, or this output is not logits, pass head=. To train without PGT on purpose: handle.remove()"
 )
 
-_met: "collections.deque[str]" = collections.deque(maxlen=6)  # the last functions that logits met, for the message
+_met: "collections.deque[str]" = collections.deque(maxlen=6)  # the last functions called on logits, for the message
 
 
 def no_pgt(found: str) -> RuntimeError:
     """The error of a backward pass in which PGT did not act."""
-    names = list(dict.fromkeys(_met))
-    return RuntimeError(_NO_PGT.format(found=found, met=f"; it met {', '.join(names)}" if names else ""))
+    met = f"; it met {', '.join(dict.fromkeys(_met))}" if _met else ""
+    return RuntimeError(_NO_PGT.format(found=found, met=met))
 
 
 class _Wrapper(Tensor):
-    """A tensor that holds another one and decides in ``__torch_dispatch__`` what happens to it."""
+    """A tensor that holds another one; ``__torch_dispatch__`` decides what happens to it."""
 
     elem: Tensor
 
@@ -71,14 +71,14 @@ class _Wrapper(Tensor):
 
 
 def elem_of(tensor: Any) -> Any:
-    """The plain tensor inside, for what is not differentiated."""
+    """The plain tensor inside, where nothing is differentiated."""
     return tensor.elem if isinstance(tensor, _Wrapper) else tensor
 
 
 class StampedGradient(_Wrapper):
     """A gradient that PGT has acted on. Sums keep the stamp: PGT plus a regulariser is still PGT."""
 
-    crossing = -1  # the backward pass in which one of them last went into a compiled graph
+    crossing = -1  # the backward pass in which a stamped gradient last entered a compiled graph
 
     def __init__(self, elem: Tensor) -> None:
         self.elem = elem
@@ -91,7 +91,7 @@ class StampedGradient(_Wrapper):
         return StampedGradient(inner["elem"])
 
     def __coerce_same_metadata_as_tangent__(self, meta: Any, expected_type: type | None = None) -> Tensor:
-        """A compiled graph takes the gradient of the logits it returned plain, see ``PowerGradLogits``."""
+        """A compiled graph takes the gradient of its returned logits plain, see ``PowerGradLogits``."""
         if expected_type in (None, StampedGradient):
             return self
         StampedGradient.crossing = torch._C._current_graph_task_id()
@@ -119,7 +119,7 @@ class PowerGradLogits(_Wrapper):
 
     def __init__(self, elem: Tensor, alpha: Tensor, regime: str) -> None:
         self.elem, self.alpha = elem, alpha
-        self.regime = regime  # what a compiler must know of alpha, as it cannot read the tensor
+        self.regime = regime  # what a compiler must know about alpha, since it cannot read the tensor
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
         return ["elem", "alpha"], self.regime
@@ -136,8 +136,8 @@ class PowerGradLogits(_Wrapper):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func in _READS:
-            # Plain: that is what metrics want. It also tells a compiler to expect plain gradients for the logits that
-            # its graph returns, which is what it gets where nobody uses them (pytorch issue 172556).
+            # Plain, as metrics want it. It also tells a compiler to expect plain gradients for the logits that its
+            # graph returns, which is what it gets for unused ones (pytorch issue 172556).
             return args[0].elem.detach()
         if func in _LEAVES_TORCH:
             return func(args[0].elem.detach(), *args[1:], **kwargs)
@@ -170,7 +170,7 @@ class PowerGradLogits(_Wrapper):
                 )
             out = func(*plain, **plain_kwargs)
             if isinstance(args[0], PowerGradLogits) and type(args[0].elem) is Tensor:
-                torch.autograd.graph.increment_version(args[0].elem)  # what the head saved of its output is stale now
+                torch.autograd.graph.increment_version(args[0].elem)  # what the head saved of its output is stale
             return _as_passed(out, (plain, plain_kwargs), (args, kwargs))
         logits = _the_logits(args, kwargs)
 
@@ -203,8 +203,8 @@ _CTC_BACKWARD = {aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor
 def _ctc_backward(func: Any, args: Any, kwargs: Any) -> Tensor:
     """The derivative of CTC in the log-probabilities, ``-q``.
 
-    torch's own hands out ``softmax - q``, which would leave the log-softmax nothing to transform. The rows of
-    impossible alignments and those past a sequence's end have none.
+    torch returns ``softmax - q``, which leaves the log-softmax nothing to transform. Rows of impossible alignments,
+    and rows past the end of a sequence, have no gradient.
     """
     args, kwargs = tree_map_only(_Wrapper, elem_of, (args, kwargs))
     grad, log_probs, _, input_lengths, _, losses, *_ = args
@@ -293,52 +293,38 @@ _FAST: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 }
 
 
-def _stamp(grad: Tensor) -> Tensor:
-    return _Stamp.apply(grad) if torch.is_grad_enabled() else StampedGradient(grad)
-
-
-class _Stamp(torch.autograd.Function):
-    """``StampedGradient(grad)`` under create_graph, where a stamped gradient is itself differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> StampedGradient:
-        return StampedGradient(grad.view_as(grad))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return elem_of(grad)
-
-
 def unwrap(tensor: Tensor) -> Tensor:
     """The plain tensor inside, also under create_graph."""
     if not isinstance(tensor, _Wrapper):
         return tensor
-    return _Unwrap.apply(tensor) if torch.is_grad_enabled() else tensor.elem
-
-
-class _Unwrap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: _Wrapper) -> Tensor:
-        return tensor.elem.view_as(tensor.elem)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    return _Convert.apply(tensor, elem_of, lambda grad: grad) if torch.is_grad_enabled() else tensor.elem
 
 
 def _open(tensor: Tensor) -> Tensor:
-    """What the forward pass has saved, plain."""
+    """What the forward pass has saved, plain; the derivative of a gradient made from logits is PGT's as well."""
     if not isinstance(tensor, PowerGradLogits):
         return tensor
-    return _Open.apply(tensor) if torch.is_grad_enabled() else tensor.elem
+    return (
+        _Convert.apply(tensor, elem_of, lambda grad: _stamp(unwrap(grad))) if torch.is_grad_enabled() else tensor.elem
+    )
 
 
-class _Open(_Unwrap):
-    """The logits that PGT's gradient was made of; the derivative of that gradient is PGT's as well."""
+def _stamp(grad: Tensor) -> Tensor:
+    return _Convert.apply(grad, StampedGradient, elem_of) if torch.is_grad_enabled() else StampedGradient(grad)
+
+
+class _Convert(torch.autograd.Function):
+    """Applies one conversion on the way down and another on the way up; both may be differentiated in turn."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _stamp(unwrap(grad))
+    def forward(ctx: Any, tensor: Tensor, down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.up = up
+        plain = elem_of(tensor)
+        return down(plain.view_as(plain))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.up(grad), None, None
 
 
 # --- ops that need care
@@ -346,7 +332,7 @@ class _Open(_Unwrap):
 
 _READS = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
-# What leaves torch, or keeps: answered on the plain values.
+# Functions whose results leave torch, or that keep memory: they get the plain values.
 _LEAVES_TORCH = {
     Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.share_memory_, Tensor.__dlpack__, Tensor.__dlpack_device__,
     torch._C._to_dlpack, Tensor.__reduce_ex__, Tensor.pin_memory,
@@ -357,45 +343,26 @@ _KEEP_ARGUMENTS = {
 }  # fmt: skip
 
 
-class _Beyond(torch.autograd.Function):
-    """A plain tensor with a gradient meets logits (a learnable scale): what flows back to it carries no stamp."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return elem_of(grad)
-
-
 def _shield(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    if not any(_is_beyond(t) for t in _flat(args, kwargs)):
-        return args, kwargs
+    """Where a plain tensor with a gradient (a learnable scale) meets logits, what flows back to it has no stamp."""
+
+    def shield(tensor: Tensor) -> Tensor:
+        trained = tensor.requires_grad and not isinstance(tensor, _Wrapper)
+        return _Convert.apply(tensor, elem_of, elem_of) if trained else tensor
+
     in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
     written = args[: 1 if in_place else 0]
-    shield = lambda t: _Beyond.apply(t) if _is_beyond(t) else t  # noqa: E731
     rest, kwargs = tree_map_only(Tensor, shield, (args[len(written) :], kwargs))
     return (*written, *rest), kwargs
 
 
-def _is_beyond(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, _Wrapper) and value.requires_grad
-
-
-def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
-
-
 def _the_logits(args: Any, kwargs: Any) -> PowerGradLogits:
-    """The first logits among the arguments; those of two heads must agree on alpha."""
+    """The first logits among the arguments; if there are several, they must have the same alpha."""
     first, *others = (value for value in tree_leaves((args, kwargs)) if isinstance(value, PowerGradLogits))
     for other in others:
-        if other.alpha is not first.alpha and _readable(other.alpha, first.alpha) and other.alpha != first.alpha:
+        alphas = (first.alpha, other.alpha)
+        readable = all(type(alpha) is Tensor and alpha.device.type == "cpu" for alpha in alphas)  # without waiting
+        if alphas[0] is not alphas[1] and readable and alphas[0] != alphas[1]:
             raise RuntimeError(
                 f"PGT: logits of two heads with alpha={first.alpha.item()} and alpha={other.alpha.item()} were "
                 "combined; attach both with the same alpha, or detach one"
@@ -403,13 +370,8 @@ def _the_logits(args: Any, kwargs: Any) -> PowerGradLogits:
     return first
 
 
-def _readable(*alphas: Tensor) -> bool:
-    """Whether reading them neither breaks a graph nor waits for a device."""
-    return all(type(alpha) is Tensor and alpha.device.type == "cpu" for alpha in alphas)
-
-
 def _as_passed(out: Any, plain: Any, wrapped: Any) -> Any:
-    """A mutating op hands out the very objects that the caller passed in."""
+    """A mutating op returns the very objects that the caller passed in."""
     passed = {id(p): w for p, w in zip(tree_leaves(plain), tree_leaves(wrapped), strict=True)}
     return tree_map_only(Tensor, lambda t: passed.get(id(t), t), out)
 

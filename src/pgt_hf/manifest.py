@@ -1,7 +1,7 @@
-"""Manifests: size and checksum of every file in a folder, so that damage is found before anything is read.
+"""Manifests: the size and checksum of every file in a folder, to find damage before anything is read.
 
-CRC-32 finds every single flipped bit and is several times faster than loading the files; it is no defence against
-somebody who means harm.
+CRC-32 finds every single flipped bit and is several times faster than loading the files. It does not protect against
+deliberate changes.
 """
 
 import json
@@ -19,29 +19,20 @@ _CHUNK = 1 << 20
 
 
 def write_manifest(folder: str | os.PathLike[str], **more: Any) -> None:
-    """Writes ``manifest.json`` for the files that are in a folder now; write it last.
+    """Writes ``manifest.json`` for the present files of a folder and its subfolders; write it last.
 
-    Args:
-        folder: The folder; its subfolders are included.
-        **more: JSON values to keep beside ``files``.
-
-    Example:
-        >>> write_manifest("runs/digits/checkpoint-100", processes=2)
+    ``more`` are JSON values to keep beside ``files``.
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(_describe, paths)
-        files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, found, strict=True)}
+        files = dict(zip(names, pool.map(_describe, paths), strict=True))
     (folder / MANIFEST).write_text(json.dumps({"files": files} | more, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``write_manifest`` wrote.
-
-    Raises:
-        ValueError: There is none, or it cannot be read.
-    """
+    """Reads what ``write_manifest`` wrote; ValueError if there is none or it cannot be read."""
     path = Path(folder, MANIFEST)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -55,9 +46,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_damage(folder: str | os.PathLike[str]) -> str | None:
-    """Compares a folder with its manifest, and says what is wrong with it: a file, and how it differs.
-
-    Files that the manifest does not know are ignored.
+    """The first difference between a folder and its manifest, or None; files that it does not list are ignored.
 
     Example:
         >>> find_damage("runs/digits/checkpoint-100")

@@ -1,14 +1,14 @@
-"""The optimizer factory: every optimizer of timm's factory behind the prefix ``powergrad_``.
+"""The optimizer factory: every timm optimizer with the prefix ``powergrad_``.
 
-PGT acts at the logits, not in the step, so ``powergrad_sgd`` is timm's ``sgd`` plus a transform on the model that
-lives exactly as long as the optimizer. alpha stands in ``param_groups`` as ``powergrad_alpha``, beside lr.
+PGT acts on the logits, not in the step: ``powergrad_sgd`` is timm's ``sgd`` plus a transform on the model that lives
+as long as the optimizer. ``param_groups`` hold alpha as ``powergrad_alpha``, next to lr.
 """
 
 import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -19,28 +19,28 @@ from .attach import PowerGradHandle, attach_powergrad, release_powergrad
 from .clipping import ClipGradients, check_clipping
 from .functional import check_alpha
 from .gate import State
-from .guard import ALPHA_KEY, guard_copies
+from .guard import ALPHA_KEY, INITIAL_KEY, guard_copies
 from .heads import Head, last_linear
-from .limits import Number, check_type, checked, near
+from .limits import Number, check_type, checked, near, rule_for
 
 __all__ = ["DEFAULT_ALPHA", "PREFIX", "AlphaGroup", "bind_powergrad", "create_optimizer", "list_optimizers"]
 
 PREFIX = "powergrad_"
 DEFAULT_ALPHA = 0.25
-# Of options that optimizers share; torch and timm take most of what lies outside, and the training goes to nan.
-_RANGES = {
-    "lr": "[0, inf)",
-    "weight_decay": "[0, inf)",
-    "momentum": "[0, 1)",
-    "dampening": "[0, 1]",
-    "eps": "[0, inf)",
-    "layer_decay": "(0, 1]",
-    "layer_decay_min_scale": "[0, 1]",
-    "alpha": "[0, 1]",
-    "lr_decay": "[0, inf)",
-    "rho": "[0, 1)",
+# Ranges of common options. torch and timm accept most values outside, and training then diverges.
+_RULES = {
+    "lr": Number("[0, inf)"),
+    "weight_decay": Number("[0, inf)"),
+    "momentum": Number("[0, 1)"),
+    "dampening": Number("[0, 1]"),
+    "betas": rule_for(list[Annotated[float, Number("[0, 1)")]]),
+    "eps": Number("[0, inf)"),
+    "layer_decay": Number("(0, 1]"),
+    "layer_decay_min_scale": Number("[0, 1]"),
+    "alpha": Number("[0, 1]"),
+    "lr_decay": Number("[0, inf)"),
+    "rho": Number("[0, 1)"),
 }
-INITIAL_KEY = f"initial_{ALPHA_KEY}"  # as lr's "initial_lr", for schedules
 
 _hooks: "weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]" = weakref.WeakKeyDictionary()
 
@@ -57,26 +57,26 @@ def create_optimizer(
 ) -> Optimizer:
     """``timm.optim.create_optimizer_v2`` plus the PowerGrad Transform on ``model``.
 
-    Works with ``accelerator.prepare`` as any optimizer does. Creating a second one for the same model replaces the
-    first one's transform; when the optimizer is gone, so is the transform.
+    Works with ``accelerator.prepare`` like any optimizer. A second optimizer for the same model replaces the first
+    one's transform; the transform ends with its optimizer.
 
     Args:
-        model: The model to train (its parameters are grouped as timm does: no weight decay on biases and norms). PGT
-            needs the model itself; for parameters or groups of your own, see ``bind_powergrad``.
-        opt: ``"powergrad_" +`` any name that timm knows; ``list_optimizers()`` prints them.
+        model: The model to train; timm groups its parameters (no weight decay on biases and norms). For parameter
+            groups of your own, see ``bind_powergrad``.
+        opt: ``"powergrad_"`` plus a timm name, see ``list_optimizers()``.
         lr: Learning rate.
         alpha: ``0 <= alpha <= 1``; 1 is plain training.
-        clip_mode: None, "norm", "value" or "agc" (adaptive; the head is left out), before each step.
+        clip_mode: Clip before each step by "norm", "value" or "agc" (adaptive, without the head); None is off.
         clip_value: The bound that ``clip_mode`` needs.
         head: The module or modules that compute the logits, see ``attach_powergrad``.
-        **kwargs: Passed on: ``momentum``, ``weight_decay``, ``layer_decay``, ``filter_bias_and_bn``, ``nesterov``, ...
+        **kwargs: Passed to timm: ``momentum``, ``weight_decay``, ``layer_decay``, ``nesterov``, ...
 
     Returns:
         A ``torch.optim.Optimizer``. Its ``powergrad`` attribute is the handle.
 
     Raises:
         TypeError, ValueError: An option is not allowed, the optimizer's name is unknown, or ``model`` is not a model.
-        RuntimeError: PGT was attached to the model by hand already.
+        RuntimeError: PGT is already attached to the model by hand.
 
     Example:
         >>> model = timm.create_model("resnet18", num_classes=10)
@@ -89,7 +89,7 @@ def create_optimizer(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got a {type(model).__name__}: PGT acts on the model's logits, so "
-            "parameters alone are not enough; make the optimizer with timm or torch, then call "
+            "parameters are not enough; create the optimizer with timm or torch, then call "
             "bind_powergrad(optimizer, model)"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -103,7 +103,7 @@ def create_optimizer(
             known = ", ".join(sorted(options))
             raise TypeError(f"{key} must be an option of {opt!r}, got {value!r}{near(key, options)}; it takes {known}")
     if kwargs.get("momentum") == 0 and "nesterov" in options:
-        kwargs.setdefault("nesterov", False)  # timm's default, which needs a momentum
+        kwargs.setdefault("nesterov", False)  # timm's default, True, needs a momentum
     optimizer = create_optimizer_v2(model, opt=name, lr=lr, **kwargs)
     return bind_powergrad(optimizer, model, alpha=alpha, clip_mode=clip_mode, clip_value=clip_value, head=head)
 
@@ -176,29 +176,17 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
 
 
 def check_option(name: str, value: Any, default: Any) -> None:
-    """Raises TypeError or ValueError for an option of the type of another, or out of its range.
-
-    Example:
-        >>> check_option("momentum", 5, default=0.9)
-        Traceback (most recent call last):
-        ValueError: momentum must be a number in [0, 1), got 5
-    """
-    if name == "betas":
-        if not isinstance(value, (tuple, list)) or not value:
-            raise TypeError(f"betas must be numbers in [0, 1), such as (0.9, 0.999), got {value!r}")
-        for beta in value:
-            Number("[0, 1)").check("betas", beta)
-    elif isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be true or false, got {value!r}")
-    elif value is not None and (name in _RANGES or isinstance(default, (int, float))):
-        Number(_RANGES.get(name, "(-inf, inf)")).check(name, value)
+    """Raises TypeError or ValueError for an option of a wrong type or out of its range."""
+    if isinstance(default, bool):
+        rule_for(bool).check(name, value)
+    elif value is not None and (name in _RULES or isinstance(default, (int, float))):
+        _RULES.get(name, Number()).check(name, value)
 
 
 class AlphaGroup(dict[str, Any]):
-    """A param group in which alpha is live: what is written under ``powergrad_alpha`` acts in the next forward pass.
+    """A param group with a live alpha: writing to ``powergrad_alpha`` acts in the next forward pass.
 
-    The transform has one alpha, so writing to one group writes to all. A copy or a pickle of a group has no transform.
+    The transform has one alpha, so writing to one group writes to all. A copied or unpickled group has no transform.
     """
 
     def __init__(self, items: Mapping[str, Any], link: "_Link | None" = None) -> None:
@@ -234,9 +222,9 @@ def _copied_group(items: dict[str, Any]) -> AlphaGroup:
 
 
 class _Link:
-    """Between an optimizer's param groups and the handle: either may move alpha, and a state dict brings it along."""
+    """Keeps alpha the same in an optimizer's param groups and in the handle, and loads it from a state dict."""
 
-    keep_asked = False  # whether a state dict with another alpha loses against the one asked for
+    keep_asked = False  # whether the alpha that was asked for wins over another one in a state dict
 
     def __init__(self, handle: PowerGradHandle, optimizer: Optimizer) -> None:
         self.handle = handle
@@ -255,7 +243,7 @@ class _Link:
             dict.__setitem__(group, ALPHA_KEY, alpha)
 
     def adopt(self, optimizer: Optimizer, *_: Any) -> None:
-        """Step pre-hook: groups that were added or exchanged become live, with the alpha they carry."""
+        """Step pre-hook: makes added or replaced groups live, and takes over their alpha."""
         if all(isinstance(group, AlphaGroup) for group in optimizer.param_groups):
             return
         for group in optimizer.param_groups:
@@ -271,14 +259,14 @@ class _Link:
         self.loaded = {key: state_dict[key] for key in (ALPHA_KEY, INITIAL_KEY) if key in state_dict}
 
     def after_load(self, optimizer: Optimizer) -> None:
-        """Goes on with the alpha of the state dict, as with its learning rate, unless ``keep_asked``."""
+        """Continues with the alpha of the state dict, as with its learning rate, unless ``keep_asked``."""
         alpha = self.loaded.get(ALPHA_KEY, optimizer.param_groups[0].get(ALPHA_KEY, self.handle.alpha))
         initial = self.loaded.get(INITIAL_KEY, alpha)
         if initial != self.asked:
             used, other = (self.asked, initial) if self.keep_asked else (alpha, self.asked)
             warnings.warn(
-                f"the optimizer's state was saved with alpha={initial}, and alpha={self.asked} was asked for: this "
-                f"run goes on with alpha={used}, not {other}; set optimizer.powergrad.alpha to change it",
+                f"the optimizer's state was saved with alpha={initial}, but alpha={self.asked} was asked for: this "
+                f"run continues with alpha={used}, not {other}; set optimizer.powergrad.alpha to change it",
                 stacklevel=2,
             )
             if self.keep_asked:
@@ -292,13 +280,13 @@ class _Link:
 
 
 def keep_asked_alpha(optimizer: Optimizer) -> None:
-    """A checkpoint with another alpha does not change this optimizer's, which was asked for by name."""
+    """Lets this optimizer's alpha, which was asked for, win over that of a checkpoint."""
     group: Any = _stepped(optimizer).param_groups[0]
     group.link.keep_asked = True
 
 
 def _keep_out_of_graphs(optimizer: Optimizer) -> None:
-    """Lets ``torch.compile`` break its graph at the step: it has no model of ``AlphaGroup``, nor of our hooks."""
+    """Lets ``torch.compile`` break its graph at the step: it cannot trace ``AlphaGroup`` or the hooks."""
     base = type(optimizer)
     if not hasattr(base, "without_pgt"):
         disabled = torch.compiler.disable(base.step)
@@ -322,7 +310,7 @@ def _new_optimizer(base: type[Optimizer]) -> Optimizer:
 
 
 def _take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """alpha stands beside the groups of a state dict, not in them, where a plain optimizer would load and keep it."""
+    """Moves alpha out of the groups of a state dict, where a plain optimizer would load and keep it."""
     for key in (ALPHA_KEY, INITIAL_KEY):
         for group in state_dict["param_groups"]:
             if key in group:
@@ -335,12 +323,8 @@ def _stepped(optimizer: Any) -> Optimizer:
     for name in ("optimizer", "_base_optimizer", "base_optimizer", "base"):
         while isinstance(getattr(inner, name, None), Optimizer):
             inner = getattr(inner, name)
-    if not isinstance(inner, Optimizer):
-        raise TypeError(
-            "optimizer must be a torch.optim.Optimizer or wrap one as its 'optimizer', "
-            f"got a {type(optimizer).__name__}"
-        )
-    return inner
+    check_type("optimizer", inner, Optimizer)
+    return inner  # type: ignore[no-any-return]
 
 
 def _base_name(opt: str) -> str:

@@ -1,7 +1,7 @@
-"""Alpha over the course of training: constant, linear, cosine or in steps, after an optional warm-up from 1.
+"""Schedules for alpha: constant, linear, cosine or in steps, after an optional warm-up from 1.
 
-alpha stands in the optimizer's ``param_groups`` beside lr, so a schedule of alpha is to alpha what torch's
-``lr_scheduler`` is to lr. ``AlphaScheduleCallback`` does the same inside Trainer.
+alpha is in the optimizer's ``param_groups``, like lr, and these work like torch's ``lr_scheduler``.
+``AlphaScheduleCallback`` does the same inside Trainer.
 """
 
 import bisect
@@ -12,9 +12,8 @@ from typing import Annotated, Any
 from torch.optim import Optimizer
 
 from .functional import check_alpha
-from .guard import ALPHA_KEY
+from .guard import ALPHA_KEY, INITIAL_KEY
 from .limits import Count, Number, Whole, checked
-from .optim import INITIAL_KEY
 
 __all__ = ["SHAPES", "AlphaScheduler", "Shape", "steps"]
 
@@ -25,9 +24,6 @@ def steps(*milestones: float) -> Shape:
     """A shape that goes from the first alpha to the last in equal jumps, one at each milestone.
 
     Milestones are shares of the training after its warm-up: rising numbers between 0 and 1.
-
-    Raises:
-        ValueError: There is none, or they do not rise between 0 and 1.
 
     Example:
         >>> shape = steps(0.5, 0.75)
@@ -51,20 +47,19 @@ SHAPES: dict[str, Shape] = {
 
 
 class AlphaScheduler:
-    """Moves alpha in all groups of an optimizer that trains with PGT; used as torch's learning rate schedulers are.
+    """Changes alpha in all groups of an optimizer with PGT; used like torch's learning rate schedulers.
 
-    At step ``s`` of ``total_steps`` alpha is ``a + (end_alpha - a) * shape(progress)``, where ``a`` is the alpha that
-    the optimizer was created with. Over the first ``warmup_steps``, alpha goes in a straight line from 1, plain
-    training, to ``a``, and the shape takes the rest.
+    alpha goes linearly from 1, plain training, to the optimizer's alpha ``a`` over ``warmup_steps``. After that it is
+    ``a + (end_alpha - a) * shape(progress)``.
 
     Args:
-        optimizer: Of ``create_optimizer`` or ``bind_powergrad``, also as Accelerate wraps it.
-        total_steps: How often ``step()`` will be called; alpha rests at its last value after that.
-        shape: "constant", "linear", "cosine", "step", or a function from the progress (0 to 1) to the share of the
-            way from the first alpha to the last, such as ``steps(0.5, 0.75)``.
-        end_alpha: Where the shape leads; "constant" goes nowhere.
+        optimizer: From ``create_optimizer`` or ``bind_powergrad``, also as Accelerate wraps it.
+        total_steps: How often ``step()`` will be called; after that, alpha stays at its last value.
+        shape: "constant", "linear", "cosine", "step", or a function of the progress (0 to 1) that returns the share
+            of the way from ``a`` to ``end_alpha``, such as ``steps(0.5, 0.75)``.
+        end_alpha: The last alpha, except for "constant".
         warmup_steps: Length of the warm-up.
-        last_epoch: Steps taken before, less 1, where a run goes on from an optimizer's state that was loaded.
+        last_epoch: The number of steps already taken, minus 1, to continue with a loaded optimizer's state.
 
     Raises:
         TypeError, ValueError: An argument is not allowed, or the optimizer has no alpha.
@@ -72,7 +67,7 @@ class AlphaScheduler:
     Example:
         >>> optimizer = create_optimizer(model, "powergrad_sgd", lr=0.1, alpha=0.25)
         >>> scheduler = AlphaScheduler(optimizer, total_steps=1000, shape="cosine", warmup_steps=50)
-        >>> scheduler.get_last_alpha()  # warm-up begins with plain training; then optimizer.step(), scheduler.step()
+        >>> scheduler.get_last_alpha()  # the warm-up starts at 1; call scheduler.step() after each optimizer.step()
         1.0
     """
 
@@ -105,8 +100,9 @@ class AlphaScheduler:
         self.last_epoch = last_epoch
         self.step()
 
+    @checked
     def get_alpha(self, step: int) -> float:
-        """The alpha of step number ``step``, which may be any."""
+        """The alpha of any step."""
         if step < self.warmup_steps:
             return 1 + (self.initial_alpha - 1) * step / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
@@ -114,21 +110,21 @@ class AlphaScheduler:
         return self.initial_alpha + (self.end_alpha - self.initial_alpha) * shape(progress)
 
     def get_last_alpha(self) -> float:
-        """The alpha in use."""
+        """The current alpha."""
         return self.get_alpha(self.last_epoch)
 
     def step(self) -> None:
-        """Moves alpha to that of the next step; to be called after each ``optimizer.step()``."""
+        """Sets the alpha of the next step; call it after each ``optimizer.step()``."""
         self.last_epoch += 1
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, and the shape if it is a function: pass that again."""
+        """Everything except the optimizer, and a shape that is a function, which must be passed again."""
         left_out = {"optimizer"} if isinstance(self.shape, str) else {"optimizer", "shape"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where ``state_dict()`` was taken; alpha is in the groups when this returns."""
+        """Restores the state, and alpha in the param groups."""
         self.__dict__.update(state_dict)
         self._write()
 
@@ -140,7 +136,7 @@ class AlphaScheduler:
 
 
 def check_schedule(shape: str | Shape, end_alpha: float, warmup_steps: float) -> None:
-    """Raises TypeError or ValueError for what no schedule can be made of."""
+    """Raises TypeError or ValueError for arguments that make no schedule."""
     if not callable(shape) and shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)} or a function, got {shape!r}")
     check_alpha(end_alpha, "end_alpha")

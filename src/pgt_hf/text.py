@@ -1,7 +1,7 @@
-"""Text for the recipes: labelled or plain, from the Hub, a file, a folder, or what every installation has already.
+"""Text for the recipes: labelled or plain, from the Hub, a file, a folder, or an embedded data set.
 
-Two sets need no download, for trying things out: ``docstrings`` (which library does this docstring come from?) and
-``stdlib`` (the source of Python's standard library). Both are real text; neither is a known benchmark.
+Two data sets need no download: ``docstrings`` (which library does this docstring come from?) and ``stdlib`` (the
+source of Python's standard library). Both are real text; neither is a known benchmark.
 """
 
 import ast
@@ -11,6 +11,7 @@ import logging
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ try:
     import datasets
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
     from datasets.exceptions import DatasetsError
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, processors
 
     from .data.splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
     from .data.tables import TABLES, by_split, in_words, read_tables, visible_files
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "pandas", "sklearn", "torch", "transformers")
 _PER_LIBRARY = {"train": 250, "validation": 50}
-_FEW = 10  # documents, of which a tenth is not one
-_PIECE = 1 << 20  # characters of a document that are one row: a tokenizer takes a row at a time
+_FEW = 10  # documents: with fewer, a tenth of them is less than one
+_PIECE = 1 << 20  # characters per row: tokenizers read row by row
 _TEXT_COLUMNS = ("text", "sentence", "content", "review")
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
@@ -60,21 +61,21 @@ def load_labelled_text(
     """Loads text with one class each.
 
     Args:
-        name: "docstrings", a CSV, TSV, JSON or Parquet file, a folder of such (named after the splits), or a Hub id.
-        config: The configuration, where a Hub data set has several.
+        name: "docstrings", a CSV, TSV, JSON or Parquet file, a folder of them (named after the splits), or a Hub id.
+        config: The configuration of a Hub data set that has several.
         text_column: The column with the text; by default text, sentence, content or review.
         label_column: The column with the classes; by default label, labels, class or category.
-        max_train_samples: Keep so many, drawn by ``seed``.
+        max_train_samples: Keep at most this many, drawn by ``seed``.
         max_eval_samples: The same for validation.
-        seed: For every draw. Where there is no validation or test split, a tenth of each class is held out.
+        seed: For every draw. Without a validation or test split, a tenth of each class is held out.
 
     Returns:
         ``train`` and ``validation`` with the columns ``text`` and ``label`` (ClassLabel). Rows without text are left
         out, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data, a file is damaged, a column is missing, or a row has no
-            label; the message names it.
+        FileNotFoundError, ValueError: There is no such data set, a file is damaged, a column is missing, or a row has
+            no label; the message names it.
 
     Example:
         >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
@@ -82,14 +83,10 @@ def load_labelled_text(
     """
     splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
     for key, split in splits.items():
-        optional = key != "train" and "train" in splits  # a test set, as it is handed out
-        where = f"{name!r}, split {key!r}"
-        try:
-            columns = {find_column(split.column_names, "label", label_column, _LABEL_COLUMNS): "label"}
-        except ValueError as error:
-            if not optional:
-                raise ValueError(f"{where}: {error}") from error
-            columns = {}
+        where, columns = f"{name!r}, split {key!r}", {}
+        unlabelled = key != "train" and "train" in splits  # as test sets are often published
+        with suppress(ValueError) if unlabelled else nullcontext():
+            columns = {_column(split, where, "label", label_column, _LABEL_COLUMNS): "label"}
         splits[key] = _without_blanks(_of_text(split, where, text_column, columns), where)
     splits = train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
@@ -100,14 +97,14 @@ def load_labelled_text(
 def load_plain_text(
     name: str, config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
 ) -> DatasetDict:
-    """Loads documents to model: ``train`` and ``validation``, with the column ``text``.
+    """Loads documents for language modeling: ``train`` and ``validation``, with the column ``text``.
 
-    ``name`` is "stdlib" (a document is a module), a text file or a folder of them (a document each), or as for
-    ``load_labelled_text``, like the other arguments. Where there is no validation or test split, a tenth of the
-    documents is held out, or the last tenth of each if they are fewer than 10.
+    ``name`` is "stdlib" (one document per module), a text file or a folder of them (one document per file), or as in
+    ``load_labelled_text``, like the other arguments. Without a validation or test split, a tenth of the documents is
+    held out, or the last tenth of each document if there are fewer than 10.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data, a file is damaged, or there is no column of text.
+        FileNotFoundError, ValueError: There is no such data set, a file is damaged, or there is no column of text.
 
     Example:
         >>> load_plain_text("stdlib")["train"].column_names
@@ -129,10 +126,9 @@ def load_plain_text(
 def train_tokenizer(
     texts: Iterable[str], vocab_size: Annotated[int, Whole("[259, 10000000]")]
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer like GPT-2's, of at most ``vocab_size`` tokens, with those of a classifier.
+    """Trains a byte-level BPE tokenizer like GPT-2's, with the special tokens that a classifier needs.
 
-    Raises:
-        ValueError: ``vocab_size`` is too small for the 256 bytes and 3 special tokens.
+    ``vocab_size`` is the largest number of tokens: at least 259, for 256 bytes and 3 special tokens.
 
     Example:
         >>> tokenizer = train_tokenizer(["a small text"], vocab_size=300)
@@ -140,14 +136,9 @@ def train_tokenizer(
         'a small text'
     """
     special = ["<pad>", "<cls>", "<end>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=special, show_progress=False)
+    tokenizer = bpe._tokenizer
     numbers = [(token, tokenizer.token_to_id(token)) for token in special]
     tokenizer.post_processor = processors.TemplateProcessing(single="<cls> $A <end>", special_tokens=numbers)
     return PreTrainedTokenizerFast(
@@ -156,9 +147,7 @@ def train_tokenizer(
 
 
 def _load(name: str, config: str | None) -> DatasetDict:
-    path = Path(name)
-    local = _local(path)
-    if local is not None:
+    if (local := _local(Path(name))) is not None:
         if config is not None:
             raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
         return local
@@ -166,14 +155,14 @@ def _load(name: str, config: str | None) -> DatasetDict:
         return datasets.load_dataset(name, config)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a file, nor a folder, nor in the cache, and was not found on the Hub: {error}"
+            f"{name!r} is neither a file nor a folder nor in the cache, and was not found on the Hub: {error}"
         ) from error
     except (DatasetsError, ValueError) as error:
         raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
 
 
 def _local(path: Path) -> DatasetDict | None:
-    """Tables, else texts; None for a folder that ``datasets`` wrote, and for what is not here."""
+    """Tables, else text files; None for a folder that ``datasets`` wrote, and if there is no such path."""
     if path.is_file():
         kind = path.suffix.lower()
         if kind not in (*TABLES, ".txt"):
@@ -200,7 +189,7 @@ def _local(path: Path) -> DatasetDict | None:
 
 
 def _documents(files: dict[str, list[Path]]) -> DatasetDict:
-    """A row for each file."""
+    """One row per file."""
     splits = DatasetDict()
     for split, paths in files.items():
         texts = []
@@ -216,16 +205,20 @@ def _documents(files: dict[str, list[Path]]) -> DatasetDict:
 
 
 def _of_text(split: Dataset, where: str, text_column: str | None, columns: dict[str, str]) -> Dataset:
-    """The column of text, as ``text``, and others under new names."""
-    try:
-        column = find_column(split.column_names, "text", text_column, _TEXT_COLUMNS)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    """The column of text, renamed to ``text``, and others under new names."""
+    column = _column(split, where, "text", text_column, _TEXT_COLUMNS)
     if column in columns:
         raise ValueError(f"{where}: text_column and label_column must be two columns, got {column!r} for both")
     if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"{where}: column {column!r} must hold text, it holds {split.features[column]}")
     return split.select_columns([column, *columns]).rename_columns({column: "text"} | columns)
+
+
+def _column(split: Dataset, where: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> str:
+    try:
+        return find_column(split.column_names, what, wanted, usual)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _without_blanks(split: Dataset, where: str) -> Dataset:
@@ -238,14 +231,14 @@ def _without_blanks(split: Dataset, where: str) -> Dataset:
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """The first nine tenths and the rest, parted at the end of a line, or of a word, or wherever it is."""
+    """The first nine tenths and the rest, cut at the end of a line if possible, else of a word."""
     middle = len(text) * 9 // 10
     place = next((end for mark in "\n " if (end := text.rfind(mark, len(text) // 2, middle)) > 0), middle - 1)
     return text[: place + 1], text[place + 1 :]
 
 
 def _in_pieces(split: Dataset) -> Dataset:
-    """Documents too large for one row in several, parted at the ends of lines."""
+    """Splits documents that are too large for one row, at the ends of lines."""
     lengths = pc.utf8_length(split.with_format("arrow")[:]["text"])
     if (pc.max(lengths).as_py() or 0) <= _PIECE:
         return split
@@ -261,7 +254,7 @@ def _in_pieces(split: Dataset) -> Dataset:
 
 
 def _docstrings(seed: int) -> DatasetDict:
-    """Docstrings by library, without the library's own name; training and validation come from different files."""
+    """Docstrings by library, without the library's name; training and validation come from different files."""
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in _PER_LIBRARY}
     for label, library in enumerate(_LIBRARIES):
         files = _sources(_root(library), seed)
@@ -276,10 +269,10 @@ def _docstrings(seed: int) -> DatasetDict:
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
-    """First paragraphs of the documentation of functions and classes."""
+    """First paragraphs of the docstrings of functions and classes."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # templates, and files that test a parser
+    except (SyntaxError, UnicodeDecodeError):  # templates, and test files of parsers
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

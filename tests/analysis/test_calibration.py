@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from pgt_hf.analysis import best_calibrated, calibration_table, compare_calibration, fit_temperature
+from pgt_hf.analysis import best_calibrated, calibration_table, compare_calibration
 
 
 def drawn(count: int, seed: int = 1, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,23 +17,6 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return log_loss(labels, logits.double().softmax(-1), labels=range(logits.size(1)))
 
 
-@pytest.mark.parametrize("temperature", [1 / 3, 1, 3])
-def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_at(temperature):
-    logits, labels = drawn(20_000)
-    assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
-
-
-def test_no_other_temperature_gives_a_smaller_loss_than_the_fitted_one():
-    logits, labels = drawn(300)
-    fitted = loss(logits / fit_temperature(logits, labels), labels)
-    assert all(fitted <= loss(logits / t, labels) + 1e-9 for t in np.geomspace(0.05, 50, 100))
-
-
-def test_temperature_of_images_that_are_all_right_is_small_and_that_is_a_warning(caplog):
-    assert fit_temperature(torch.eye(5), torch.arange(5)) < 0.05
-    assert "fitted to 5 images that are all right says nothing of others" in caplog.text
-
-
 def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha(device):
     logits, labels = drawn(5000)
     scores = compare_calibration((logits / 0.25).to(device), labels.to(device), alpha=0.25)
@@ -44,15 +27,18 @@ def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha(
     assert scores["folded"].nll == pytest.approx(scores["fitted"].nll, rel=0.01)
 
 
-def test_no_image_is_scored_at_a_temperature_that_it_was_fitted_with():
+def test_each_half_is_scored_at_the_temperature_that_fits_the_other_half_best():
     logits, labels = drawn(60)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
-    first, second = order[:30], order[30:]
-    expected = (
-        loss(logits[second] / fit_temperature(logits[first], labels[first]), labels[second])
-        + loss(logits[first] / fit_temperature(logits[second], labels[second]), labels[first])
-    ) / 2
-    assert compare_calibration(logits, labels, seed=3)["fitted"].nll == pytest.approx(expected, rel=1e-6)
+    halves = torch.randperm(60, generator=torch.Generator().manual_seed(3)).split(30)
+    found = compare_calibration(logits, labels, seed=3)["fitted"]
+
+    def at(half: torch.Tensor, temperature: float) -> float:
+        return loss(logits[half] / temperature, labels[half])
+
+    for half, temperature in zip(halves, found.temperatures, strict=True):
+        assert all(at(half, temperature) <= at(half, other) + 1e-9 for other in np.geomspace(0.05, 50, 100))
+    expected = [at(half, temperature) for half, temperature in zip(halves, reversed(found.temperatures), strict=True)]
+    assert found.nll == pytest.approx(sum(expected) / 2, rel=1e-6)
 
 
 def test_images_without_a_label_are_left_out():
@@ -84,12 +70,11 @@ def test_where_nothing_can_be_folded_there_is_no_folded_row(alpha):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: compare_calibration(torch.tensor([[0.0, float("nan")]]), torch.tensor([0])), "logits must be finite"),
         (
-            lambda: fit_temperature(torch.zeros(1, 3), torch.tensor([-100])),
-            "at least one image to fit on",
+            lambda: compare_calibration(torch.zeros(1, 3), torch.tensor([-100])),
+            "at least 1 image to score, got -100 alone",
         ),
-        (lambda: fit_temperature(torch.tensor([[0.0, float("nan")]]), torch.tensor([0])), "logits must be finite"),
-        (lambda: compare_calibration(torch.zeros(1, 3), torch.tensor([-100])), "at least 1 image to score, got none"),
         (lambda: compare_calibration(torch.zeros(2, 3), torch.tensor([0, 1]), alpha=-1), "alpha must lie in"),
     ],
 )

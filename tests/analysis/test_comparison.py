@@ -119,7 +119,7 @@ def test_a_search_in_which_everything_is_at_chance_says_so():
 
 @pytest.mark.parametrize(("method", "baseline"), [([0.9], [0.9]), ([0.9, 0.8], [0.9])])
 def test_what_cannot_be_compared_is_an_error(method, baseline):
-    with pytest.raises(ValueError, match="the same seeds of both, at least 2"):
+    with pytest.raises(ValueError, match="scores of the same seeds, at least 2"):
         compare(method, baseline)
 
 

@@ -424,8 +424,8 @@ def test_what_is_logged_can_tell_a_divergence_too(logs, message, tmp_path):
     ("call", "message"),
     [
         (lambda: DiagnosticsCallback(interval=0), "interval must be a whole number of at least 1, got 0"),
-        (lambda: DiagnosticsCallback(capacity=1), "capacity must be a whole number of at least 2, got 1"),
-        (lambda: DivergenceCallback(factor=1), "factor must be above 1, got 1"),
+        (lambda: History(capacity=1), "capacity must be a whole number of at least 2, got 1"),
+        (lambda: DivergenceCallback(factor=1), "factor must be a number above 1, got 1"),
         (lambda: DivergenceCallback(max_skipped=0), "max_skipped must be a whole number of at least 1, got 0"),
         (lambda: lemma_threshold(2.0, 1), "alpha must not be 1"),
     ],

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calls import calls
 from commands import commands
+from datasets import disable_progress_bars
 from judge import CLEAR, Verdict, judge, run_call, run_command, score
 
 
@@ -20,6 +21,7 @@ def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else "all"
     pattern = re.compile(sys.argv[2] if len(sys.argv) > 2 else "")
     warnings.simplefilter("ignore")
+    disable_progress_bars()
     verdicts: list[Verdict] = []
     if wanted in ("all", "calls"):
         found = judge([call for call in calls() if pattern.search(str(call))], run_call)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from judge import Call
 from torch import nn
@@ -34,6 +33,7 @@ WRONG: dict[str, list[Any]] = {
     "count": ["3", True, [3], {}, 1j, 2.5, NAN, 0, -1],
     "many": ["3", True, [3], {}, 2.5, NAN, 0, -1],
     "at_least_2": ["3", True, [3], 2.5, NAN, 0, 1, -1],
+    "vocabulary": ["300", True, [300], 2.5, NAN, 258, 0, -1],
     "index": ["3", True, [3], {}, 2.5, -1],
     "integer": ["3", True, [3], {}, 2.5, None],
     "seed": ["3", True, [3], 2.5, -1, 2**32],
@@ -70,7 +70,7 @@ FINE: dict[str, list[Any]] = {
 def calls() -> list[Call]:
     """Every right call, and every wrong one."""
     found: list[Call] = []
-    for name, function, arguments, kinds in _rows():
+    for name, function, arguments, kinds in (*_rows(), *_more_rows()):
         found.append(Call(name, function, arguments, fine=True))
         for argument, kind in kinds.items():
             found += [Call(name, function, arguments, argument, value) for value in WRONG[kind]]
@@ -190,8 +190,12 @@ def _rows() -> Iterator[Row]:
         "seed": "seed", "dataloader_num_workers": "index", "optim": "name", "schedule": "name_or_none",
         "warmup_epochs": "nonnegative", "warmup_lr": "share", "decay_rate": "share",
         "mixup": "nonnegative", "cutmix": "nonnegative", "random_erasing": "share", "ema_decay": "fraction",
-        "channels_last": "flag", "save_total_limit": "count", "logging_steps": "positive", "adam_beta1": "fraction",
+        "channels_last": "flag", "save_total_limit": "count", "logging_steps": "positive",
     }  # fmt: skip
+    yield "ImageTrainingArguments, Adam", training, lambda: {"optim": "powergrad_adamw"}, {
+        "adam_beta1": "fraction", "adam_beta2": "fraction",
+    }  # fmt: skip
+    yield "ImageSourceArguments", images.ImageSourceArguments, dict, {"on_bad_image": "name"}
     yield "ImageDataArguments", images.ImageDataArguments, dict, {
         "max_train_samples": "count", "max_eval_samples": "count", "image_size": "count", "hflip": "share",
         "min_crop": "positive", "color_jitter": "nonnegative", "on_bad_image": "name", "auto_augment": "name_or_none",
@@ -200,7 +204,7 @@ def _rows() -> Iterator[Row]:
         "mode": "name", "layer_decay": "positive", "head_lr_scale": "positive", "lora_rank": "count",
         "lora_scale": "positive", "class_weights": "name_or_none", "patience": "count", "fold": "flag",
     }  # fmt: skip
-    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count", "capacity": "at_least_2"}
+    yield "DiagnosticsCallback", trainer.DiagnosticsCallback, dict, {"interval": "count"}
     yield "DivergenceCallback", trainer.DivergenceCallback, dict, {"max_skipped": "count"}
     yield "create_model", images.create_model, lambda: {"name": "resnet10t", "label_names": ["a", "b"]}, {
         "name": "name", "label_names": "names", "image_size": "count", "norm_free": "flag", "small_images": "flag",
@@ -247,14 +251,6 @@ def _rows() -> Iterator[Row]:
         "model": "module", "rank": "count", "scale": "positive", "dropout": "fraction",
     }  # fmt: skip
     yield "class_weights", images.class_weights, lambda: {"labels": [0, 1, 1], "classes": 2}, {"classes": "count"}
-    yield "entropy", images.entropy, lambda: {"logits": z()}, {"logits": "tensor", "scale": "positive"}
-    yield "confident_labels", images.confident_labels, lambda: {"logits": z(), "threshold": 0.9}, {
-        "logits": "tensor", "threshold": "share", "scale": "positive",
-    }  # fmt: skip
-    yield "reversal_strength", images.reversal_strength, lambda: {"progress": 0.5}, {"progress": "share"}
-    yield "DomainAdversary", images.DomainAdversary, lambda: {"network": timm.create_model("resnet10t")}, {
-        "network": "module",
-    }  # fmt: skip
     yield "Corrupted", images.Corrupted, lambda: {"transform": config(), "kind": "contrast", "level": 3}, {
         "transform": "mapping", "kind": "name", "level": "count",
     }  # fmt: skip
@@ -269,9 +265,6 @@ def _rows() -> Iterator[Row]:
     yield "ClassificationMetrics", analysis.ClassificationMetrics, dict, {"top_k": "count", "bins": "count"}
     yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": z(), "labels": y(), "alpha": 0.5}, {
         "logits": "tensor", "labels": "tensor", "bins": "count", "seed": "seed",
-    }  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": z(), "labels": y()}, {
-        "logits": "tensor", "labels": "tensor",
     }  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {
         "labels": [0, 1], "predicted": [0, 1], "classes": 2,
@@ -309,6 +302,106 @@ def _rows() -> Iterator[Row]:
     yield "prepare_release", hub.prepare_release, lambda: {
         "folder": folder(), "target": folder().with_name("release"), "repo_id": "a/b",
     }, {"folder": "path", "target": "path", "repo_id": "name", "license": "name_or_none", "fold": "flag"}  # fmt: skip
+
+
+def _more_rows() -> Iterator[Row]:
+    """Of what a finished run, a report or the Hub needs."""
+    z, y = logits, labels
+    yield "best_calibrated", analysis.best_calibrated, lambda: {"found": _calibration()}, {"found": "mapping"}
+    yield "calibration_table", analysis.calibration_table, lambda: {"found": _calibration()}, {"found": "mapping"}
+    yield "verdict", analysis.verdict, lambda: {
+        "confirmed": {side: analysis.Point(0.5, 0.1, (0.9, 0.8)) for side in ("pgt", "baseline")},
+        "rates": (0.01, 1.0), "labels": [0, 1] * 20,
+    }, {"confirmed": "mapping", "rates": "pair"}  # fmt: skip
+    yield "ranked_classes", analysis.ranked_classes, lambda: {"logits": z()}, {"logits": "tensor", "k": "count"}
+    yield "probability_scores", analysis.probability_scores, lambda: {
+        "scores": [[-0.1, 0.9, 0.8]], "hits": [1],
+    }, {"bins": "count"}  # fmt: skip
+    yield "worst_mistakes", analysis.worst_mistakes, lambda: {
+        "labels": [0, 1], "predicted": [1, 1], "confidence": [0.6, 0.9], "most": 2,
+    }, {"most": "index"}  # fmt: skip
+    yield "zeroed_filters", analysis.zeroed_filters, lambda: {"norms": [torch.ones(3)]}, {"threshold": "nonnegative"}
+    yield "turned_angle", analysis.turned_angle, lambda: {"before": torch.ones(3), "after": torch.ones(3)}, {
+        "before": "tensor", "after": "tensor",
+    }  # fmt: skip
+    yield "recover_target", analysis.recover_target, lambda: {"logits": z(), "grad": z(), "alpha": 0.5}, {
+        "logits": "tensor", "grad": "tensor", "alpha": "nonnegative", "label_smoothing": "share",
+    }  # fmt: skip
+    yield "probability_histograms", analysis.probability_histograms, lambda: {
+        "logits": z(), "target": one_hot(), "alpha": 0.5,
+    }, {"logits": "tensor", "target": "tensor", "alpha": "nonnegative"}  # fmt: skip
+    yield "normalization_statistics", analysis.normalization_statistics, lambda: _plain(), {
+        "model": "module", "optimizer": "module",
+    }  # fmt: skip
+    yield "Evaluation.from_logits", analysis.Evaluation.from_logits, lambda: {
+        "logits": z(), "labels": y(), "names": ["a", "b", "c"],
+    }, {"logits": "tensor", "labels": "tensor", "names": "mapping", "mistakes": "index"}  # fmt: skip
+    yield "examine", analysis.examine, lambda: {"model": _digit_network(), "dataset": _validation()}, {
+        "model": "module", "dataset": "mapping", "alpha": "nonnegative", "mistakes": "index", "max_images": "count",
+        "batch_size": "count",
+    }  # fmt: skip
+    yield "plot_confusion", analysis.plot_confusion, lambda: {
+        "counts": [[1, 0], [0, 1]], "names": ["a", "b"], "path": folder().with_name("c.png"),
+    }, {"names": "mapping", "path": "path"}  # fmt: skip
+    yield "plot_training_curve", analysis.plot_training_curve, lambda: {
+        "history": [{"epoch": 1, "loss": 1.0}], "path": folder().with_name("t.png"),
+    }, {"history": "mapping", "path": "path"}  # fmt: skip
+    yield "plot_reliability", analysis.plot_reliability, lambda: {
+        "diagrams": {"raw": analysis.reliability([0.9], [1])}, "path": folder().with_name("r.png"),
+    }, {"diagrams": "mapping", "path": "path", "columns": "count"}  # fmt: skip
+    yield "plot_images", analysis.plot_images, lambda: {
+        "images": [np.zeros((4, 4))], "captions": ["a"], "path": folder().with_name("i.png"),
+    }, {"images": "mapping", "captions": "mapping", "path": "path"}  # fmt: skip
+    yield "History.add", analysis.History().add, lambda: {"step": 1, "values": {}}, {
+        "step": "integer", "values": "mapping",
+    }  # fmt: skip
+    yield "History.read", analysis.History.read, lambda: {"path": _snapshots()}, {"path": "path"}
+    yield "normalize", images.normalize, lambda: {
+        "images": torch.zeros(1, 3, 2, 2), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+    }, {"images": "tensor", "mean": "mapping", "std": "mapping"}  # fmt: skip
+    yield "collate", images.collate, lambda: {"examples": [{"pixel_values": torch.zeros(3, 2, 2), "labels": 1}]}, {
+        "examples": "mapping",
+    }  # fmt: skip
+    yield "read_upright", images.read_upright, lambda: {"image": _png()}, {"shorter_side": "count"}
+    yield "load_weights", images.load_weights, lambda: _weights(), {"model": "module", "path": "path"}
+    yield "preprocessing", images.preprocessing, lambda: {"model": network(), "name": folder()}, {
+        "model": "module", "image_size": "count",
+    }  # fmt: skip
+    yield "load_plain_text", text.load_plain_text, lambda: {"name": "stdlib"}, {
+        "name": "path", "text_column": "column", "seed": "seed",
+    }  # fmt: skip
+    yield "train_tokenizer", text.train_tokenizer, lambda: {"texts": ["a b"], "vocab_size": 300}, {
+        "vocab_size": "vocabulary", "texts": "mapping",
+    }  # fmt: skip
+    for name in ("read_record", "read_history", "read_evaluation", "model_folder"):
+        yield name, getattr(runs, name), lambda: {"folder": folder()}, {"folder": "path"}
+    yield "run_folder", runs.run_folder, lambda: {"model": folder()}, {"model": "path"}
+    yield "add_to_record", runs.add_to_record, lambda: {"folder": folder(), "content": {}}, {
+        "folder": "path", "content": "mapping",
+    }  # fmt: skip
+    yield "write_evaluation", runs.write_evaluation, lambda: {
+        "folder": _history(), "evaluation": _evaluation(),
+    }, {"folder": "path", "evaluation": "mapping"}  # fmt: skip
+    yield "write_report", runs.write_report, lambda: {"folder": folder()}, {
+        "folder": "path", "target": "path_or_none", "pictures": "flag",
+    }  # fmt: skip
+    yield "report_run", runs.report_run, lambda: {"folder": folder(), "dataset_name": "digits", "max_images": 8}, {
+        "folder": "path", "mistakes": "index", "max_images": "count",
+    }  # fmt: skip
+    yield "load_validation", runs.load_validation, lambda: {"model": folder(), "dataset_name": "digits"}, {
+        "model": "path", "max_eval_samples": "count", "seed": "seed", "image_column": "column",
+    }  # fmt: skip
+    yield "PublishCallback", hub.PublishCallback, dict, {
+        "repo_id": "name_or_none", "strategy": "name", "timeout": "positive", "fold": "flag", "always": "flag",
+    }  # fmt: skip
+    yield "latest_checkpoint", trainer.latest_checkpoint, lambda: {"folder": folder()}, {"folder": "path"}
+    yield "get_alpha", scheduler().get_alpha, lambda: {"step": 3}, {"step": "integer"}
+    yield "handle.alpha", _set_alpha, lambda: {"alpha": 0.5}, {"alpha": "alpha"}
+    yield "param group", _set_group, lambda: {"alpha": 0.5}, {"alpha": "alpha"}
+    yield "PowerGradTrainer", _trainer, dict, {"model": "module", "args": "path_or_none"}
+    yield "ImageTrainer", _image_trainer, dict, {
+        "model": "module", "args": "path", "class_weights": "tensor_or_none",
+    }  # fmt: skip
 
 
 def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str, Any]], list[tuple[str, Any]]]]:
@@ -358,7 +451,7 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
     yield "score_logits", analysis.score_logits, lambda: {"logits": logits(), "labels": labels()}, [
         ("labels", labels().float()), ("labels", labels(5)), ("logits", logits()[0]), ("labels", labels() + 9),
     ]  # fmt: skip
-    yield "fit_temperature", analysis.fit_temperature, lambda: {"logits": logits(), "labels": labels()}, [
+    yield "compare_calibration", analysis.compare_calibration, lambda: {"logits": logits(), "labels": labels()}, [
         ("logits", logits()[0]), ("logits", logits() * NAN), ("labels", labels() * 0 - 100),
     ]  # fmt: skip
     yield "confusion_matrix", analysis.confusion_matrix, lambda: {"labels": [0], "predicted": [0], "classes": 2}, [
@@ -376,8 +469,6 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
         lambda: {"model": network()},
         [("model", nn.Sequential(nn.ReLU()))],
     )
-    yield "DomainAdversary", images.DomainAdversary, dict, [("network", nn.Sequential(nn.Linear(2, 2)))]
-    yield "train_norms_alone", images.train_norms_alone, dict, [("network", nn.Linear(2, 2)), ("network", None)]
     yield "steps", lambda milestones: pgt_hf.schedules.steps(*milestones), dict, [
         ("milestones", [None]), ("milestones", [0.5, 0.2]), ("milestones", ["a"]), ("milestones", [NAN]),
         ("milestones", [2.0]), ("milestones", []),
@@ -434,3 +525,51 @@ def _history() -> Path:
         '{"epoch": 1, "step": 1, "loss": 1.0}\n{"epoch": 2, "step": 2, "loss": 0.5}\n', encoding="utf-8"
     )
     return path
+
+
+def _calibration() -> Any:
+    return analysis.compare_calibration(logits(), labels(), 0.5)
+
+
+def _evaluation() -> Any:
+    return analysis.Evaluation.from_logits(logits(), labels(), ["a", "b", "c"])
+
+
+@cache
+def _validation() -> Any:
+    split = images.load_image_dataset("digits", max_eval_samples=8)["validation"]
+    return images.ImageDataset(split, config())
+
+
+def _digit_network() -> Any:
+    return images.create_model("resnet10t", [str(i) for i in range(10)], image_size=32)
+
+
+@cache
+def _snapshots() -> Path:
+    history = analysis.History()
+    history.add(0, {"alpha": 0.5})
+    history.save(path := folder().with_name("diagnostics.npz"))
+    return path
+
+
+def _weights() -> dict[str, Any]:
+    model = nn.Linear(4, 3)
+    torch.save(model.state_dict(), path := folder().with_name("weights.pth"))
+    return {"model": model, "path": path}
+
+
+def _set_alpha(alpha: Any) -> None:
+    pgt_hf.attach_powergrad(nn.Linear(4, 3), 0.5).alpha = alpha
+
+
+def _set_group(alpha: Any) -> None:
+    sgd().param_groups[0]["powergrad_alpha"] = alpha
+
+
+def _trainer(**options: Any) -> Any:
+    return pgt_hf.PowerGradTrainer(**{"model": network(), "args": training()} | options)
+
+
+def _image_trainer(**options: Any) -> Any:
+    return pgt_hf.ImageTrainer(**{"model": network(), "args": training()} | options)

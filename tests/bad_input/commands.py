@@ -27,7 +27,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "domain_adaptation.py": ("--smoke", "--max-train-samples", "64", "--max-eval-samples", "20"),
     "text_classification.py": ("--smoke", "--max-steps", "1", "--max-train-samples", "64"),
     "language_modeling.py": ("--smoke", "--max-steps", "1"),
-    "prepare.py": ("--smoke", "--output-dir", "out"),
+    "prepare.py": ("--smoke",),
 }
 NOT_NEGATIVE_IS_FINE = {"max_steps": "-7", "local_rank": ""}
 # 0 is right for these; for other numbers it means nothing, or something that is said in another way.
@@ -297,10 +297,61 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("prepare.py", "--verify --output-dir nowhere", "nowhere"),
         ("prepare.py", "--dataset-name {bad}/empty", "empty"),
         ("minimal.py", "--epochs 3", "--epochs"),
+        # given twice, in vain, or against each other
+        ("imagenet.py", "--alpha 0.5 --alpha 0.25", "--alpha must be given once"),
+        ("imagenet.py", "--report --no-report", "--report must be given once"),
+        ("imagenet.py", "--eval-steps 10", "--eval-steps"),
+        ("imagenet.py", "--save-steps 10", "--save-steps"),
+        ("imagenet.py", "--hub-model-id a/b", "--hub-model-id"),
+        ("imagenet.py", "--hub-private-repo true", "--hub-private-repo"),
+        ("imagenet.py", "--push-to-hub --hub-model-id a/b/c", "--hub-model-id.*a/b/c"),
+        ("imagenet.py", "--adam-beta1 0.5", "--adam-beta1"),
+        ("imagenet.py", "--schedule cosine --lr-scheduler-type linear", "--lr-scheduler-type"),
+        ("imagenet.py", "--warmup-steps 5", "--warmup-steps"),
+        ("imagenet.py", "--dataloader-persistent-workers true", "--dataloader-persistent-workers"),
+        ("imagenet.py", "--do-train", "--do-train"),
+        ("imagenet.py", "--report-to wandbb", "--report-to"),
+        ("imagenet.py", "--report-to codecarbon", "--report-to"),
+        ("imagenet.py", "--optim lomo", "lomo"),
+        ("imagenet.py", "--optim-args momentum=0,nesterov=true", "--optim-args.*nesterov"),
+        ("imagenet.py", "--torch-compile-mode nope", "--torch-compile-mode"),
+        ("imagenet.py", "--torch-compile true --torch-compile-backend nope", "--torch-compile-backend"),
+        ("imagenet.py", '--lr-scheduler-type cosine --lr-scheduler-kwargs {"x":1}', "--lr-scheduler-kwargs"),
+        ("imagenet.py", "--neftune-noise-alpha 5", "--neftune-noise-alpha"),
+        ("imagenet.py", "--label-names foo", "--label-names"),
+        ("imagenet.py", "--include-for-metrics nope", "--include-for-metrics"),
+        ("imagenet.py", "--resume {bad}/checkpoint-5", "--resume"),
+        ("imagenet.py", "--norm-free --model-name efficientnet_b0", "--norm-free"),
+        ("imagenet.py", "--drop-path 0.5 --model-name vgg11", "drop.path"),
+        ("imagenet.py", "--crop-pct 1e-9", "--crop-pct"),
+        ("imagenet.py", "--streaming --train-images 1", "--train-images"),
+        ("imagenet.py", "--model-name {bad}/textrun", "textrun.*image classifier"),
+        ("imagenet.py", "--dataset-name {bad}/outside.csv", "outside.csv.*/etc/hostname.*--allow-outside-files"),
+        ("finetune.py", "--num-train-epochs 2 --warmup-epochs 3 --max-steps -1", "--warmup-epochs|--max-steps"),
+        ("prepare.py", "--format raw --quality 50", "--quality"),
+        ("prepare.py", "--verify --quality 50", "--quality"),
+        ("evaluate_images.py", "--num-workers 0 --num-workers 0", "--num-workers must be given once"),
+        ("calibration.py", "--alphas 0.5 0.5", "--alphas"),
+        ("calibration.py", "--seeds 1 1", "--seeds"),
+        ("domain_adaptation.py", "--targets contrast:3 contrast:3", "--targets"),
+        ("domain_adaptation.py", "--methods bn bn", "--methods"),
+        ("domain_adaptation.py", "--alphas 0.5 0.5", "--alphas"),
+        # near what is meant
+        ("imagenet.py", "--dataset-name Digits", "--dataset-name.*near: digits"),
+        ("text_classification.py", "--dataset-name docstring", "--dataset-name.*near: docstrings"),
+        ("language_modeling.py", "--dataset-name stdlibs", "--dataset-name.*near: stdlib"),
     ]
     for program, text, named in rows:
         words = text.replace("{bad}", str(bad)).split()
         yield Command(program, (*SMALL.get(program, ()), *words), (named,), "", "broken" in words[-1])
+    diverges = {  # which training alone can show
+        "calibration.py": "--smoke --max-train-samples 128 --learning-rate 1e6 --epochs 3",
+        "finetune.py": "--smoke --learning-rate 1e6 --optim powergrad_sgd",
+        "text_classification.py": "--smoke --learning-rate 1e6 --optim powergrad_sgd --max-grad-norm 0 --max-steps 30",
+        "language_modeling.py": "--smoke --learning-rate 1e6 --optim sgd --max-grad-norm 0",
+    }
+    for program, text in diverges.items():
+        yield Command(program, tuple(text.split()), ("learning.rate",), "", late=True)
     tool = [
         ("push {bad}/empty", "empty"), ("push {bad}/run --repo-id -x/y", "repo-id"),
         ("export {bad}/brokenmodel t", "brokenmodel|config"),
@@ -315,7 +366,13 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("predict {bad}/nowhere {bad}/afile", "nowhere"), ("nonesuch", "nonesuch"), ("push --flod x", "flod"),
         ("pull", "REPO"), ("pull a/b/c out", "a/b/c"), ("pull nobody/nothing out --checkpoint ../x", "checkpoint"),
         ("predict {bad}/run {bad}/afile --picture /dev/null/x.png", "picture|afile"), ("info x", "x"),
-        ("presets --x", "--x"),
+        ("presets --x", "--x"), ("presets resnet50", "resnet50"), ("predict {bad}/run x --top 1 --top 2", "top"),
+        ("predict {bad}/run x --top 1.5", "top"), ("predict {bad}/run {bad}/afile --picture x.xyz", "picture"),
+        ("predict {bad}/run {bad}/afile --picture x", "picture"), ("push {bad}/run --repo-id=", "repo-id"),
+        ("export {bad}/run t --base-model a/b/c", "base.model"), ("export {bad}/run t --fold", "fold|alpha"),
+        ("export {bad}/run t --no-ema --ema", "ema"), ("report {bad}/run --dataset-name nope/nope", "nope/nope"),
+        ("report {bad}/run --dataset-name {bad}/oneclass", "oneclass|class"), ("plot {bad}/run", "run"),
+        ("predict {bad}/run {bad}/badweights.pth", "badweights"), ("push {bad}/run --message=", "message"),
     ]  # fmt: skip
     for text, named in tool:
         yield Command("pgt-hf", tuple(text.replace("{bad}", str(bad)).split()), (named,), "")
@@ -336,6 +393,8 @@ def _bad_files(folder: Path) -> Path:
         "badstate",
         "badnpz",
         "run",
+        "checkpoint-5",
+        "textrun",
     ):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, text in {
@@ -345,7 +404,8 @@ def _bad_files(folder: Path) -> Path:
         "unknown.json": '{"arguments": {"nonesuch": 1}}', "textonly/train.csv": "text\nhello\n",
         "tiny.txt": "a\n", "text_one.csv": "text,label\n" + "good,1\n" * 20, "badweights.pth": "garbage",
         "badweights.safetensors": "garbage", "brokenmodel/config.json": "{'a'", "badstate/trainer_state.json": "{'a'",
-        "badnpz/diagnostics.npz": "garbage",
+        "badnpz/diagnostics.npz": "garbage", "outside.csv": "image,label\n" + "/etc/hostname,a\n/etc/hosts,b\n" * 9,
+        "checkpoint-5/trainer_state.json": "{}", "textrun/config.json": '{"model_type": "bert"}',
     }.items():  # fmt: skip
         (folder / name).write_text(text, encoding="utf-8")
     for i in range(12):

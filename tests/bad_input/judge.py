@@ -31,7 +31,8 @@ CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
 SECONDS = 60
 # Words that say what is allowed, or what to do.
 _ALLOWED = re.compile(
-    r"\b(must|needs?|requires|counts only|one of|near|see|give|choose|neither|no|not|only|missing|for|cannot)\b",
+    r"\b(must|needs?|requires|counts only|one of|near|see|give|choose|neither|no|not|only|missing|for|cannot|"
+    r"unrecognized|try)\b",
     re.IGNORECASE,
 )
 

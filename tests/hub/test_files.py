@@ -10,7 +10,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgt_hf.hub import ALIGNMENT, pack_checkpoint, prepare_release, read_header, rewrite_safetensors, unpack_checkpoint
+from pgt_hf.hub import prepare_release, pull_checkpoint
+from pgt_hf.hub.checkpoint_files import pack_checkpoint, unpack_checkpoint
+from pgt_hf.hub.safetensors_layout import ALIGNMENT, read_header, rewrite_safetensors
 from pgt_hf.images import create_model, load_classifier
 
 TENSORS = {
@@ -112,6 +114,25 @@ def test_state_comes_back_as_it_was(tmp_path):
     assert json.loads((back / "trainer_state.json").read_text())["best_model_checkpoint"] == str(back)
     for name, value in states.items():
         assert same(value, torch.load(back / f"{name}.pt", weights_only=False)), name
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/x", "a/../../x", "C:\\x", "x\0y", "*", ""])
+def test_name_from_elsewhere_does_not_leave_its_folder(name, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint must be the name of a folder in the repository"):
+        pull_checkpoint("alice/digits", tmp_path / "run", checkpoint=name)
+    with pytest.raises(ValueError, match="repo_id must be owner/name"):
+        pull_checkpoint(name, tmp_path / "run")
+    packed = pack_checkpoint(checkpoint(tmp_path / "checkpoint-7"), tmp_path / "packed")
+    state = json.loads((packed / "trainer_state.json").read_text())
+    for step in (name, -1, 1.5, None):
+        (packed / "trainer_state.json").write_text(json.dumps(state | {"global_step": step}))
+        with pytest.raises((TypeError, ValueError), match="global_step must be"):
+            unpack_checkpoint(packed, tmp_path / "run")
+    (packed / "trainer_state.json").write_text(json.dumps(state | {"best_model_checkpoint": f"{tmp_path}/{name}"}))
+    back = unpack_checkpoint(packed, tmp_path / "run")
+    best = json.loads((back / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert best is None or best.startswith(str(tmp_path / "run" / "checkpoint-"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-7", "packed", "run"]
 
 
 def test_object_that_is_no_state_is_an_error(tmp_path):

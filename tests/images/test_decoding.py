@@ -2,7 +2,9 @@
 
 import io
 import logging
+import os
 import random
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +123,102 @@ def test_grey_of_more_than_8_bits_keeps_its_brightness(kind):
         assert pixels.shape == (8, 8, 3) and np.abs(pixels - expected[..., None]).max() <= 1.01
 
 
+def deep_png(pixels: np.ndarray, colour: int, *, exif: bytes = b"") -> bytes:
+    """A PNG of 16 bits in colour or with alpha, which Pillow reads and does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2"))
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour, 0, 0, 0])
+    chunks = [(b"IHDR", header), *([(b"eXIf", exif)] if exif else []), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def deep_tiff(pixels: np.ndarray, order: str, *, packed: bool = False, planar: bool = False) -> bytes:
+    """A TIFF of 16 bits in colour, as one strip, or one for each colour."""
+    height, width, _ = pixels.shape
+    planes = np.moveaxis(pixels, -1, 0) if planar else pixels[None]
+    strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
+    strips = [zlib.compress(strip) if packed else strip for strip in strips]
+    endian = "little" if order == "<" else "big"
+
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, endian)
+
+    def field(values: list[int], size: int) -> tuple[int, bytes]:
+        return len(values), b"".join(number(value, size) for value in values)
+
+    places = np.cumsum([8, *map(len, strips)]).tolist()
+    entries = {256: (3, [width]), 257: (3, [height]), 258: (3, [16, 16, 16]), 259: (3, [8 if packed else 1])}
+    entries |= {262: (3, [2]), 273: (4, places[:-1]), 277: (3, [3]), 278: (3, [height])}
+    entries |= {279: (4, [len(strip) for strip in strips]), 284: (3, [2 if planar else 1])}
+    start = places[-1] + places[-1] % 2
+    beyond, more = start + 2 + 12 * len(entries) + 4, b""
+    directory = number(len(entries), 2)
+    for tag, (kind, values) in entries.items():
+        count, content = field(values, 2 if kind == 3 else 4)
+        directory += number(tag, 2) + number(kind, 2) + number(count, 4)
+        if len(content) <= 4:
+            directory += content.ljust(4, b"\0")
+        else:
+            directory += number(beyond + len(more), 4)
+            more += content
+    head = (b"II" if order == "<" else b"MM") + number(42, 2) + number(start, 4)
+    return head + b"".join(strips) + b"\0" * (places[-1] % 2) + directory + number(0, 4) + more
+
+
+def colour(top: int, channels: int = 3) -> np.ndarray:
+    pixels = np.stack([np.linspace(0, top * share, 48).reshape(6, 8) for share in (1, 0.5, 0.25)], axis=-1)
+    alpha = np.full((6, 8, 1), 65535)
+    return np.concatenate([pixels[..., : channels - 1], alpha], axis=-1) if channels in (2, 4) else pixels
+
+
+DEEP = {
+    "PNG": lambda top: deep_png(colour(top), 2),
+    "PNG with alpha": lambda top: deep_png(colour(top, 4), 6),
+    "grey PNG with alpha": lambda top: deep_png(colour(top, 2), 4),
+    **{
+        f"TIFF {order} {'packed' * packed} {'planar' * planar}": (
+            lambda top, order=order, packed=packed, planar=planar: deep_tiff(
+                colour(top), order, packed=packed, planar=planar
+            )
+        )
+        for order in "<>" for packed, planar in ((False, False), (False, True), (True, False))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("top", "brightest"), [(65535, 255), (4095, 255), (200, 200)])
+@pytest.mark.parametrize("kind", DEEP)
+def test_colour_of_16_bits_keeps_its_brightness_however_many_of_them_it_uses(kind, top, brightest):
+    pixels = np.asarray(read_upright(DEEP[kind](top)), dtype=int)
+    expected = colour(top)[..., [0, 0, 0] if "grey" in kind else [0, 1, 2]] * brightest / top
+    assert pixels.shape == (6, 8, 3) and np.abs(pixels - expected).max() <= 1.01
+
+
+def test_compressed_planes_of_16_bits_are_right_or_refused():
+    bright = read_upright(deep_tiff(colour(65535), "<", packed=True, planar=True))
+    assert bright.tobytes() == read_upright(deep_tiff(colour(65535), "<")).tobytes()
+    with pytest.raises(BadImageError, match="few of them used, in compressed planes"):
+        read_upright(deep_tiff(colour(4095), "<", packed=True, planar=True))
+
+
+def test_palette_with_alpha_is_read_without_a_warning(recwarn):
+    palette = photo().quantize(16)
+    found = read_upright(file_of(palette, transparency=bytes(range(0, 256, 16))))
+    assert found.tobytes() == palette.convert("RGB").tobytes()
+    assert not recwarn.list
+
+
+def test_dark_colour_of_16_bits_is_upright_too():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = read_upright(deep_png(colour(4095), 2, exif=exif.tobytes()[6:]))
+    assert turned == read_upright(deep_png(colour(4095), 2)).transpose(Image.Transpose.ROTATE_270)
+
+
 def test_values_that_are_no_grey_levels_are_black():
     pixels = np.array([[np.nan, -3.0, 0.0, 0.5, 1.0, np.inf]], dtype=np.float32)
     found = np.asarray(read_upright(file_of(Image.fromarray(pixels), "TIFF")))
@@ -149,6 +247,41 @@ def test_progressive_jpeg_counts_whole_whatever_it_is_reduced_to(monkeypatch):
     assert read_upright(file_of(big, "JPEG"), 32).size == (32, 32)
     with pytest.raises(BadImageError, match="800 x 800 pixels"):
         read_upright(file_of(big, "JPEG", progressive=True), 32)
+
+
+NO_PIXELS = {
+    "it is empty, damaged": b"",
+    "a web page": b"<!DOCTYPE html><html>404</html>",
+    "perhaps SVG": b'<?xml version="1.0"?><svg/>',
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "it is HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "it is JPEG XL": b"\xff\x0a0000",
+    "it is a PDF": b"%PDF-1.4",
+    "it is an archive": b"PK\x03\x04....",
+    "PostScript, which is not run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+    "no pixels: 0 x 5|damaged": b"P6\n0 5\n255\n",
+}
+
+
+@pytest.mark.parametrize("says", NO_PIXELS)
+def test_what_is_no_image_is_refused_by_what_it_is(says):
+    transform = ImageTransform(CONFIG, training=True)
+    for read in (read_upright, transform):
+        with pytest.raises(BadImageError, match=says):
+            read(NO_PIXELS[says])
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "x" * 300, "/dev/zero", "/dev/stdin", "~"])
+def test_path_that_no_image_can_have_is_a_bad_image(path):
+    split = split_of([Path(path)])
+    with pytest.raises(BadImageError, match="image 0"):
+        ImageDataset(split, ImageTransform(CONFIG, training=False))[0]
+
+
+def test_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(BadImageError, match=r"x.png\): the file cannot be read: it is a device or a pipe"):
+        ImageDataset(split_of([tmp_path / "x.png"]), ImageTransform(CONFIG, training=False))[0]
 
 
 def bad_files(folder: Path) -> dict[str, bytes | Path | None]:

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from pgt_hf.images import BadImageError, ImageStream, ImageTransform, class_names, load_image_dataset
+from pgt_hf.images import BadImageError, ImageDataset, ImageStream, ImageTransform, class_names, load_image_dataset
 
 Maker = Callable[[Path], object]
 
@@ -72,6 +72,14 @@ def write(name: str, content: bytes = b"x") -> Maker:
     return make
 
 
+def link(name: str, target: str) -> Maker:
+    def make(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(target)
+
+    return make
+
+
 LABEL = {"label": ClassLabel(names=["a", "b"])}
 AB, TEXT = ["a", "b"] * 6, Value("string")
 SPLITS = ("train/cat", "train/dog", "test/cat", "test/dog")
@@ -94,6 +102,19 @@ RIGHT: dict[str, tuple[Maker, list[str], tuple[int, int], str]] = {
         both(tree(*SPLITS, "__MACOSX/train/cat", ".cache/x"), write("train/.DS_Store"), write("train/Thumbs.db")),
         ["cat", "dog"], (6, 6), "",
     ),
+    "links to folders": (
+        both(tree(".tabby", "dog", count=10), link("cat", ".tabby"), link("dog/up", "..")),
+        ["cat", "dog"], (18, 2), "",
+    ),
+    "classes called none and NA": (tree("none", "NA", "tumour", count=10), ["NA", "none", "tumour"], (27, 3), ""),
+    "a class with underscores": (tree("__other__", "cat", count=10), ["__other__", "cat"], (18, 2), ""),
+    "an empty class": (
+        both(tree("cat", "dog", count=10), lambda root: (root / "owl").mkdir()), ["cat", "dog"], (18, 2),
+        "no images in ['owl']",
+    ),
+    "notes among the images": (
+        both(tree(*SPLITS), write("train/cat/notes.txt")), ["cat", "dog"], (6, 6), "1 of them, as",
+    ),
     "a zip beside": (both(tree(*SPLITS), write("train.zip")), ["cat", "dog"], (6, 6), "archives are not read"),
     "a test set without classes": (
         tree("train/cat", "train/dog", "test", count=10), ["cat", "dog"], (18, 2), "test has no labels",
@@ -108,6 +129,39 @@ RIGHT: dict[str, tuple[Maker, list[str], tuple[int, int], str]] = {
     "JSON lines": (
         table("x.jsonl", "\n".join(json.dumps({"image": f"photos/{n}.png", "label": n % 2}) for n in range(12))),
         ["0", "1"], (10, 2), "",
+    ),
+    "a comma in a file called TSV": (table("labels.tsv", ROWS_AB), ["a", "b"], (10, 2), ""),
+    "lines of an old Mac": (table("labels.csv", ROWS_AB.replace("\n", "\r")), ["a", "b"], (10, 2), ""),
+    "quotes, commas and lines in a header": (
+        table("x.csv", '"a ""note"", or\ntwo","image","label"\n' + "\n".join(
+            f'"x, ""y""\nz",photos/{n}.png,"{"ab"[n % 2]}"' for n in range(12)
+        )),
+        ["a", "b"], (10, 2), "",
+    ),
+    "blanks around cells": (
+        table("x.csv", "label, image\n" + "\n".join(f"{'ab'[n % 2]} , photos/{n}.png " for n in range(12))),
+        ["a", "b"], (10, 2), "",
+    ),
+    "an index without a name": (
+        table("x.csv", ",image,label\n" + "\n".join(f"{n},photos/{n}.png,{'ab'[n % 2]}" for n in range(12))),
+        ["a", "b"], (10, 2), "",
+    ),
+    "an image that is named twice": (
+        table("x.csv", ROWS_AB + "photos/0.png,a\n"), ["a", "b"], (11, 2), "named more than once, as 'photos/0.png'",
+    ),
+    "a column of splits": (
+        table("x.csv", "image,label,split\n" + "\n".join(
+            f"photos/{n}.png,{'ab'[n % 2]},{'Test' if n > 7 else 'train'}" for n in range(12)
+        )),
+        ["a", "b"], (8, 4), "rows are split as the column 'split' says",
+    ),
+    "true and false": (
+        table("x.jsonl", "\n".join(json.dumps({"image": f"photos/{n}.png", "label": n > 5}) for n in range(12))),
+        ["False", "True"], (10, 2), "",
+    ),
+    "long names and signs": (
+        table("x.csv", rows(["x" * 5000, "9" * 5000, "\U0001f408 tabby & co. <b>"] * 4)),
+        ["9" * 5000, "x" * 5000, "\U0001f408 tabby & co. <b>"], (9, 3), "",
     ),
     "upper-case header": (table("labels.csv", rows(AB, header=" Filename, Class")), ["a", "b"], (10, 2), ""),
     "labels 001": (table("labels.csv", rows(["001", "010"] * 6)), ["001", "010"], (10, 2), ""),
@@ -187,6 +241,32 @@ WRONG: dict[str, tuple[Maker, str]] = {
     "deep classes": (tree("mammal/cat", "mammal/dog", "bird/owl"), "is its class 'bird' or 'owl'"),
     "a class that train lacks": (tree("train/a", "train/b", "test/c"), r"that 'train' lacks: \['c'\]"),
     "one image": (tree("cat", "dog", count=1), "each class needs 2 examples"),
+    "HEIC alone": (
+        both(*(write(f"{kind}/{n}.heic", b"\0\0\0\x18ftypheic" + bytes(9)) for kind in "ab" for n in range(2))),
+        r"no image can be read, .*0.heic\): .* it is HEIC",
+    ),
+    "links to nowhere": (
+        both(*(link(f"{kind}/{n}.png", "../nowhere.png") for kind in "ab" for n in range(2))),
+        r"no image can be read, .*0.png\): .*No such file",
+    ),
+    "a name that is not UTF-8": (both(tree("a"), tree("b\udce9")), "the name is not UTF-8; rename it"),
+    "paths with a zero byte": (
+        table("x.csv", "image,label\n" + "\n".join(f"a\0{n},{'ab'[n % 2]}" for n in range(12))),
+        "no image can be read, .*null byte",
+    ),
+    "a column of splits and others": (
+        table("x.csv", "image,label,split\nphotos/0.png,a,train\nphotos/1.png,a,extra\n"),
+        "the column 'split' names splits, such as 'train', and also 'extra'",
+    ),
+    "UTF-16 without a mark": (table("x.csv", ROWS_AB.encode("utf-16-le")), "x.csv' cannot be read: it holds zero"),
+    "a damaged archive": (write("x.tar", b"x" * 10240), "cannot be read: "),
+    "every label another": (table("x.csv", rows(list("abcdefghijkl"))), "each class needs 2 examples"),
+    "numbers beyond all bounds": (
+        table("x.jsonl", f'{{"image": "a", "label": {10**30}}}'), "x.jsonl' cannot be read: its column 'label'",
+    ),
+    "words among numbers": (
+        table("x.jsonl", '{"image": "a", "label": 1}\n{"image": "b", "label": "c"}'), "its column 'label' .*'c'",
+    ),
     "archives alone": (write("photos.zip"), "holds no images, .*; unpack 'photos.zip' first"),
     "nothing": (lambda root: None, "holds no images"),
     "all bad": (
@@ -214,7 +294,7 @@ WRONG: dict[str, tuple[Maker, str]] = {
     "other columns in a shard": (
         both(table("train-0.csv", ROWS_AB), table("train-1.csv", "image,kind\nx,a\n")), "train-1.csv' has the columns",
     ),
-    "damaged Parquet": (write("train.parquet", b"PAR1 and no more"), "cannot be read"),
+    "damaged Parquet": (write("train.parquet", b"PAR1 and no more"), "train.parquet' cannot be read"),
 }  # fmt: skip
 
 
@@ -237,6 +317,21 @@ def test_single_files_and_arguments(tmp_path):
         load_image_dataset(str(tmp_path), "small")
     with pytest.raises(ValueError, match="must be two columns, got 'image' for both"):
         load_image_dataset(str(tmp_path), label_column="image")
+
+
+@pytest.mark.parametrize("form", ["../elsewhere/{}", "{}", "file://{}"])
+def test_table_names_files_outside_its_folder_only_where_that_is_allowed(form, tmp_path):
+    tree("elsewhere/cat", "elsewhere/dog")(tmp_path)
+    (tmp_path / "set").mkdir()
+    files = [path.relative_to(tmp_path / "elsewhere") for path in sorted((tmp_path / "elsewhere").rglob("*.png"))]
+    names = [form.format(file if ".." in form else tmp_path / "elsewhere" / file) for file in files]
+    lines = [f"{name},{'ab'[number % 2]}" for number, name in enumerate(names)]
+    (tmp_path / "set" / "x.csv").write_text("\n".join(["image,label", *lines]))
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\) must name a file in the folder of its table") as error:
+        load_image_dataset(str(tmp_path / "set" / "x.csv"))
+    assert names[0] in str(error.value)
+    found = load_image_dataset(str(tmp_path / "set" / "x.csv"), allow_outside_files=True)
+    assert sum(split.num_rows for split in found.values()) == len(files)
 
 
 def test_configuration_of_a_data_set_can_be_named(tmp_path):
@@ -270,9 +365,11 @@ def test_label_that_is_missing_stops_a_stream_at_its_image(tmp_path):
             tmp_path / f"{split}-00000-of-00001.parquet"
         )
     splits = load_image_dataset(str(tmp_path), streaming=True)
-    assert splits["validation"]["label"][:] == [0]
-    stream = ImageStream(
-        splits["train"], ImageTransform({"input_size": (3, 8, 8)}, training=True), batch_size=4, num_samples=4
-    )
+    transform = ImageTransform({"input_size": (3, 8, 8)}, training=True)
+    validation = ImageDataset(splits["validation"], transform)
+    assert validation[1]["labels"] == 0
+    with pytest.raises(ValueError, match="image 0 must have the number of a class as its label, got -1"):
+        validation[0]
+    stream = ImageStream(splits["train"], transform, batch_size=4, num_samples=4)
     with pytest.raises(ValueError, match="image 2 of shard 0 must have the number of a class as its label, got -1"):
         list(stream)

@@ -1,6 +1,9 @@
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_transforms import config, difference, jpeg, photo
 
 from pgt_hf.images import (
@@ -9,7 +12,6 @@ from pgt_hf.images import (
     ImageStream,
     ImageTransform,
     decode,
-    decode_rgb,
     load_image_dataset,
     read_upright,
     shrink,
@@ -24,9 +26,10 @@ def whole(width: int, height: int):
 @pytest.fixture
 def folder(tmp_path):
     """Two shards of training images and one of validation, as ``prepare.py --format raw`` writes them."""
-    from datasets import ClassLabel, Dataset, Features, Image
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
 
-    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
         files = [shrink(jpeg(photo(90, 70, seed=len(name) + number)), 60, None) for number in range(5)]
         cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0, 1, 0]}
@@ -39,15 +42,15 @@ def test_the_pixels_are_those_of_the_smaller_image():
     file = shrink(jpeg(photo(300, 200)), 100, None)
     expected = np.asarray(read_upright(jpeg(photo(300, 200)), 100))
     assert expected.shape == (100, 150, 3)
-    np.testing.assert_array_equal(decode_rgb(memoryview(file), whole)[0], expected)
-    np.testing.assert_array_equal(np.asarray(decode(file, whole)[0]), expected)  # and Pillow reads it too
+    np.testing.assert_array_equal(decode(memoryview(file), whole)[0], expected)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), expected)  # and Pillow reads it too
     box = (10, 20, 40, 90)
-    np.testing.assert_array_equal(decode_rgb(file, lambda *_: (box, None))[0], expected[20:90, 10:40])
+    np.testing.assert_array_equal(decode(file, lambda *_: (box, None))[0], expected[20:90, 10:40])
 
 
 def test_a_truncated_file_is_noticed():
     with pytest.raises(BadImageError, match="cannot be decoded"):
-        decode_rgb(shrink(jpeg(photo()), 50, None)[:-1], whole)
+        decode(shrink(jpeg(photo()), 50, None)[:-1], whole)
 
 
 def test_a_folder_of_arrow_files_is_mapped_and_not_copied(folder):
@@ -72,9 +75,14 @@ def test_samples_are_the_same_as_without_arrow(folder):
     assert difference(images[0]["pixel_values"], images[1]["pixel_values"])[0] > 1
 
 
-def test_a_folder_of_arrow_files_can_be_streamed(folder):
+def test_a_folder_of_arrow_files_can_be_streamed_and_its_evaluation_split_is_downloaded_alone(
+    folder, tmp_path_factory, monkeypatch
+):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     splits = load_image_dataset(str(folder), streaming=True)
     transform = ImageTransform(config(48), training=True, normalize=False)
     stream = ImageStream(splits["train"], transform, batch_size=2, num_samples=10)
     assert [sample["labels"] for sample in stream].count(0) == 6
-    assert splits["validation"].num_rows == 5
+    assert splits["validation"]["label"][:] == [0, 1, 0, 1, 0]
+    assert [path.name.split("-")[-1] for path in cache.rglob("*.arrow")] == ["validation.arrow"]

@@ -99,7 +99,7 @@ def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_p
     storage = alpha_search.open_storage(journal[-1], str(tmp_path))
     monkeypatch.setattr(sys, "argv", [RECIPE, *journal])
     args = alpha_search.read_arguments()
-    study = alpha_search.open_side(storage, "pgt", args)
+    study = alpha_search.open_side(storage, "pgt", args.load(), args)
     for setting in alpha_search.grid_of("pgt", args):
         study.enqueue_trial(setting)
     killed = study.ask()
@@ -137,7 +137,7 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
     [
         (["--sampler", "tpe"], "--trials must be given with --sampler tpe"),
         (["--alphas", "0.5", "1"], r"--alphas must be a number in \[0, 1\), got 1.0"),
-        (["--alphas", "0.5", "0.5"], r"--alphas must differ"),
+        (["--alphas", "0.5", "0.5"], r"--alphas must name at least one, and none twice"),
         (["--lr-low", "0"], r"--lr-low must be a number in \(0, 1e6\], got 0.0"),
         (["--lr-low", "1", "--lr-high", "0.1"], "--lr-high must be above --lr-low, 1.0, got 0.1"),
         (["--epochs", "0"], "--epochs must be a number above 0, got 0"),

@@ -1,14 +1,18 @@
 """``recipes/calibration.py``: its table, its picture, and what it does not do twice."""
 
 import csv
+import io
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import torch
-from launch import PYTHON, ROOT, run
+from launch import ROOT, run_here
 from torch.nn.functional import cross_entropy
 
 pytestmark = pytest.mark.slow
+
+RECIPE = str(ROOT / "recipes" / "calibration.py")
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +21,11 @@ def recipe(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("calibration")
     small = ["--image-size", "16", "--epochs", "1", "--max-train-samples", "128", "--max-eval-samples", "100"]
-    command = [*PYTHON, str(ROOT / "recipes" / "calibration.py"), "--output-dir", "out", "--seeds", "0", *small]
-    printed = [run(*command, "--alphas", *alphas, cwd=folder).stdout for alphas in (["0.25"], ["1", "0.25"])]
+    printed = []
+    for alphas in (["0.25"], ["1", "0.25"]):
+        with redirect_stdout(io.StringIO()) as out:
+            run_here(RECIPE, "--output-dir", "out", "--seeds", "0", *small, "--alphas", *alphas, cwd=folder)
+        printed.append(out.getvalue())
     return folder / "out", printed
 
 
@@ -47,9 +54,7 @@ def test_calibration_recipe_trains_nothing_twice(recipe):
     assert second.count("trained 2 steps") == 1  # alpha = 1 alone
 
 
-def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(tmp_path):
-    command = [*PYTHON, str(ROOT / "recipes" / "calibration.py"), "--alphas", "1", "-1"]
-    stopped = run(*command, cwd=tmp_path, check=False)
-    assert stopped.returncode == 1
-    assert "error: --alphas must be a number in [0, 1], got -1.0" in stopped.stderr
+def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(here, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: --alphas must be a number in \[0, 1\], got -1.0"):
+        here("--alphas", "1", "-1")
     assert not list(tmp_path.iterdir())

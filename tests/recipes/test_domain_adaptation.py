@@ -4,7 +4,6 @@ import csv
 import io
 import re
 import runpy
-import sys
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as Feature
 from launch import ROOT, TWO, run
@@ -21,18 +21,21 @@ from PIL import Image
 from pgt_hf.analysis import plot_adaptation
 from pgt_hf.images import (
     CORRUPTIONS,
-    LEVELS,
     Corrupted,
-    DomainAdversary,
+    ImageDataArguments,
     ImageDataset,
     ImageTransform,
-    confident_labels,
-    corrupt,
-    entropy,
     load_image_dataset,
-    reversal_strength,
-    reverse_gradient,
     seeded,
+)
+from pgt_hf.images.adaptation import (
+    AdaptationRun,
+    DomainAdversary,
+    _endless,
+    confident_labels,
+    dann_schedule,
+    entropy,
+    reverse_gradient,
     train_norms_alone,
 )
 
@@ -52,11 +55,15 @@ def photo(side: int = 64) -> Image.Image:
 # --- corruptions
 
 
+def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
+    return CORRUPTIONS[kind](image, level - 1)
+
+
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_the_higher_the_level_the_further_from_the_image(kind):
     image = photo()
     distances = []
-    for level in (1, 3, LEVELS):
+    for level in (1, 3, 5):
         with seeded(0, 0, 0):
             corrupted = corrupt(image, kind, level)
         assert (corrupted.size, corrupted.mode) == (image.size, "RGB")
@@ -93,8 +100,9 @@ def test_corruption_takes_bytes_of_an_oblong_grey_image_too():
 
 @pytest.mark.parametrize(("kind", "level", "named"), [("snow", 3, "kind"), ("jpeg", 0, "level"), ("jpeg", 6, "level")])
 def test_unknown_corruption_is_an_error_that_lists_what_there_is(kind, level, named):
+    transform = ImageTransform({"input_size": (3, 32, 32)}, training=False)
     with pytest.raises(ValueError, match=f"{named} must be"):
-        corrupt(photo(), kind, level)
+        Corrupted(transform, kind, level)
 
 
 # --- pieces
@@ -106,7 +114,7 @@ def test_reversed_gradient_has_the_opposite_sign_and_the_strength():
     assert torch.equal(y, x)
     y.backward(torch.tensor([1.0, 2.0, 3.0]))
     torch.testing.assert_close(x.grad, torch.tensor([-0.3, -0.6, -0.9]))
-    assert reversal_strength(0) == 0 and 0.99 < reversal_strength(1) < 1
+    assert dann_schedule(0) == 0 and 0.99 < dann_schedule(1) < 1
 
 
 def test_adversary_gives_the_networks_own_logits_and_turns_the_backbone_against_the_domain_classifier():
@@ -128,19 +136,18 @@ def test_adversary_gives_the_networks_own_logits_and_turns_the_backbone_against_
 def test_entropy_and_confidence_of_a_pgt_network_are_those_of_the_folded_probabilities():
     logits, alpha = torch.randn(50, 10) * 8, 0.25
     folded = (alpha * logits).softmax(-1)
-    torch.testing.assert_close(entropy(logits, alpha), -(folded * folded.log()).sum(-1).mean())
-    labels = confident_labels(logits, 0.5, alpha)
+    torch.testing.assert_close(entropy(alpha * logits), -(folded * folded.log()).sum(-1).mean())
+    labels = confident_labels(alpha * logits, 0.5)
     sure = folded.amax(-1) >= 0.5
     assert 0 < sure.sum() < 50
     assert torch.equal(labels[sure], logits.argmax(-1)[sure]) and (labels[~sure] == -100).all()
-    with pytest.raises(ValueError, match=r"threshold must be a number in \[0, 1\], got 1.5"):
-        confident_labels(logits, 1.5)
 
 
 def test_entropy_is_minimised_by_the_norms_alone():
     network = timm.create_model("test_resnet", num_classes=10).train()
     before = deepcopy(network)
-    images, optimizer = torch.randn(16, 3, 32, 32), torch.optim.SGD(train_norms_alone(network), lr=0.05)
+    train_norms_alone(network)
+    images, optimizer = torch.randn(16, 3, 32, 32), torch.optim.SGD(network.parameters(), lr=0.05)
     entropies = []
     for _ in range(8):
         value = entropy(network(images))
@@ -156,20 +163,33 @@ def test_entropy_is_minimised_by_the_norms_alone():
         train_norms_alone(torch.nn.Linear(2, 2))
 
 
+def test_bad_images_that_are_skipped_are_in_no_batch_and_no_accuracy():
+    digits = load_image_dataset("digits", max_eval_samples=15)["validation"].cast_column(
+        "image", Feature(decode=False)
+    )
+    cells, labels = digits["image"][:], digits["label"][:]
+    spoilt = [{"bytes": b"", "path": None}, *cells]
+    transform = ImageTransform({"input_size": (3, 32, 32), "crop_pct": 1.0}, training=False)
+    with_bad, without = (
+        ImageDataset(
+            Dataset.from_dict({"image": images, "label": [0] * (len(images) - 15) + labels}, features=digits.features),
+            transform,
+            on_bad_image="skip",
+        )
+        for images in (spoilt, cells)
+    )
+    settings = Namespace(batch=4, num_workers=0)
+    run = AdaptationRun(Accelerator(cpu=True), settings, 0.25, {"train": with_bad})
+    torch.manual_seed(1)
+    network = timm.create_model("test_resnet", num_classes=10)
+    assert run.accuracy(network, with_bad) == run.accuracy(network, without)
+    batches = _endless(run._loader(with_bad, shuffle=True))
+    seen = [next(batches) for _ in range(4)]
+    assert sorted(len(images) for images, _ in seen) == [3, 4, 4, 4]
+    assert all(images.flatten(1).std(dim=1).min() > 0 and (labels >= 0).all() for images, labels in seen)
+
+
 # --- the recipe
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the recipe in this process, which saves starting one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def start(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])
-        runpy.run_path(RECIPE, run_name="__main__")
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +230,7 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         flipped = {"image": part["image"][:], "label": [9 - number for number in part["label"]]}
         Dataset.from_dict(flipped, features=backwards).to_parquet(tmp_path / f"{split}.parquet")
     recipe = runpy.run_path(RECIPE, run_name="recipe")
-    args = Namespace(dataset_name="digits", image_size=32, min_crop=0.7, hflip=None)
-    args.max_train_samples = args.max_eval_samples = None
+    args = ImageDataArguments("digits", image_size=32)
     domain, names = recipe["load"](args, str(tmp_path), [str(number) for number in range(10)])
     assert names == [str(number) for number in range(10)]
     assert [row["labels"] for row in domain["validation"]] == digits["validation"]["label"][:]
@@ -226,6 +245,8 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
         (["--alphas", "0"], "--alphas must be a number in (0, 1], got 0.0"),
         (["--targets", "contrast:9"], "with a level from 1 to 5, or a data set, got 'contrast:9'"),
         (["--batch", "200"], "--batch must be at most 192, the training images of digits for each process, got 200"),
+        (["--target-config", "small"], "--target-config must be left out, no target is a data set, got 'small'"),
+        (["--dataset-config", "x"], "--dataset-config is for data sets from the Hub, got 'x' for 'digits'"),
         (["--model-name", "resnet_10"], "--model-name must be a timm model, got 'resnet_10'"),
     ],
 )

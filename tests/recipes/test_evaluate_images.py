@@ -1,7 +1,5 @@
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,7 @@ from pgt_hf.images import (
 pytestmark = pytest.mark.slow
 
 SHARED = ROOT.parent / "shared" / "data"
-EVALUATE = str(ROOT / "recipes" / "evaluate_images.py")
+RECIPE = str(ROOT / "recipes" / "evaluate_images.py")
 DIGITS = ["--dataset-name", "digits", "--num-workers", "0"]
 IMAGES = 51  # neither the processes nor the batch divide it
 ALPHA = 0.25
@@ -60,9 +58,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(trained: Path) -> tuple[dict, str]:
-    """What two processes found out about it: the JSON file and the printed table."""
-    more = ["--max-eval-samples", str(IMAGES), "--batch-size", "8", "--output", "found/report.json"]
-    printed = run(*TWO, EVALUATE, str(trained), *DIGITS, *more, cwd=trained).stdout
+    """What two processes found out about it from a stream: the JSON file and the printed table."""
+    (trained / "data").mkdir()
+    for name, split in load_image_dataset("digits", max_eval_samples=IMAGES).items():
+        split.to_parquet(trained / "data" / f"{name}-00000-of-00001.parquet", batch_size=7)
+    options = "--dataset-name data --streaming --num-workers 0 --batch-size 8 --output found/report.json"
+    printed = run(*TWO, RECIPE, str(trained), *options.split(), cwd=trained).stdout
     return json.loads((trained / "found" / "report.json").read_text()), printed
 
 
@@ -75,7 +76,7 @@ def by_hand(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return model(pixels).logits, torch.tensor(split["label"])
 
 
-def test_two_processes_report_what_a_loop_by_hand_counts(trained, report):
+def test_two_processes_that_stream_report_what_a_loop_by_hand_counts(trained, report):
     (logits, labels), found = by_hand(trained), report[0]
     assert (found["images"], found["skipped"], found["world_size"], found["alpha"]) == (IMAGES, 0, 2, ALPHA)
     hits = logits.topk(5).indices == labels[:, None]
@@ -100,7 +101,7 @@ def test_table_is_printed_once_and_says_how_the_temperature_was_fitted(report):
 
 def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained, report):
     more = ["--max-eval-samples", str(IMAGES), "--alpha", "0.5", "--bins", "5", "--bf16", "--output", "again.json"]
-    run(*PYTHON, EVALUATE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)
+    run(*PYTHON, RECIPE, str(trained / "checkpoint-16"), *DIGITS, *more, cwd=trained)  # bf16 is a process's for good
     again = json.loads((trained / "again.json").read_text())
     assert again["top1"] == pytest.approx(report[0]["top1"], abs=1 / IMAGES)  # bfloat16 may turn one
     assert (again["folded"]["temperatures"], again["bins"], again["world_size"]) == ([2.0], 5, 1)
@@ -118,11 +119,9 @@ def test_checkpoint_with_another_alpha_and_bins_gives_the_same_accuracy(trained,
         (["resnet10t", "--weights", "none.pth"], "--weights must be a file that exists, got 'none.pth'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate_images.py", *arguments, *DIGITS])
+def test_what_cannot_be_evaluated_is_an_error_without_a_traceback(arguments, message, here, capsys):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(EVALUATE, run_name="__main__")
+        here(*arguments, *DIGITS)
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 

@@ -1,8 +1,6 @@
 """Fine-tuning: what each mode trains and leaves alone, and that the saved model says what the trainer said."""
 
 import json
-import runpy
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -260,19 +258,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     run(*TWO, RECIPE, "--smoke", "--mode", "lora", "--output-dir", "run", cwd=folder)
     return folder / "run"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the recipe in this process, which saves starting one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def start(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])
-        runpy.run_path(RECIPE, run_name="__main__")
-
-    return start
 
 
 def test_pipeline_on_a_merged_lora_model_is_as_right_as_the_trainer_said(launched):

@@ -129,7 +129,7 @@ def test_verify_finds_what_was_changed_lost_or_added(prepared, tmp_path):
     copy.mkdir()
     for name, content in contents(folder).items():
         (copy / name).write_bytes(content)
-    verify = options("unused", copy, "--verify")
+    verify = ["--output-dir", str(copy), "--verify"]
     assert "every checksum is right" in run(verify)[0]
     shard = copy / "train-00002-of-00007.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")

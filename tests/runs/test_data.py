@@ -83,5 +83,6 @@ def test_split_of_the_data_sets_own_needs_no_record(trained, photos, tmp_path, c
         rows = photos.read_text().splitlines()
         text = "\n".join([rows[0], *(f"../{row}" for row in rows[lines])])
         (tmp_path / "set" / f"{split}.csv").write_text(text.replace("dark", "bright", 1) + "\n")
-    found = load_validation(trained[0], str(tmp_path / "set"), image_column="picture", label_column="kind")
+    columns = {"image_column": "picture", "label_column": "kind"}
+    found = load_validation(trained[0], str(tmp_path / "set"), **columns, allow_outside_files=True)
     assert found.num_rows == 10 and "may have been trained on" not in caplog.text

@@ -1,7 +1,7 @@
 """What a run leaves behind, apart from what the recipes' own tests look at."""
 
+import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,13 +13,21 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from launch import TWO, environment, run
+from launch import TWO, run
 from tiny import Data, arguments, wrapper
 from transformers import PrinterCallback
 
-import pgt_hf
 from pgt_hf import PowerGradTrainer
-from pgt_hf.runs import RunFolder, command, command_line, describe_data, describe_environment, package_versions
+from pgt_hf.atomic import WriteError
+from pgt_hf.runs import (
+    RunFolder,
+    command,
+    command_line,
+    describe_code,
+    describe_data,
+    describe_environment,
+    package_versions,
+)
 from pgt_hf.trainer import Progress
 
 
@@ -35,6 +43,16 @@ def test_no_token_reaches_the_run_folder_or_the_command_that_is_shown(tmp_path, 
     command = ["imagenet.py", "--hub-token", "hf_canary", "--alpha", "0.3", "--hub_token=hf_canary", "--bf16"]
     monkeypatch.setattr(sys, "argv", command)
     assert command_line().endswith("python imagenet.py --alpha 0.3 --bf16")
+
+
+def test_record_that_cannot_be_written_is_one_line_and_what_is_there_stays(tmp_path):
+    record = RunFolder(tmp_path, {"arguments": {}, "seed": 1})
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[], global_step=0)
+    record.on_train_begin(SimpleNamespace(world_size=1), state, None)
+    (tmp_path / ".run.json.partial").mkdir()  # in the way of what is written first
+    with pytest.raises(WriteError, match=r"run.json could not be written to .*: .*Is a directory.* --resume auto"):
+        record.on_train_begin(SimpleNamespace(world_size=1), state, None)
+    assert len(list(tmp_path.glob("previous/*/run.json"))) == 1
 
 
 def test_flags_of_the_command_that_is_shown_can_be_replaced(monkeypatch):
@@ -55,10 +73,6 @@ def test_command_that_is_shown_starts_as_many_processes_the_same_way(tmp_path):
     words = shlex.split(command)
     assert settings == "ACCELERATE_USE_CPU=true" and words[0].endswith("accelerate")
     assert words[1:] == ["launch", *TWO[3:], "my program.py", "--seed", "1"]
-    again = subprocess.run(
-        shown, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment()
-    )
-    assert again.stdout == shown
 
 
 def test_programs_that_the_shell_would_not_find_get_their_path(monkeypatch):
@@ -126,27 +140,21 @@ def test_environment_is_that_of_this_interpreter():
     assert (packages["torch"], packages["timm"]) == (torch.__version__.partition("+")[0], timm.__version__)
 
 
-@pytest.mark.slow
 def test_code_is_known_by_its_commit_and_whether_it_was_changed(tmp_path):
-    package = Path(shutil.copytree(Path(pgt_hf.__file__).parent, tmp_path / "pgt_hf"))
-    program = "from pgt_hf.runs import describe_code; import json; print(json.dumps(describe_code()))"
-
-    def described() -> dict:
-        told = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return json.loads(told.stdout)
+    file = Path(shutil.copy(describe_code.__globals__["__file__"], tmp_path / "here.py"))
+    spec = importlib.util.spec_from_file_location("here", file)
+    here = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(here)
 
     def git(*words: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert described() == {}  # no checkout
+    assert here.describe_code() == {}  # no checkout
     git("init", "-q")
-    (tmp_path / ".gitignore").write_text("__pycache__\n")
-    git("add", ".")
+    git("add", "here.py")
     git("commit", "-qm", "all")
-    assert described() == {"commit": git("rev-parse", "HEAD"), "modified": False}
-    (package / "loss.py").write_text("")
-    assert described()["modified"] is True
+    (tmp_path / ".git" / "info" / "exclude").write_text("__pycache__\n")
+    assert here.describe_code() == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    file.write_text("")
+    assert here.describe_code()["modified"] is True

@@ -82,6 +82,28 @@ def test_our_trainer_logs_alpha_the_true_loss_and_the_logit_norm(tmp_path):
     assert type(model.train()(pixel_values=images).logits) is torch.Tensor
 
 
+class Norms(PowerGradTrainer):
+    """Keeps what was found of the gradient's norm at each step, and what it was."""
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        found = super()._get_grad_norm(model, grad_norm)
+        true = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        self.seen = [*getattr(self, "seen", []), (found, true)]
+        return found
+
+
+def test_gradient_norm_is_computed_where_it_is_logged_and_flops_are_those_of_trainer(tmp_path):
+    args = arguments(tmp_path, ours=True, optim="sgd", max_steps=5, logging_steps=3, logging_first_step=True)
+    trainer = Norms(wrapper(), args, train_dataset=Data())
+    trainer.train()
+    assert [found is not None for found, _ in trainer.seen] == [True, False, True, False, False]
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx([true.item() for found, true in trainer.seen if found is not None], rel=1e-5)
+    for size in (8, 3):
+        batch = {"pixel_values": Data(size).images}
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+
+
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_accumulated_small_batches_equal_the_large_batch(tmp_path, ours, smoothing):
@@ -141,7 +163,7 @@ def test_a_resumed_run_uses_another_alpha_that_it_is_asked_for_and_says_so(tmp_p
 
     model = wrapper()
     resumed = kind(model, arguments(tmp_path, ours, max_steps=4, **other), train_dataset=Data(), callbacks=[See()])
-    with pytest.warns(UserWarning, match=r"saved with alpha=0\.25.*goes on with alpha=0\.9"):
+    with pytest.warns(UserWarning, match=r"saved with alpha=0\.25.*continues with alpha=0\.9"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert seen == [0.9, 0.9]
     if ours:

@@ -282,7 +282,7 @@ def test_a_journal_outlives_a_full_disk_and_a_torn_line(tmp_path):
     [
         ("banana://x", "banana"),
         ("nothing", "Could not parse"),
-        ("journal:", "No such file"),
+        ("journal:", "must be the URL of a database"),
         ("journal:{}/no/search.log", "No such file or directory"),
         ("journal:{}/ruined.log", "ruined.log is damaged, or not a journal"),
         ("sqlite:///{}/no/search.db", "unable to open database file"),
@@ -294,7 +294,7 @@ def test_a_journal_outlives_a_full_disk_and_a_torn_line(tmp_path):
 def test_a_storage_that_cannot_be_opened_is_named_in_one_line(tmp_path, monkeypatch, name, says):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "ruined.log").write_text('{"op_code":0,"wor{"op_code":0}\n{"op_code":1}\n' * 100)
-    with pytest.raises((ImportError, ValueError), match=f"--storage .*{says}") as error:
+    with pytest.raises(ValueError, match=f"storage .*{says}") as error:
         open_storage(name.format(tmp_path), tmp_path / "out")
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,10 +69,13 @@ def test_sigterm_outside_of_training_ends_the_program_at_once_with_one_line(tmp_
 
 
 def test_callback_alone_gives_the_signal_back_after_training(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), set(threading.enumerate())
     stop = StopOnSigterm()
     build(tmp_path, max_steps=1, callbacks=[stop]).train()
     assert signal.getsignal(signal.SIGTERM) is before and not stop.stopped
+    for thread in set(threading.enumerate()) - threads:  # it must not go round in circles either
+        thread.join(10)
+        assert not thread.is_alive(), thread.name
 
 
 def test_child_that_is_forked_dies_of_sigterm_and_its_parent_does_not(tmp_path):

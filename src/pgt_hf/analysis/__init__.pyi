@@ -3,7 +3,6 @@ from .calibration import Calibration as Calibration
 from .calibration import best_calibrated as best_calibrated
 from .calibration import calibration_table as calibration_table
 from .calibration import compare_calibration as compare_calibration
-from .calibration import fit_temperature as fit_temperature
 from .comparison import Comparison as Comparison
 from .comparison import Point as Point
 from .comparison import compare as compare

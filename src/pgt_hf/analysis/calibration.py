@@ -5,7 +5,6 @@ instead, whatever the training was. Which of the three to use has to be measured
 fits its data, and hurts where its logits have not grown by 1/alpha.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ from ..functional import IGNORED, check_alpha
 from ..limits import Count, Seed, checked
 from .metrics import BINS, Reliability, check_logits, probability_scores, reliability, score_logits
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Calibration:
     """The scores of ``softmax(logits / temperature)``.
 
-    ``temperatures`` holds one number, or the two that were fitted to one half of the images each; ``confidence`` is
+    ``temperatures`` holds one number, or the two that were fitted, one to each half of the images; ``confidence`` is
     the probability of each image's best class.
     """
 
@@ -39,7 +36,7 @@ class Calibration:
 
     @property
     def temperature(self) -> float:
-        """The one temperature to use: that of both halves together, as their geometric mean."""
+        """The one temperature to use: the geometric mean of both halves' temperatures."""
         return math.prod(self.temperatures) ** (1 / len(self.temperatures))
 
 
@@ -55,16 +52,13 @@ def compare_calibration(
     Args:
         logits: Shape (N, C).
         labels: Shape (N); images with the label -100 are left out.
-        alpha: The exponent that the model was trained with; without one, or at 1 (or 0, which leaves no
-            probabilities but 1/C), there is no "folded".
+        alpha: The exponent that the model was trained with. Without one there is no "folded"; nor at 1, where it is
+            "raw", nor at 0, where every probability is 1/C.
         bins: Number of bins of the ECE.
-        seed: Of the halves.
+        seed: Draws the halves.
 
     Returns:
         "raw", "folded" and "fitted"; no "fitted" where one half holds no mistake, which no temperature fits.
-
-    Raises:
-        ValueError: There is no labelled image, or an argument is not allowed.
 
     Example:
         >>> logits, labels = torch.randn(100, 10), torch.arange(100) % 10
@@ -75,7 +69,9 @@ def compare_calibration(
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
     if not len(labels):
-        raise ValueError("labels must leave at least 1 image to score, got none")
+        raise ValueError(f"labels must leave at least 1 image to score, got {IGNORED} alone")
+    if not logits.isfinite().all():
+        raise ValueError("logits must be finite, got nan or infinity among them")
     rows: dict[str, tuple[tuple[float, ...], Tensor]] = {"raw": ((1.0,), score_logits(logits, labels))}
     if alpha is not None and check_alpha(alpha) not in (0, 1):
         rows["folded"] = ((1 / alpha,), score_logits(logits, labels, alpha))
@@ -84,7 +80,7 @@ def compare_calibration(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed))).to(labels.device)
     halves = order.tensor_split(2)
     if not any(right[half].all() for half in halves):
-        temperatures = tuple(_fit(logits[half], labels[half]) for half in halves)
+        temperatures = tuple(_fit_temperature(logits[half], labels[half]) for half in halves)
         fitted = torch.empty_like(rows["raw"][1])
         for half, temperature in zip(reversed(halves), temperatures, strict=True):
             fitted[half] = score_logits(logits[half], labels[half], 1 / temperature)
@@ -94,8 +90,9 @@ def compare_calibration(
     return {name: _score(used, scores, hits, bins) for name, (used, scores) in rows.items()}
 
 
+@checked
 def best_calibrated(found: Mapping[str, Calibration]) -> str:
-    """Which of the probabilities has the lowest NLL, which is the score that no other temperature improves by chance.
+    """Which of the probabilities has the lowest NLL.
 
     Example:
         >>> best_calibrated(compare_calibration(torch.tensor([[9.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1]), alpha=0.1))
@@ -104,8 +101,9 @@ def best_calibrated(found: Mapping[str, Calibration]) -> str:
     return min(found, key=lambda name: found[name].nll)
 
 
+@checked
 def calibration_table(found: Mapping[str, Calibration]) -> str:
-    """Temperature, NLL, ECE and Brier score of each as lines to print; and which of them to use.
+    """A table of temperatures and scores to print, and which of the probabilities to use.
 
     Example:
         >>> print(calibration_table(compare_calibration(logits, labels, alpha=0.25)))
@@ -121,7 +119,7 @@ def calibration_table(found: Mapping[str, Calibration]) -> str:
 
 
 def scaled_logits(temperature: float) -> str:
-    """``z / temperature`` in the way that people write it.
+    """``z / temperature`` as people write it.
 
     Example:
         >>> scaled_logits(1.0), scaled_logits(4.0), scaled_logits(1.31)
@@ -130,39 +128,10 @@ def scaled_logits(temperature: float) -> str:
     return "z" if temperature == 1 else f"z / {temperature:.3g}"
 
 
-@checked
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL (Guo et al. 2017).
-
-    The NLL is convex in 1/T, so there is one minimum. If every image is right, the smallest T fits best
-    and says nothing about other images, which is logged as a warning.
-
-    Args:
-        logits: Shape (N, C), of images that are not scored afterwards.
-        labels: Shape (N); images with the label -100 are left out.
-
-    Raises:
-        ValueError: No image is left to fit on, or the logits are not finite.
-
-    Example:
-        >>> round(fit_temperature(torch.tensor([[3.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])), 2)
-        2.73
-    """
-    check_logits(logits, labels)
-    counted = labels != IGNORED
-    logits, labels = logits[counted], labels[counted]
-    if bool((logits.argmax(dim=1) == labels).all()):
-        logger.warning("a temperature fitted to %d images that are all right says nothing of others", len(labels))
-    return _fit(logits, labels)
-
-
-def _fit(logits: Tensor, labels: Tensor) -> float:
+def _fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T in [0.01, 100] at which ``softmax(logits / T)`` has the smallest NLL, which is convex in 1/T."""
     from scipy.optimize import minimize_scalar
 
-    if not len(labels):
-        raise ValueError("labels must leave at least one image to fit on, got none")
-    if not logits.isfinite().all():
-        raise ValueError("logits must be finite, got nan or infinity among them")
     logits = logits.double()
 
     def nll(log_temperature: float) -> float:

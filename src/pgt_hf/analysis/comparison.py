@@ -27,7 +27,7 @@ class Point:
         return statistics.fmean(self.scores)
 
     def cells(self) -> list[str]:
-        """Alpha, learning rate, number of scores, mean and half the width of its interval, for a table."""
+        """For a table: alpha, learning rate, number of scores, their mean and half the width of its interval."""
         mean, half = interval(self.scores)
         width = f"{half:.4f}" if _EQUAL < half < math.inf else "-"
         return [f"{self.alpha:.4g}", f"{self.learning_rate:.4g}", str(len(self.scores)), f"{mean:.4f}", width]
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def found(self) -> bool:
-        """Whether 0 lies outside the interval; differences without any spread give none."""
+        """Whether 0 lies outside the interval; without any spread there is no interval."""
         return self.spread and abs(self.difference) > self.half_width
 
     @property
@@ -92,19 +92,18 @@ class Comparison:
 def compare(method: Sequence[_Score], baseline: Sequence[_Score]) -> Comparison:
     """The paired difference, method minus baseline, of scores of the same seeds in the same order.
 
-    Raises:
-        ValueError: There are not as many of one as of the other, or fewer than 2.
-
     Example:
         >>> print(compare([0.91, 0.93, 0.92], [0.90, 0.93, 0.92]))
         No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
     """
     if len(method) != len(baseline) or len(method) < 2:
-        raise ValueError(f"compare needs the same seeds of both, at least 2; got {len(method)} and {len(baseline)}")
+        counts = f"{len(method)} and {len(baseline)}"
+        raise ValueError(f"method and baseline must hold scores of the same seeds, at least 2, got {counts}")
     difference, half_width = interval([a - b for a, b in zip(method, baseline, strict=True)])
     return Comparison(difference, half_width, len(method))
 
 
+@checked
 def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: Sequence[int]) -> list[str]:
     """What a search has shown, in sentences: warnings, if any, then the comparison.
 
@@ -113,15 +112,14 @@ def verdict(confirmed: Mapping[str, Point], rates: tuple[float, float], labels: 
         rates: The lowest and the highest learning rate of the search.
         labels: Those of the images that the scores were measured on; always guessing the commonest one is chance.
 
-    Raises:
-        ValueError: ``confirmed`` cannot be compared.
-
     Example:
         >>> both = {"pgt": Point(0.5, 0.1, (0.91, 0.93, 0.92)), "baseline": Point(1.0, 1.0, (0.90, 0.93, 0.92))}
         >>> print(*verdict(both, (0.01, 1.0), labels=[0, 1] * 50))
         The best learning rate of the baseline, 1, lies at the upper end of its range ...
         No difference found: PGT minus baseline is +0.33 +- 1.43 points (95% interval of the paired ...
     """
+    if not 0 < rates[0] < rates[1]:
+        raise ValueError(f"rates must be two rising numbers above 0, got {rates}")
     result = compare(confirmed["pgt"].scores, confirmed["baseline"].scores)
     chance = max(Counter(labels).values()) / len(labels)
     noise = 2 * math.sqrt(chance * (1 - chance) / len(labels))

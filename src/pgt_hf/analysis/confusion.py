@@ -1,12 +1,14 @@
 """The confusion matrix and the most confident mistakes of a classifier."""
 
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..functional import IGNORED
-from ..limits import Count, checked
+from ..limits import Count, Whole, checked
+
+_Most = Annotated[int, Whole("[0, inf)")]
 
 
 @checked
@@ -18,26 +20,21 @@ def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: Count) ->
         [[1, 1], [0, 1]]
     """
     truth, best = np.asarray(labels), np.asarray(predicted)
-    check_classes(truth, best, classes)
+    for name, numbers in (("labels", truth), ("predicted", best)):
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"{name} must hold class numbers, got dtype {numbers.dtype}")
+        if numbers.ndim != 1 or numbers.shape != truth.shape:
+            raise ValueError(f"labels and predicted must have shape (N,), got {truth.shape} and {best.shape}")
+        if not ((numbers >= 0) & (numbers < classes) | (numbers == IGNORED)).all():
+            raise ValueError(f"{name} must lie in [0, {classes}), got {numbers.min()} to {numbers.max()}")
     counted = truth != IGNORED
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (truth[counted], best[counted]), 1)
     return counts
 
 
-def check_classes(labels: NDArray[Any], predicted: NDArray[Any], classes: int) -> None:
-    """Raises TypeError or ValueError unless both are class numbers (N); labels may be ``IGNORED``."""
-    for name, numbers in (("labels", labels), ("predicted", predicted)):
-        if numbers.dtype.kind not in "iu":
-            raise TypeError(f"{name} must hold class numbers, got dtype {numbers.dtype}")
-        if numbers.ndim != 1 or numbers.shape != labels.shape:
-            raise ValueError(f"labels and predicted must have shape (N,), got {labels.shape} and {predicted.shape}")
-        if not ((numbers >= 0) & (numbers < classes) | (numbers == IGNORED)).all():
-            raise ValueError(f"{name} must lie in [0, {classes}), got {numbers.min()} to {numbers.max()}")
-
-
 @checked
-def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: Count) -> list[int]:
+def worst_mistakes(labels: ArrayLike, predicted: ArrayLike, confidence: ArrayLike, most: _Most) -> list[int]:
     """The indices of at most ``most`` wrongly classified images, the most confident mistake first.
 
     Arrays have shape (N); ``confidence`` is the probability of ``predicted``. ``IGNORED`` labels are left out.

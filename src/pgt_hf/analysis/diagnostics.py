@@ -5,7 +5,7 @@ Everything about the logits is computed from them and their gradient, so any los
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 from zipfile import BadZipFile
 
@@ -29,10 +29,6 @@ _SURE = 10  # classes that a gradient's scale is read from: far from underflow, 
 def logit_statistics(logits: Tensor) -> dict[str, Tensor]:
     """The paper's four statistics of logits (N, C), each a mean over the images.
 
-    Returns:
-        ``logit_norm`` (L2), ``logit_abs_mean`` (of the mean logit), ``logit_abs_max`` (of the largest), and
-        ``logit_variance`` (over the classes), each 0-dim.
-
     Example:
         >>> logit_statistics(torch.tensor([[3.0, -4.0]]))["logit_norm"]
         tensor(5.)
@@ -49,20 +45,13 @@ def logit_statistics(logits: Tensor) -> dict[str, Tensor]:
 @checked
 @torch.no_grad()
 def filter_norms(model: nn.Module) -> dict[str, Tensor]:
-    """The L2 norm of each filter: of what leads to one output of a convolution or a linear layer.
-
-    Returns:
-        By the layer's dotted name, shape (outputs).
+    """The L2 norm of each filter (the weights of one output) of each convolution and linear layer, by its dotted name.
 
     Example:
         >>> filter_norms(nn.Sequential(nn.Conv2d(3, 8, 3)))["0"].shape
         torch.Size([8])
     """
-    return {
-        name: layer.weight.flatten(1).float().norm(dim=1)
-        for name, layer in model.named_modules()
-        if isinstance(layer, _LAYERS)
-    }
+    return {name: layer.weight.flatten(1).float().norm(dim=1) for name, layer in _layers(model)}
 
 
 @checked
@@ -87,21 +76,17 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
         >>> gradient_norms(model)["0"]
         tensor(6.9282)
     """
-    gradients = {
-        name: layer.weight.grad
-        for name, layer in model.named_modules()
-        if isinstance(layer, _LAYERS) and layer.weight.grad is not None
-    }
+    gradients = {name: layer.weight.grad for name, layer in _layers(model) if layer.weight.grad is not None}
     norms = torch._foreach_norm(list(gradients.values())) if gradients else []
     return dict(zip(gradients, norms, strict=True))
 
 
 @checked
 def normalized_layers(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The layers whose output a batch or group norm normalises, and these norms, by the layer's dotted name.
+    """The layers whose output a batch or group norm normalises, with their norms, by the layer's dotted name.
 
-    A norm belongs to the convolution or linear layer defined right before it, if it has as many channels as that has
-    outputs. The scale of such a layer's weight does not change the network's output.
+    A norm belongs to the convolution or linear layer defined right before it, if that has as many outputs as it has
+    channels. The scale of such a layer's weight does not change the network's output.
 
     Example:
         >>> list(normalized_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))))
@@ -123,12 +108,10 @@ def normalized_layers(model: nn.Module) -> dict[str, tuple[Any, Any]]:
 @checked
 @torch.no_grad()
 def normalization_statistics(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What decides how fast each normalised layer learns, one number each, as ``KIND/LAYER``.
+    """What decides how fast each normalised layer learns, as ``KIND/LAYER``, for the layers that are trained.
 
-    Returns:
-        ``weight_norm`` (L2, of the whole weight), ``effective_lr`` (the learning rate over its square), ``norm_scale``
-        and ``norm_bias`` (means of the absolute scales and of the biases of the norm, if it has them). Layers that
-        ``optimizer`` does not train are left out.
+    The kinds are ``weight_norm`` (L2, of the whole weight), ``effective_lr`` (the learning rate over its square), and
+    ``norm_scale`` and ``norm_bias`` (means of the norm's absolute scales and of its biases, if it has them).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
@@ -166,17 +149,11 @@ def recover_target(
 ) -> tuple[Tensor, Tensor]:
     """The target distribution q behind a gradient at the logits, ``s (softmax(alpha z) - q)`` with any scale s.
 
-    Most classes of an image are not its target: they have ``q_i = eps / C``, and there ``grad_i / (p'_i - q_i)`` is s.
-    Exact for labels, and for mixtures of two where there are more than four classes.
-
-    Args:
-        logits: Shape (N, C).
-        grad: Their gradient, (N, C).
-        alpha: The exponent that it was made with.
-        label_smoothing: eps.
+    Most classes of an image are not its target: they have ``q_i = label_smoothing / C``, so there
+    ``grad_i / (p'_i - q_i)`` is s. Exact for labels, and for mixtures of two where there are more than four classes.
 
     Returns:
-        q of shape (M, C), and which of the N rows it is of (N, bool): those with a gradient of 0 have no target.
+        q of shape (M, C), and which of the N rows have one (N, bool): those with a gradient of 0 have no target.
 
     Example:
         >>> z = torch.randn(4, 10, requires_grad=True)
@@ -226,9 +203,6 @@ def lemma_threshold(power_sum: Any, alpha: NonNegative) -> Any:
 
     ``power_sum``, ``exp(log_power_sum(...))``, is a number, an array or a tensor.
 
-    Raises:
-        ValueError: ``alpha`` is 1, at which every p stays what it is.
-
     Example:
         >>> lemma_threshold(4.0, alpha=0)
         0.25
@@ -242,11 +216,8 @@ def lemma_threshold(power_sum: Any, alpha: NonNegative) -> Any:
 def probability_histograms(logits: Tensor, target: Tensor, alpha: NonNegative) -> dict[str, Tensor]:
     """Counts of predicted probabilities: p in the first row, p' = softmax(alpha z) in the second.
 
-    ``logits`` and ``target``, distributions, have shape (N, C).
-
-    Returns:
-        ``target_histogram`` (2, 20) of the targets' probabilities, over [0, 1]; ``class_histogram`` (2, 40) of all
-        classes', over the decades from 1e-10 to 1 (smaller ones count in the first).
+    ``logits`` and ``target``, distributions, have shape (N, C). ``target_histogram`` (2, 20) has the targets'
+    probabilities, over [0, 1]; ``class_histogram`` (2, 40) all, over the decades from 1e-10 to 1.
 
     Example:
         >>> probability_histograms(torch.zeros(3, 4), torch.eye(4)[:3], alpha=0.5)["target_histogram"][:, 5]
@@ -267,9 +238,6 @@ class History:
     When ``capacity`` snapshots are held every second one is dropped, and from then on every second one that comes:
     the run stays covered from its first step to its last.
 
-    Raises:
-        ValueError: ``capacity`` is below 2.
-
     Example:
         >>> history = History()
         >>> history.add(0, {"logit_norm": np.float32(3.5)})
@@ -285,6 +253,7 @@ class History:
         self.snapshots: list[dict[str, NDArray[Any]]] = []
         self._offered = 0
 
+    @checked
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Offers a snapshot; steps grow, and a name has one shape. Names that not all snapshots have are not saved."""
         if self._offered % self.stride == 0:
@@ -293,6 +262,7 @@ class History:
         if len(self.snapshots) == self.capacity:
             self.snapshots, self.stride = self.snapshots[::2], 2 * self.stride
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Replaces the file atomically."""
         if not self.snapshots:
@@ -302,6 +272,7 @@ class History:
         with replacing(path) as draft, draft.open("wb") as file:
             np.savez_compressed(file, stride=self.stride, offered=self._offered, **columns)
 
+    @checked
     def resume(self, path: str | os.PathLike[str], step: int) -> None:
         """Continues from a file, without its snapshots from ``step`` on."""
         columns = self.read(path)
@@ -311,6 +282,7 @@ class History:
         self.snapshots = [{key: column[index] for key, column in columns.items()} for index in range(kept)]
 
     @staticmethod
+    @checked
     def read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         """The file's arrays by name, the first dimension being the snapshots; ``step`` has their steps."""
         try:
@@ -318,6 +290,10 @@ class History:
                 return dict(file)
         except (ValueError, EOFError, BadZipFile, AttributeError) as error:
             raise ValueError(f"path must be a file of History.save, got {os.fspath(path)!r}: {error}") from error
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS))
 
 
 def _count(values: Tensor, bins: int, low: float, high: float) -> Tensor:

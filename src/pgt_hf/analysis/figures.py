@@ -1,7 +1,11 @@
 """Creating and saving figures; matplotlib is imported only when one is drawn."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
@@ -17,6 +21,18 @@ def require_matplotlib() -> None:
     require("matplotlib", "drawing a picture")
 
 
+def check_target(path: Target, name: str = "path") -> None:
+    """Raises ValueError unless the file's ending is that of a picture that can be written."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if not isinstance(path, BytesIO) and Path(path).suffix.lower().removeprefix(".") not in known:
+        raise ValueError(
+            f"{name} must end in one of {', '.join(f'.{each}' for each in sorted(known))}, got {str(path)!r}"
+        )
+
+
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
     """A figure without pyplot's global state, and its axes as an array (rows, columns)."""
     require_matplotlib()
@@ -26,6 +42,22 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """Frees the figures that are drawn within: each is a cycle of some 4 MB, which a large program may keep for long.
+
+    Example:
+        >>> with freed():
+        ...     plot_training_curve(trainer.state.log_history, "training_curve.png")
+    """
+    gc.freeze()  # the collection looks at what is new alone
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 def finish(grid: Any, used: int, label: str) -> None:
@@ -39,6 +71,7 @@ def finish(grid: Any, used: int, label: str) -> None:
 
 def save(figure: "Figure", path: Target, title: str | None) -> None:
     """Writes the picture, with ``title`` above it if there is one."""
+    check_target(path)
     if title:
         figure.suptitle(title)
     if isinstance(path, BytesIO):
@@ -50,6 +83,6 @@ def save(figure: "Figure", path: Target, title: str | None) -> None:
         figure.savefig(path, dpi=150)
 
 
-def shorten(name: str) -> str:
-    """The end of a long name, at most 30 characters."""
-    return name if len(name) <= 30 else "..." + name[-27:]
+def shorten(name: str, most: int = 30) -> str:
+    """The end of a long name, at most ``most`` characters."""
+    return name if len(name) <= most else "..." + name[3 - most :]

@@ -28,9 +28,6 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1
 
     ``ranked`` has class numbers from best to worst, (N, K), as ``ranked_classes`` gives them. A k above K is left out.
 
-    Raises:
-        ValueError: There is nothing to count, or a k is below 1.
-
     Example:
         >>> top_k_accuracy([[2, 0], [1, 2]], [2, 2], k=(1, 2))
         {'top1': 0.5, 'top2': 1.0}
@@ -42,7 +39,8 @@ def top_k_accuracy(ranked: ArrayLike, labels: ArrayLike, k: Sequence[Count] = (1
     return {f"top{depth}": float(hits[:, :depth].any(axis=1).mean()) for depth in k if depth <= best.shape[1]}
 
 
-def ranked_classes(logits: Tensor, k: int = TOP_K) -> Tensor:
+@checked
+def ranked_classes(logits: Tensor, k: Count = TOP_K) -> Tensor:
     """The k best classes of each image, (N, k); the best one alone where there are no more than k classes.
 
     Example:
@@ -62,12 +60,9 @@ def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -
         ece = sum over bins of (images in it / N) |accuracy in it - mean confidence in it|
 
     Args:
-        scores: What ``score_logits`` keeps of each image, (N, 3).
-        hits: Whether the best class is the image's, (N).
+        scores: What ``score_logits`` gives, (N, 3).
+        hits: Whether the best class is right, (N).
         bins: Number of equal-width bins of the expected calibration error.
-
-    Raises:
-        ValueError: There is nothing to score, or ``bins`` is below 1.
 
     Example:
         >>> {name: round(value, 4) for name, value in probability_scores([[np.log(0.75), 0.75, 0.625]], [1]).items()}
@@ -86,7 +81,7 @@ def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows, bin by bin; an empty bin has nan for accuracy and confidence."""
+    """A reliability diagram, bin by bin; accuracy and confidence of an empty bin are nan."""
 
     edges: NDArray[np.float64]
     count: NDArray[np.int64]
@@ -110,9 +105,6 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> R
         hits: Whether that class is right, (N).
         bins: How many.
 
-    Raises:
-        ValueError: ``bins`` is below 1, or the shapes differ.
-
     Example:
         >>> reliability([0.9, 0.8, 0.3], [1, 0, 0], bins=2).count
         array([1, 2])
@@ -132,18 +124,15 @@ def reliability(confidence: ArrayLike, hits: ArrayLike, bins: Count = BINS) -> R
 
 @checked
 def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
-    """What ``probability_scores`` needs of each image's ``softmax(scale * logits)``, in float32 at least.
+    """Three numbers of each image's ``softmax(scale * logits)`` for ``probability_scores``, in float32 at least.
 
     Args:
         logits: Shape (N, C).
-        labels: Class numbers (N); those of ``IGNORED`` give a row that means nothing.
+        labels: Class numbers (N); the row of an image labelled ``IGNORED`` means nothing.
         scale: 1 for the raw probabilities, alpha for those that PGT trained, 1/T for a temperature T.
 
     Returns:
         Shape (N, 3): log-probability of the label, probability of the best class, sum of squared probabilities.
-
-    Raises:
-        ValueError: A label is no class, or the shapes do not fit.
 
     Example:
         >>> score_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).exp()[0, 0]
@@ -151,10 +140,9 @@ def score_logits(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     """
     check_logits(logits, labels)
     counted = labels != IGNORED
-    if not ((labels >= 0) & (labels < logits.size(1)) | ~counted).all():
-        raise ValueError(
-            f"labels must lie in [0, {logits.size(1)}) or be {IGNORED}, got {labels.min()} to {labels.max()}"
-        )
+    classes = logits.size(1)
+    if not ((labels >= 0) & (labels < classes) | ~counted).all():
+        raise ValueError(f"labels must lie in [0, {classes}) or be {IGNORED}, got {labels.min()} to {labels.max()}")
     log_probs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale, dim=-1)
     log_prob = log_probs.gather(1, labels.where(counted, 0)[:, None])[:, 0]
     probs = log_probs.exp()
@@ -177,24 +165,19 @@ class ClassificationMetrics:
     """Top-1, top-k, NLL, ECE and Brier score for Trainer, from a few numbers of each image.
 
     ``preprocess`` goes to Trainer's ``preprocess_logits_for_metrics``, the object itself to ``compute_metrics``. With
-    several processes every image counts once. Images with the label -100 are left out; where there are some, their
-    number is reported as ``skipped``.
+    several processes every image counts once. Images with the label -100 are left out, and counted as ``skipped``.
 
     Args:
         alpha: The exponent that the model was trained with. Unless it is None or 1, ``nll_folded``, ``ece_folded`` and
             ``brier_folded`` are reported too: those of ``softmax(alpha * logits)``, the probabilities that PGT trains
             and ``fold_powergrad`` gives. The attribute may be changed.
-        keep_logits: Keep in ``kept`` the logits and labels of all images, of the last evaluation, for
-            ``Evaluation.from_logits``. The attribute may be changed.
+        keep_logits: Keep the logits and labels of the last evaluation in ``kept``, for ``Evaluation.from_logits``. The
+            attribute may be changed.
         top_k: The second accuracy to report, next to top-1; left out where there are no more than ``top_k`` classes.
         bins: Number of bins of the ECE.
         also: More metrics of the best class, as ``evaluate.load`` takes them: "f1", "matthews_correlation", or the
             path of your own metric.
         **options: For those, such as ``average="macro"``.
-
-    Raises:
-        TypeError, ValueError: ``alpha``, ``top_k`` or ``bins`` is not allowed.
-        ImportError: ``also`` is used and ``evaluate`` is not installed.
 
     Example:
         >>> metrics = ClassificationMetrics(alpha=0.25)
@@ -230,24 +213,20 @@ class ClassificationMetrics:
             self._also = evaluate.combine(list(also))
 
     def preprocess(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, ...]:
-        """Keeps of each image its best classes, as ``ranked_classes``, and its scores, (N, 3), raw and folded.
+        """The best classes of each image, as ``ranked_classes``, and its ``score_logits``, raw and folded.
 
-        ``logits`` are (N, C), or a tuple that begins with them; see ``score_logits`` for the scores.
+        ``logits`` are (N, C), or a tuple that begins with them.
         """
-        scores = logits[0] if isinstance(logits, tuple) else logits
-        found = (
-            ranked_classes(scores, self.top_k),
-            *(score_logits(scores, labels, scale) for scale in self._scales.values()),
-        )
-        return (*found, scores.float()) if self.keep_logits else found
+        raw = logits[0] if isinstance(logits, tuple) else logits
+        scores = [score_logits(raw, labels, scale) for scale in self._scales.values()]
+        return ranked_classes(raw, self.top_k), *scores, *([raw.float()] if self.keep_logits else [])
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        counted = np.asarray(prediction.label_ids) != IGNORED
-        labels = np.asarray(prediction.label_ids)[counted]
-        parts = [np.asarray(part) for part in prediction.predictions]
+        everyone, *parts = map(np.asarray, (prediction.label_ids, *prediction.predictions))
         if self.keep_logits:
-            self.kept = torch.from_numpy(parts.pop()), torch.from_numpy(np.asarray(prediction.label_ids))
-        best, *scores = (part[counted] for part in parts)
+            self.kept = torch.from_numpy(parts.pop()), torch.from_numpy(everyone)
+        counted = everyone != IGNORED
+        labels, best, *scores = (part[counted] for part in (everyone, *parts))
         results = top_k_accuracy(best, labels, k=(1, self.top_k))
         for suffix, rows in zip(self._scales, scores, strict=True):
             values = probability_scores(rows, best[:, 0] == labels, self.bins)

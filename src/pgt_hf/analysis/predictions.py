@@ -3,21 +3,21 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..functional import IGNORED
 from ..images.dataset import thumbnail
 from ..images.transforms import collate, normalize
-from ..limits import Count, NonNegative, Whole, checked
+from ..limits import Count, NonNegative, Whole, check_type, checked
 from .calibration import Calibration, best_calibrated, compare_calibration, scaled_logits
 from .confusion import confusion_matrix, worst_mistakes
 from .metrics import Reliability
@@ -40,8 +40,8 @@ class Mistake:
 class Evaluation:
     """What the report shows of a model's predictions.
 
-    ``confusion`` is that of ``confusion_matrix``, ``calibration`` what ``compare_calibration`` found. ``mistakes`` are
-    the most confident wrong predictions, by the probabilities that are calibrated best.
+    ``confusion`` comes from ``confusion_matrix``, ``calibration`` from ``compare_calibration``. ``mistakes`` are the
+    most confident wrong predictions, by the best calibrated probabilities.
     """
 
     names: list[str]
@@ -50,6 +50,7 @@ class Evaluation:
     mistakes: list[Mistake]
 
     @classmethod
+    @checked
     def from_logits(
         cls,
         logits: Tensor,
@@ -58,9 +59,9 @@ class Evaluation:
         dataset: Any = None,
         *,
         alpha: float | None = None,
-        mistakes: int = 24,
+        mistakes: Annotated[int, Whole("[0, inf)")] = 24,
     ) -> "Evaluation":
-        """What the report needs, from an evaluation that was made: only the images of the mistakes are read.
+        """From the logits of an evaluation: of the images, only the mistakes are read.
 
         Args:
             logits: Of shape (N, C), in the order of the data set.
@@ -69,9 +70,6 @@ class Evaluation:
             dataset: An ``ImageDataset``, whose ``split`` has the pictures of the mistakes.
             alpha: As for ``examine``.
             mistakes: How many of the worst are kept.
-
-        Raises:
-            ValueError: No image has a label.
 
         Example:
             >>> metrics = ClassificationMetrics(alpha=0.25, keep_logits=True)
@@ -96,19 +94,27 @@ class Evaluation:
 
     @property
     def probabilities(self) -> str:
-        """Those that are calibrated best, such as ``fitted: softmax(z / 1.3)``."""
+        """The best calibrated ones, such as ``fitted: softmax(z / 1.3)``."""
         best = best_calibrated(self.calibration)
         return f"{best}: softmax({scaled_logits(self.calibration[best].temperature)})"
 
+    def folded(self, alpha: float) -> "Evaluation":
+        """That of the same model with alpha multiplied into its head: its logits are ``alpha`` times as large."""
+        raw = self.calibration.get("folded", self.calibration["raw"])
+        calibration = {"raw": replace(raw, temperatures=(1.0,))}
+        if fitted := self.calibration.get("fitted"):
+            temperatures = tuple(temperature * alpha for temperature in fitted.temperatures)
+            calibration["fitted"] = replace(fitted, temperatures=temperatures)
+        return replace(self, calibration=calibration)
+
     def fitted(self) -> dict[str, float]:
         """The fitted temperature and its scores, as ``metrics.json`` names them; empty if none was fitted."""
-        found = self.calibration.get("fitted")
-        if found is None:
+        if (found := self.calibration.get("fitted")) is None:
             return {}
         return {"temperature": found.temperature, "nll_fitted": found.nll, "ece_fitted": found.ece}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, from which ``from_json`` makes it anew."""
+        """JSON values for ``from_json``."""
         rows, columns = self.confusion.nonzero()
         counts = self.confusion[rows, columns]
         return {
@@ -125,7 +131,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Evaluation":
-        """What ``to_json`` gave."""
+        """From what ``to_json`` gave."""
         classes = len(content["names"])
         confusion = np.zeros((classes, classes), dtype=np.int64)
         for row, column, count in content["confusion"]:
@@ -161,8 +167,11 @@ def examine(
     Example:
         >>> write_evaluation("runs/digits", examine(model, validation, alpha=0.25))
     """
+    check_type("model", model, nn.Module)
+    if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
+        raise TypeError(f"dataset must hold pixel_values and labels, such as an ImageDataset, got {dataset!r}")
     size = len(dataset) if max_images is None else min(max_images, len(dataset))
-    loader = DataLoader(torch.utils.data.Subset(dataset, range(size)), batch_size, collate_fn=collate)
+    loader = DataLoader(torch.utils.data.Subset(dataset, range(size)), int(batch_size), collate_fn=collate)
     device, was_training = next(model.parameters()).device, model.training
     labels, seen = [], []
     model.eval()

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..limits import checked
+from ..limits import Count, checked
 from .figures import Target, finish, new_figure, require_matplotlib, save, shorten
 
 if TYPE_CHECKING:
     from .comparison import Point
-    from .metrics import Reliability
     from .predictions import Evaluation
 
 _THUMBNAIL = 224  # pixels
 
 
-def plot_reliability(
-    diagrams: Mapping[str, "Reliability"], path: Target, title: str | None = None, columns: int = 3
-) -> None:
-    """Draws reliability diagrams side by side: accuracy against confidence, with the share of images in each bin.
+@checked
+def plot_reliability(diagrams: Mapping[str, Any], path: Target, title: str | None = None, columns: Count = 3) -> None:
+    """Draws diagrams of ``reliability`` side by side: accuracy against confidence, and each bin's share of the images.
 
     Example:
         >>> plot_reliability({"raw": reliability([0.9, 0.8, 0.3], [1, 0, 0])}, "reliability.png")
@@ -38,9 +36,8 @@ def plot_reliability(
         share = diagram.count / diagram.count.sum()
         axes.bar(middles, share, width, color="C7", alpha=0.35, label="share of images")
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-        axes.plot(
-            diagram.confidence[filled], diagram.accuracy[filled], "C0o-", markersize=4, linewidth=1.2, label="accuracy"
-        )
+        curve = diagram.confidence[filled], diagram.accuracy[filled]
+        axes.plot(*curve, "C0o-", markersize=4, linewidth=1.2, label="accuracy")
         axes.set_title(f"{name}\nECE {diagram.ece:.3f}", fontsize=9)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
@@ -51,6 +48,7 @@ def plot_reliability(
     save(figure, path, title)
 
 
+@checked
 def plot_confusion(counts: ArrayLike, names: Sequence[str], path: Target, title: str | None = None) -> None:
     """Draws ``confusion_matrix``: each row is a true class, in shares of its images.
 
@@ -91,6 +89,8 @@ def plot_images(images: Sequence[Any], captions: Sequence[str], path: Target, ti
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"images and captions must be as many, at least 1, got {len(images)} and {len(captions)}")
+    if flat := [image for image in images if np.ndim(image) < 2]:
+        raise TypeError(f"images must be PIL's images or arrays of pixels, got {flat[0]!r}")
     columns = min(6, len(images))
     rows = math.ceil(len(images) / columns)
     figure, grid = new_figure(rows, columns, (1.9 * columns, 2.4 * rows))
@@ -114,8 +114,8 @@ def plot_mistakes(
     if worst := evaluation.mistakes[:most]:
         from ..images.dataset import thumbnail
 
-        name = evaluation.names
-        captions = [f"true: {name[m.label]}\npredicted: {name[m.predicted]}, {m.confidence:.1%}" for m in worst]
+        name = [shorten(each, 19) for each in evaluation.names]
+        captions = [f"true: {name[m.label]}\npredicted: {name[m.predicted]}\n{m.confidence:.1%}" for m in worst]
         formula = f"Percentages: probability of the wrong class, {evaluation.probabilities}"
         pictures = [thumbnail(images, m.index, _THUMBNAIL) for m in worst]
         blank = np.full((1, 1, 3), 255, dtype=np.uint8)  # in place of an image that cannot be read
@@ -123,6 +123,7 @@ def plot_mistakes(
         plot_images(shown, captions, path, "\n".join(filter(None, [title, formula])))
 
 
+@checked
 def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | None = None) -> None:
     """Draws the accuracy on each target domain against alpha, a line for each method, the mean over the seeds.
 
@@ -148,11 +149,13 @@ def plot_adaptation(rows: Sequence[Sequence[Any]], path: Target, title: str | No
         axes.set_title(shorten(str(target)), fontsize=10)
         axes.grid(alpha=0.3)
     grid[0, 0].set_ylabel("top-1 on the target (%)")
-    grid[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = grid[0, 0].get_legend_handles_labels()  # below the panels: inside, it may lie on a line
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(methods), loc="outside lower center")
     finish(grid, len(targets), "alpha")
     save(figure, path, title)
 
 
+@checked
 def plot_heat_map(points: Sequence["Point"], path: Target, title: str | None = None) -> None:
     """Draws the mean score of each point over learning rate and alpha; stars mark the best baseline and the best PGT.
 

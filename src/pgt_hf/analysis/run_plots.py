@@ -1,7 +1,7 @@
 """Pictures of a training run, as files.
 
-Each function writes ``path``, in the format that its ending names, with ``title`` above the picture. It raises
-ImportError without matplotlib, which is imported only then, and ValueError if there is nothing to draw.
+Each function writes ``path``, in the format of its suffix, with ``title`` above the picture. It raises ImportError
+without matplotlib, and ValueError if there is nothing to draw.
 """
 
 import math
@@ -17,10 +17,7 @@ from .figures import Target, finish, new_figure, save, shorten
 
 @checked
 def plot_training_curve(history: Iterable[Mapping[str, Any]], path: Target, title: str | None = None) -> None:
-    """Draws loss, top-1 accuracy and learning rate over the epochs, one below the other.
-
-    ``history`` is ``trainer.state.log_history``: mappings with "epoch" and any of "loss", "eval_loss", "eval_top1",
-    "eval_top5", "learning_rate".
+    """Draws losses, accuracies and learning rate of ``trainer.state.log_history`` over the epochs.
 
     Example:
         >>> plot_training_curve(trainer.state.log_history, "training_curve.png")
@@ -78,9 +75,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
 
     Of a layer with more than 64 filters, 64 are drawn, evenly from the smallest to the largest at the end.
     """
-    layers = _layers(data, "filter/")
-    if not layers:
-        raise ValueError("data has no filter norms to draw")
+    layers = _layers(data, "filter", "filter norms")
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure, grid = new_figure(rows, columns, (3.1 * columns, 0.6 + 1.9 * rows), sharex=True)
@@ -101,9 +96,7 @@ def plot_filter_norms(data: Mapping[str, Any], path: Target, title: str | None =
 @checked
 def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
     """Draws the gradient norm of every layer over the steps, from the first layer (dark) to the last (light)."""
-    layers = _layers(data, "gradient/")
-    if not layers:
-        raise ValueError("data has no gradient norms to draw")
+    layers = _layers(data, "gradient", "gradient norms")
     figure, grid = new_figure(1, 1, (8, 4.5))
     axes = grid[0, 0]
     _draw_layers(axes, data, layers)
@@ -115,18 +108,14 @@ def plot_gradients(data: Mapping[str, Any], path: Target, title: str | None = No
 
 @checked
 def plot_normalization(data: Mapping[str, Any], path: Target, title: str | None = None) -> None:
-    """Draws how fast each layer under a batch or group norm learns, from the first (dark) to the last (light).
-
-    One panel each for the weight's norm, the effective learning rate, the angle turned by a step, and the norm's scale
-    and bias, if the run recorded them.
-    """
-    panels = {label: layers for key, label in _NORMALIZATION.items() if (layers := _layers(data, f"{key}/"))}
+    """Draws how fast each layer under a batch or group norm learns, from the first (dark) to the last (light)."""
+    panels = [key for key in _NORMALIZATION if any(name.startswith(f"{key}/") for name in data)]
     if not panels:
         raise ValueError("data has no normalised layers to draw")
     figure, grid = new_figure(2, 3, (12, 6), sharex=True)
-    for axes, (label, layers) in zip(grid.flat, panels.items(), strict=False):
-        _draw_layers(axes, data, layers, log=label != _NORMALIZATION["norm_bias"])
-        axes.set_title(label, fontsize=10)
+    for axes, key in zip(grid.flat, panels, strict=False):
+        _draw_layers(axes, data, _layers(data, key, key), log=key != "norm_bias")
+        axes.set_title(_NORMALIZATION[key], fontsize=10)
     grid.flat[len(panels) - 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(grid, len(panels), "step")
     save(figure, path, title)
@@ -197,9 +186,7 @@ def plot_probabilities(data: Mapping[str, Any], path: Target, title: str | None 
 
 @checked
 def plot_against_alpha(runs: Mapping[str, Mapping[str, float]], path: Target) -> None:
-    """Draws the final values of at least two runs against the alpha that each was trained with.
-
-    A run has "alpha" and any of "loss", "eval_loss", "eval_top1", "logit_norm", "gradient_cosine".
+    """Draws the final values of at least two runs, those of ``FINALS``, against the alpha of each.
 
     Example:
         >>> plot_against_alpha({"a": {"alpha": 1, "loss": 0.8}, "b": {"alpha": 0.1, "loss": 2.0}}, "alpha.png")
@@ -260,5 +247,9 @@ FINALS = {
 }
 
 
-def _layers(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+def _layers(data: Mapping[str, Any], kind: str, what: str) -> dict[str, Any]:
+    """The entries ``kind/LAYER`` by layer."""
+    found = {key.removeprefix(f"{kind}/"): value for key, value in data.items() if key.startswith(f"{kind}/")}
+    if not found:
+        raise ValueError(f"data has no {what} to draw")
+    return found

@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 __all__ = [
     "EVALUATION_SPLITS",
-    "check_size",
     "class_names",
     "draw",
     "find_column",
     "is_labelled",
     "labelled_rows",
+    "sorted_classes",
     "split_of",
     "train_and_validation",
 ]
@@ -35,13 +35,13 @@ _WORDS = {
     "test": ("test", "testing"),
 }
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
-_BLANK = ("", "na", "n/a", "nan", "none", "null", "<na>")  # what stands in tables where nothing is known
+_BLANK = ("", "na", "n/a", "nan", "none", "null", "<na>")  # ways to write a missing value
 
 
 def split_of(name: str, *, alone: bool = False) -> str | None:
-    """The split that a file or folder of this name is: train, validation or test.
+    """The split that a file's or folder's name means: train, validation, test or none.
 
-    With ``alone`` the name must say nothing else: a folder "test_tube" is a class.
+    With ``alone``, the name must mean nothing else: a folder "test_tube" is a class.
 
     Example:
         >>> split_of("reviews_test"), split_of("Training"), split_of("test_tube", alone=True)
@@ -60,11 +60,7 @@ def find_column(
     """The column that the user named, else the first with a usual name, else the only one of the right type.
 
     Raises:
-        ValueError: It is not there, or cannot be told; the message calls it ``what``.
-
-    Example:
-        >>> find_column(["id", "Review"], "text", None, ("text", "review"))
-        'Review'
+        ValueError: There is none, or several could be meant; the message calls it ``what``.
     """
     if wanted is not None and wanted not in columns:
         raise ValueError(f"{what}_column must be one of {list(columns)}, got {wanted!r}")
@@ -76,15 +72,15 @@ def find_column(
 
 
 def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled: bool = True) -> DatasetDict:
-    """Chooses, or makes, a split to train on and one to evaluate on; making one is logged as a warning.
+    """Chooses a split to train on and one to evaluate on; creating one is logged as a warning.
 
-    The evaluation split is the first (labelled) one of validation, valid, val and test. If there is none, a tenth is
-    held out of ``train``, the same share of each class; if there is no ``train``, the one split serves as both. The
-    column ``label``, unless ``labelled`` is False, becomes a ClassLabel with the classes of ``train`` in both.
+    The evaluation split is the first (labelled) one of validation, valid, val and test. If there is none, a tenth of
+    each class in ``train`` is held out; if there is no ``train``, one split serves as both. Unless ``labelled`` is
+    False, the column ``label`` becomes a ClassLabel with the classes of ``train`` in both.
 
     Raises:
-        ValueError: No split has labels, a row has none, the labels are no classes, there is one class only, the
-            evaluation split has a class that ``train`` lacks, or there is too little to hold out.
+        ValueError: Labels are missing, are no classes, or are all the same; the evaluation split has a class that
+            ``train`` lacks; or there is too little to hold out.
     """
     usable = {key: split for key, split in splits.items() if split.num_rows}
     if labelled:
@@ -110,21 +106,14 @@ def train_and_validation(splits: DatasetDict, name: str, seed: int, *, labelled:
 
 
 def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
-    """At most ``size`` examples, drawn by ``seed``; all if ``size`` is None."""
+    """At most ``size`` random examples; all if ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
-    check_size(size)
     return split.shuffle(seed=seed).select(range(size))
 
 
-def check_size(size: int) -> None:
-    """Raises ValueError for a number of examples below 1."""
-    if size < 1:
-        raise ValueError(f"a number of samples must be at least 1, got {size}")
-
-
 def class_names(dataset: Any) -> list[str]:
-    """The names of the classes in the order of their numbers.
+    """The names of a data set's classes, by number.
 
     Example:
         >>> class_names(load_image_dataset("digits")["train"])[:2]
@@ -133,20 +122,22 @@ def class_names(dataset: Any) -> list[str]:
     return list(dataset.features["label"].names)
 
 
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Each name once, in NFC; whole numbers come first, in their order."""
+    return sorted(set(map(_normal, names)), key=_natural)
+
+
 def is_labelled(split: Dataset) -> bool:
-    """Public test splits often have no column of labels; or -1, or nothing, in every row."""
+    """Whether any row has a label: public test splits often have no such column, or -1 or nothing in every row."""
     if "label" not in split.column_names:
         return False
     if not isinstance(split.features["label"], (ClassLabel, Value)):
-        return True  # lists and the like: what is wrong is said where they are read
+        return True  # lists and the like are an error later, where they are read
     return any(label not in (-1, "-1") and not _is_blank(label) for label in split.unique("label"))
 
 
 def labelled_rows(split: Dataset, where: str) -> Dataset:
-    """Of a split with named classes the rows that have one: -1 and null are the Hub's ways to say that a row has none.
-
-    Leaving rows out is logged as a warning.
-    """
+    """The labelled rows of a split with named classes, with a warning: on the Hub, -1 or null means no label."""
     if not isinstance(split.features["label"], ClassLabel) or not {-1, None} & set(split.unique("label")):
         return split
     labels = pc.fill_null(split.select_columns("label").with_format("arrow")[:]["label"], -1).to_numpy()
@@ -164,13 +155,13 @@ def _is_blank(label: Any) -> bool:
 
 
 def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
-    """Gives both splits one ClassLabel: that of ``train``, or one made from the labels that occur in it."""
+    """Gives both splits one ClassLabel: that of ``train``, or one made from its labels."""
     both = DatasetDict({key: labelled_rows(split, f"{name!r}, split {key!r}") for key, split in both.items()})
     found = {key: _classes_by_label(split, f"{name!r}, split {key!r}") for key, split in both.items()}
     feature = both["train"].features["label"]
     names = list(found["train"].values())
     if not isinstance(feature, ClassLabel):
-        feature = ClassLabel(names=sorted(set(names), key=_natural))
+        feature = ClassLabel(names=sorted_classes(names))
     numbers = {_normal(known): number for number, known in enumerate(feature.names)}
     if len(numbers) != len(feature.names):
         twice = next(known for known, count in Counter(map(_normal, feature.names)).items() if count > 1)
@@ -191,11 +182,7 @@ def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
 
 
 def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
-    """The name of the class for each value in the column.
-
-    Raises:
-        ValueError: A row has no label, or the column holds what is no class.
-    """
+    """The class's name for each value in the column; ValueError if a row has no label, or it is no class."""
     feature = split.features["label"]
     if not isinstance(feature, (ClassLabel, Value)) or not re.match(
         r"u?int|float|bool|(large_)?string", feature.dtype
@@ -203,7 +190,7 @@ def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
         raise ValueError(f"{where}: a label must be one word or whole number, the column holds {feature}")
     labels = split.unique("label")
     names = feature.names if isinstance(feature, ClassLabel) else None
-    counted = names is not None or {"0", "0.0"} & {str(label).strip() for label in labels}  # from 0: -1 is no class
+    counted = names is not None or {"0", "0.0"} & {str(label).strip() for label in labels}  # from 0: -1 means none
     for label in labels:
         missing = _is_blank(label) or (counted and label in (-1, "-1"))
         if missing or (names is not None and not 0 <= label < len(names)):
@@ -219,13 +206,12 @@ def _classes_by_label(split: Dataset, where: str) -> dict[Any, str]:
 
 
 def _normal(name: str) -> str:
-    """Unicode has two ways to write é, and systems differ in which they take for the names of folders."""
+    """One spelling of a name: Unicode has two for é, and systems differ in which one they use for folders."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers come first, in their order."""
-    number = re.fullmatch(r"[-+]?\d+", name)
+    number = re.fullmatch(r"[-+]?\d{1,18}", name)
     return (number is None, int(name) if number else 0, name)
 
 

@@ -1,8 +1,8 @@
 """Data workers that are forked from a clean server process.
 
-A worker that is forked from a training process can hang for ever: it inherits locks that threads of gloo or CUDA hold
-at that moment, without the threads. The server never joins a process group. It imports what workers need once, so a
-worker starts as fast as by a plain fork, and it is started while the program still loads its data.
+A worker that is forked from a training process can hang forever: it inherits the locks that threads of gloo or CUDA
+hold, but not the threads. The server never joins a process group. It imports what workers need once, so that they
+start as fast as by a plain fork.
 """
 
 import atexit
@@ -23,11 +23,7 @@ _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods(
 
 
 def worker_options(workers: int) -> dict[str, Any]:
-    """``DataLoader``'s options for so many workers; starts the server if there are to be any.
-
-    Example:
-        >>> loader = DataLoader(dataset, batch_size=64, **worker_options(4))
-    """
+    """``DataLoader``'s options for this number of workers, as in ``DataLoader(dataset, **worker_options(4))``."""
     if workers == 0:
         return {"num_workers": 0}
     start_worker_server()
@@ -40,28 +36,20 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def use_worker_server(args: Any) -> None:
-    """Lets a Trainer's data workers come from the server, unless its arguments say how they start.
-
-    Example:
-        >>> use_worker_server(training_args)
-    """
+    """Lets a Trainer's data workers come from the server, unless its arguments choose another way."""
     if args.dataloader_num_workers and args.dataloader_multiprocessing_context in (None, _METHOD):
         start_worker_server()
         args.dataloader_multiprocessing_context = _METHOD
 
 
 def start_worker_server() -> None:
-    """Starts the server, unless it runs, and returns at once. It ends with this process.
-
-    Example:
-        >>> start_worker_server()
-    """
+    """Starts the server, unless it runs, and returns at once. It ends with this process."""
     if _METHOD != "forkserver":
         return
     ours = [name for name in sys.modules if name.split(".")[0] == "pgt_hf"]
     multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules] + ours)
-    # The server and its workers inherit the block, so no moment of a worker's start is open to SIGTERM: torch sets a
-    # handler of its own before `worker_init_fn` runs. The tracker comes first because its start lifts the block.
+    # The server and its workers inherit the block, since torch sets a SIGTERM handler of its own before it calls
+    # `worker_init_fn`. The tracker comes first because its start lifts the block.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -71,34 +59,29 @@ def start_worker_server() -> None:
 
 
 def guard_workers(loader: Any) -> Any:
-    """Lets a loader's workers outlive SIGTERM, which leaves training the data of its last step, but not their program.
-
-    Example:
-        >>> loader = guard_workers(DataLoader(dataset, batch_size=64, num_workers=4, multiprocessing_context="spawn"))
-    """
+    """Lets a loader's workers survive SIGTERM, so that training can finish its step, but not their program's end."""
     _kill_workers_at_exit()
     initialize = partial(_start_worker, loader.worker_init_fn)
-    for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one that it holds
+    for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one inside
         part.worker_init_fn = initialize
     return loader
 
 
 @cache
 def _kill_workers_at_exit() -> None:
-    """Once, however many loaders there are."""
-    atexit.register(_kill_workers)
+    """After a failure, multiprocessing would send workers the SIGTERM that they ignore, and wait for them forever."""
 
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
 
-def _kill_workers() -> None:
-    """At the end of a program that failed: multiprocessing would terminate its workers, in vain, and wait for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    atexit.register(kill)
 
 
 def _start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # torch watches the process that forked the worker, the server, which stays as long as it has workers.
+    # torch only watches the worker's parent, the server, which stays as long as it has workers.
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if initialize is not None:
         initialize(worker)

@@ -1,14 +1,6 @@
-from .card import model_card as model_card
-from .checkpoint_files import pack_checkpoint as pack_checkpoint
-from .checkpoint_files import unpack_checkpoint as unpack_checkpoint
 from .publish import PublishCallback as PublishCallback
-from .release import LAST_CHECKPOINT as LAST_CHECKPOINT
 from .release import prepare_release as prepare_release
 from .release import pull_checkpoint as pull_checkpoint
 from .release import push_run as push_run
-from .safetensors_layout import ALIGNMENT as ALIGNMENT
-from .safetensors_layout import read_header as read_header
-from .safetensors_layout import rewrite_safetensors as rewrite_safetensors
 from .upload import check_push_access as check_push_access
 from .upload import push_release as push_release
-from .upload import refuse_leaks as refuse_leaks

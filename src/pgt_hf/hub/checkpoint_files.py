@@ -1,12 +1,13 @@
 """Checkpoints without pickles: optimizer, scheduler and random state as safetensors, and back.
 
-A checkpoint that Trainer writes holds pickles (``optimizer.pt``, ``rng_state.pth``, ``training_args.bin``), which run
-code where they are opened carelessly. Packed, its tensors and arrays are safetensors and the rest is JSON in the
-file's header; unpacked, training resumes on the same bits.
+Trainer's checkpoints hold pickles (``optimizer.pt``, ``rng_state.pth``, ``training_args.bin``), which can run code
+when they are opened. Packed, tensors are safetensors and the rest is JSON in the file's header; unpacked, training
+resumes on the same bits.
 """
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
-from ..limits import Whole
+from ..limits import Whole, checked
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from ..runs.record import STATE
 
@@ -27,17 +28,15 @@ _PACKED = ".packed.safetensors"
 _PLAIN = (".safetensors", ".json", ".jsonl", ".txt", ".model")
 
 
+@checked
 def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Copies ``checkpoint-N`` into ``target``, without pickles and paths of this machine, and returns ``target``.
 
     ``training_args.bin``, which resuming does not need, and files of unknown kinds are left out.
 
     Raises:
-        FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
-        TypeError: A state holds an object that is neither tensor, array, number, string nor a container of them.
-
-    Example:
-        >>> pack_checkpoint("runs/digits/checkpoint-100", "packed")
+        FileNotFoundError: It is no checkpoint.
+        TypeError: A state holds an object other than tensors, arrays, numbers, strings and containers of them.
     """
     folder, target = Path(folder), Path(target)
     state = _state(folder)
@@ -59,15 +58,13 @@ def pack_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[st
     return target
 
 
+@checked
 def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str]) -> Path:
     """Unpacks a checkpoint to resume from, as ``checkpoint-N`` in the run's folder, and returns its path.
 
     Raises:
-        FileNotFoundError: There is no ``trainer_state.json``, so it is no checkpoint.
+        FileNotFoundError: It is no checkpoint.
         FileExistsError: The run has that checkpoint already.
-
-    Example:
-        >>> trainer.train(resume_from_checkpoint=unpack_checkpoint("packed", "runs/digits"))
     """
     folder, run = Path(folder), Path(run)
     state = _state(folder)
@@ -89,7 +86,8 @@ def unpack_checkpoint(folder: str | os.PathLike[str], run: str | os.PathLike[str
         else:
             shutil.copyfile(source, copy)
     if best := state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = str(run / Path(best).name)
+        name = Path(best).name
+        state["best_model_checkpoint"] = str(run / name) if re.fullmatch(r"checkpoint-\d+", name) else None
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     write_manifest(partial, **kept)
     partial.rename(target)
@@ -105,17 +103,17 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; tensors and arrays go into ``tensors`` and leave their number behind."""
-    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)):
+    """The value as JSON, in which the names of ``tensors`` stand for tensors and arrays."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
         tensors[name := str(len(tensors))] = value.detach().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, np.ndarray):
         return {"array": _pack(torch.from_numpy(np.ascontiguousarray(value)), tensors)["tensor"]}
-    if isinstance(value, np.generic):
-        return {"scalar": _pack(torch.from_numpy(np.asarray(value).reshape(1)), tensors)["tensor"]}
-    if isinstance(value, dict):  # pairs, because JSON would turn numbers as keys into strings
+    if isinstance(value, dict):  # as pairs: JSON would turn integer keys into strings
         return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return {type(value).__name__: [_pack(item, tensors) for item in value]}
@@ -130,8 +128,6 @@ def _unpack(outline: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "array":
         return tensors[content].numpy()
-    if kind == "scalar":
-        return tensors[content].numpy()[0]
     if kind == "dict":
         return {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
     items = [_unpack(item, tensors) for item in content]

@@ -1,31 +1,34 @@
-"""``PublishCallback``: pushes a Trainer's model to the Hub; no failure of the Hub stops training or loses a file.
+"""``PublishCallback``: pushes a Trainer's model to the Hub; no Hub failure stops training or loses a file.
 
-Files are copied first and uploaded by a thread, while training and the rotation of checkpoints go on. A failed push is
-logged with the command that pushes it later.
+Files are copied first and uploaded by a thread while training goes on. A failed push is logged with the command that
+pushes it later.
 """
 
 import logging
 import math
+import shlex
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import CommitInfo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+from ..limits import OneOf, Positive, checked
 from ..runs.environment import package_versions
 from ..runs.folder import add_to_record
 from ..runs.record import STATE, read_record, read_run
 from .card import model_card
 from .checkpoint_files import pack_checkpoint
-from .release import LAST_CHECKPOINT, prepare_release, push_command
-from .upload import check_push_access, push_release
+from .release import LAST_CHECKPOINT, prepare_release
+from .upload import check_push_access, check_repo_id, push_release
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +39,9 @@ _FIRST_ANSWER = 60.0  # seconds that the Hub may take before training starts wit
 class PublishCallback(TrainerCallback):
     """Publishes what ``prepare_release`` writes, at each checkpoint and when ``push`` is called after training.
 
-    A token that is refused, or that may not write to the repository, is an error before the first step; a Hub that
-    cannot be reached then is a warning. In training, a push that fails is a warning. The end of training and ``push``
-    log what was not pushed, and how to push it later. Only the first process talks to the Hub.
+    A token that may not write to the repository is an error before the first step; an unreachable Hub is a warning,
+    then and while training. The end of training and ``push`` log what was not pushed, and how to push it later. Only
+    the first process talks to the Hub.
 
     ``PowerGradTrainer`` adds it if ``push_to_hub=True``, with the ``hub_*`` arguments.
 
@@ -51,12 +54,13 @@ class PublishCallback(TrainerCallback):
             "checkpoint" also what training resumes from, "all_checkpoints" that of every checkpoint.
         always: Push at a checkpoint even if an earlier upload is still under way.
         fold: Publish weights with alpha multiplied into the head.
-        timeout: Seconds that training and its end may wait for the Hub, in all. Then it is given up: what was to be
-            pushed stays in the output folder, and the copy of it is deleted.
+        timeout: Seconds that training may wait for the Hub, in all. After that nothing is pushed any more; the files
+            stay in the output folder.
 
     Raises:
         PermissionError: When a Trainer is made: the token is missing, refused, or may not write there.
-        ValueError: ``strategy`` is not known; when a Trainer is made: its model could not be loaded from the Hub.
+        TypeError, ValueError: An argument is not allowed; when a Trainer is made: its model could not be loaded from
+            the Hub.
 
     Example:
         >>> publish = PublishCallback("alice/digits")
@@ -65,6 +69,7 @@ class PublishCallback(TrainerCallback):
         >>> publish.push(trainer, dataset="digits")
     """
 
+    @checked
     def __init__(
         self,
         repo_id: str | None = None,
@@ -72,16 +77,18 @@ class PublishCallback(TrainerCallback):
         token: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
-        strategy: str = "every_save",
+        strategy: Annotated[str, OneOf([known.value for known in HubStrategy])] = "every_save",
         always: bool = False,
         fold: bool = False,
-        timeout: float = 600.0,
+        timeout: Positive = 600.0,
     ) -> None:
+        if repo_id is not None:
+            check_repo_id(repo_id)
         self.repo_id = repo_id
-        self.unpushed: str | None = None  # what the last failed push was to bring, until one succeeds
+        self.unpushed: str | None = None  # what the last push failed to bring
         self._where: dict[str, Any] = {"token": token, "private": private, "revision": revision}
         self._strategy, self._always, self._fold, self._left = HubStrategy(strategy), always, fold, timeout
-        self._upload: _Background | None = None
+        self._upload: Future[CommitInfo | None] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks, before the first step, that the token may write to the repository."""
@@ -96,17 +103,17 @@ class PublishCallback(TrainerCallback):
         _remove_stages(args)  # of a program that was killed while it pushed
         self.repo_id = self.repo_id or Path(str(args.output_dir)).absolute().name
         token, private = self._where["token"], self._where["private"]
-        asking = _Background(partial(check_push_access, self.repo_id, token, private=private))
+        asking = _in_background(partial(check_push_access, self.repo_id, token, private=private))
         try:
             self.repo_id = self._result(asking, _FIRST_ANSWER)
         except (ConnectionError, TimeoutError) as error:
-            logger.warning("%s. Training starts all the same; each push will try again.", error)
+            logger.warning("%s. Training starts anyway; each push will try again.", error)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if not state.is_world_process_zero or self._strategy == HubStrategy.END or not checkpoint.is_dir():
             return
-        if self._upload is not None and self._upload.is_alive() and not self._always:
+        if self._upload is not None and not self._upload.done() and not self._always:
             return
         by_steps = args.save_strategy == SaveStrategy.STEPS
         when = f"step {state.global_step}" if by_steps else f"epoch {int(state.epoch or 0)}"
@@ -201,14 +208,14 @@ class PublishCallback(TrainerCallback):
         folder, repo_id = Path(args.output_dir), str(self.repo_id)
         stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
         try:
-            if checkpoint is not None:
-                self._add_checkpoint(checkpoint, stage)
+            if checkpoint is not None and self._strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                name = LAST_CHECKPOINT if self._strategy == HubStrategy.CHECKPOINT else checkpoint.name
+                pack_checkpoint(checkpoint, stage / name)
             prepare_release(folder, stage, repo_id, checkpoint=checkpoint, fold=self._fold)
         except Exception as error:  # a full disk, a model that cannot be folded: no reason to stop either
             shutil.rmtree(stage, ignore_errors=True)
             self._note_failure(what, error)
             return
-        earlier = self._upload
 
         def upload() -> CommitInfo | None:
             try:
@@ -222,14 +229,7 @@ class PublishCallback(TrainerCallback):
             logger.info("pushed %s: %s", what, info.commit_url)
             return info
 
-        self._upload = _Background(upload, earlier)
-
-    def _add_checkpoint(self, checkpoint: Path, stage: Path) -> None:
-        """What training resumes from, where the strategy asks for it."""
-        names = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        name = names.get(self._strategy)
-        if name is not None:
-            pack_checkpoint(checkpoint, stage / name)
+        self._upload = _in_background(upload, after=self._upload)
 
     def _wait(self, args: Any) -> CommitInfo | None:
         if self._upload is None:
@@ -241,23 +241,26 @@ class PublishCallback(TrainerCallback):
             _remove_stages(args)
             return None
 
-    def _result(self, call: "_Background", most: float = math.inf) -> Any:
-        """Waits for the Hub, for as long as is left of ``timeout``."""
-        started = time.monotonic()
-        try:
-            return call.result(max(0.0, min(most, self._left)))
-        finally:
-            self._left -= time.monotonic() - started
+    def _result(self, call: Future[Any], most: float = math.inf) -> Any:
+        """Waits for the Hub, at most for what is left of ``timeout``."""
+        started, patience = time.monotonic(), max(0.0, min(most, self._left))
+        answered = wait([call], patience).done
+        self._left -= time.monotonic() - started
+        if not answered:
+            raise TimeoutError(f"the Hub has not answered within {patience:.3g} seconds")
+        return call.result()
 
     def _finish(self, args: Any) -> CommitInfo | None:
         info = self._wait(args)
         if self.unpushed is not None:
-            options = {"private": self._where["private"], "revision": self._where["revision"], "fold": self._fold}
+            words = ["pgt-hf", "push", str(args.output_dir), "--repo-id", str(self.repo_id)]
+            words += ["--private"] * bool(self._where["private"]) + ["--fold"] * self._fold
+            words += ["--revision", self._where["revision"]] if self._where["revision"] else []
             logger.error(
                 "NOT PUSHED: %s. Nothing is lost: the files are in %s. To push them later:\n    %s",
                 self.unpushed,
                 args.output_dir,
-                push_command(args.output_dir, str(self.repo_id), **options),
+                shlex.join(words),
             )
         return info
 
@@ -285,16 +288,10 @@ def take_over(trainer: Any) -> PublishCallback:
         trainer.add_callback(publish)
     publish.repo_id = publish.repo_id or Path(trainer.args.output_dir).absolute().name
     trainer.hub_model_id = publish.repo_id
-    trainer.push_to_hub, trainer.create_model_card = (
-        partial(publish.push, trainer),
-        partial(publish.write_card, trainer),
-    )
-    trainer._push_from_checkpoint = trainer._finish_current_push = _leave_it_to_the_callback
+    trainer.push_to_hub = partial(publish.push, trainer)
+    trainer.create_model_card = partial(publish.write_card, trainer)
+    trainer._push_from_checkpoint = trainer._finish_current_push = lambda *_: None  # the callback does these
     return publish
-
-
-def _leave_it_to_the_callback(*args: Any) -> None:
-    """In place of what Trainer itself does when it saves and when it ends."""
 
 
 def _remove_stages(args: Any) -> None:
@@ -302,27 +299,17 @@ def _remove_stages(args: Any) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-class _Background(threading.Thread):
-    """A call in a thread that does not keep the program alive."""
+def _in_background(call: Callable[[], Any], after: Future[Any] | None = None) -> Future[Any]:
+    """Runs a call in a thread which, unlike an executor's, does not keep the program alive."""
+    future: Future[Any] = Future()
 
-    def __init__(self, call: Callable[[], Any], after: "_Background | None" = None) -> None:
-        super().__init__(daemon=True)
-        self._call, self._after, self._value = call, after, None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        if self._after is not None:
-            self._after.join()
+    def run() -> None:
+        if after is not None:
+            wait([after])
         try:
-            self._value = self._call()
-        except BaseException as error:  # raised again where the result is asked for
-            self._error = error
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def result(self, timeout: float) -> Any:
-        self.join(timeout)
-        if self.is_alive():
-            raise TimeoutError(f"the Hub has not answered within {timeout:.3g} seconds")
-        if self._error is not None:
-            raise self._error
-        return self._value
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -1,14 +1,13 @@
-"""A run's model as one repository that timm, transformers and ``pipeline`` load, and back.
+"""A run's model as one repository that timm, transformers and ``pipeline`` load.
 
-A repository gets safetensors, config.json, the model card, the training curve and the report; never a pickle, never a
-run's raw settings. To load it, the libraries' own functions are enough.
+It contains safetensors, config.json, the model card, the training curve and the report; never a pickle or a run's raw
+settings.
 """
 
 import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,9 +19,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, snapshot_download
 
 from ..extras import require
-from ..limits import WritableFolder, checked
+from ..limits import RepoId, WritableFolder, checked
 from ..runs.dataset_terms import dataset_terms
-from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_run
+from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_evaluation, read_run
 from .card import check_license, model_card
 from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
@@ -31,13 +30,13 @@ from .upload import check_push_access, check_repo_id, push_release, refuse_leaks
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
-# What besides the weights belongs to a model, for processors and tokenizers of any kind.
+# The files of a model besides its weights, for processors and tokenizers of any kind.
 _MODEL_FILES = (
     CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "adapter_config.json",
 )  # fmt: skip
-_PREFIX = "timm_model."  # what transformers puts before the names that timm gave a network's weights; it reads both
+_PREFIX = "timm_model."  # transformers' prefix of timm's names for weights; it reads them without it as well
 
 
 @checked
@@ -54,28 +53,24 @@ def prepare_release(
     base_model: str | None = None,
     pictures: bool | None = None,
 ) -> Path:
-    """Writes a repository's files to a folder, offline: to review them, or for ``push_release``.
+    """Writes a repository's files to a folder, offline, for review or for ``push_release``; returns the folder.
 
     Args:
-        folder: A run: config.json and model.safetensors as ``save_model`` writes them, and what was recorded beside.
+        folder: A run, with config.json and model.safetensors as ``save_model`` writes them.
         target: The folder to write to; created if it does not exist.
-        repo_id: Where the model will be, for the code in the card.
+        repo_id: The repository's name, for the code in the card.
         checkpoint: Take the model from this checkpoint of the run, and describe the run as it was then.
-        fold: Multiply the head by alpha, so that the model's softmax gives the probabilities that PGT trained. Else
-            the logits are those of the trained model, bit for bit.
-        ema: Take the moving average's weights from the subfolder ``ema`` where there is one.
-        license: The licence of the weights, as the Hub names it; none is claimed when not given.
+        fold: Multiply the head by alpha, so that the model's softmax gives the probabilities that PGT trained. By
+            default the logits are those of the trained model, bit for bit.
+        ema: Take the moving average's weights from the subfolder ``ema``, if there is one.
+        license: The licence of the weights, as the Hub names it; none is claimed by default.
         tags: More tags for the card.
         base_model: The Hub id of the model that training started from.
-        pictures: Show images of the data set in the report; by default if its licence is known to allow that.
-
-    Returns:
-        ``target``.
+        pictures: Show images of the data set in the report; by default if its licence is known to allow it.
 
     Raises:
         FileNotFoundError: There is no model with safetensors weights in ``folder``.
-        ValueError: A file would reveal a token or a path of this machine; or ``fold`` is asked for and alpha is not
-            known or cannot be folded.
+        ValueError: A file would reveal a token or a path of this machine, or alpha cannot be folded.
 
     Example:
         >>> prepare_release("runs/digits", "release", "alice/digits", fold=True)
@@ -84,6 +79,8 @@ def prepare_release(
     check_repo_id(repo_id)
     if license is not None:
         check_license(license)
+    if base_model is not None:
+        RepoId().check("base_model", base_model)
     WritableFolder().check("target", target)
     if target.resolve() in {place.resolve() for place in (run_folder, Path(checkpoint or folder))}:
         raise ValueError(f"target must be another folder than the run's own, got {os.fspath(target)!r}")
@@ -112,15 +109,20 @@ def prepare_release(
             content = config if name == CONFIG else None
             _copy_without_paths(model / name, target / name, content)
     run = replace(run, config=config)
+    if fold:
+        run = run.folded()
     try:
         require("matplotlib", "a curve and a report")
         require("evaluate", "a report")
     except ImportError as error:
         logger.warning("nothing is drawn: %s", error)
     else:
-        _add_curve(target, run)
+        from ..analysis.run_plots import plot_training_curve
+
+        with suppress(ValueError):  # nothing that can be drawn has been logged
+            plot_training_curve(run.history, target / CURVE)
         if checkpoint is None:  # the evaluation that it shows is the final model's
-            _add_report(run_folder, target, run, pictures)
+            _add_report(run_folder, target, run, fold, pictures)
     card = model_card(
         run,
         repo_id,
@@ -146,10 +148,10 @@ def push_run(
     message: str = "Upload model",
     **release: Any,
 ) -> CommitInfo:
-    """Publishes the model of a run; ``pgt-hf push`` calls it.
+    """Publishes the model of a run, like ``pgt-hf push``.
 
-    ``repo_id`` is by default the recorded ``hub_model_id``, else the folder's name; ``release`` goes to
-    ``prepare_release``, the other options to ``push_release``.
+    ``repo_id`` defaults to the recorded ``hub_model_id`` or the folder's name. ``release`` are options of
+    ``prepare_release``, the others those of ``push_release``.
 
     Example:
         >>> push_run("runs/digits", "alice/digits", private=True, license="apache-2.0")
@@ -159,6 +161,8 @@ def push_run(
     check_repo_id(wanted)
     if release.get("license") is not None:
         check_license(release["license"])
+    if release.get("base_model") is not None:
+        RepoId().check("base_model", release["base_model"])
     full = check_push_access(wanted, token, private=private)
     with tempfile.TemporaryDirectory() as release_folder:
         prepare_release(folder, release_folder, full, **release)
@@ -174,19 +178,19 @@ def pull_checkpoint(
     token: str | None = None,
     revision: str | None = None,
 ) -> Path:
-    """Fetches a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to resume from it here.
+    """Downloads a checkpoint that ``hub_strategy="checkpoint"`` or "all_checkpoints" pushed, to resume from it.
 
     Args:
         repo_id: The repository.
-        run: The run's folder on this machine; the checkpoint goes there as ``checkpoint-N``.
+        run: The run's local folder; the checkpoint becomes ``checkpoint-N`` in it.
         checkpoint: The checkpoint's folder in the repository.
         token: For a private repository; by default that of ``hf auth login`` or ``HF_TOKEN``.
         revision: A branch, tag or commit; by default "main".
 
     Raises:
-        FileNotFoundError: The repository holds no such checkpoint.
-        FileExistsError: The run has that checkpoint already.
-        OSError: The Hub could not be reached or refused.
+        FileNotFoundError: The repository has no such checkpoint.
+        FileExistsError: The run already has that checkpoint.
+        OSError: The Hub could not be reached, or refused.
 
     Example:
         >>> trainer.train(resume_from_checkpoint=pull_checkpoint("alice/digits", "runs/digits"))
@@ -194,42 +198,33 @@ def pull_checkpoint(
     check_repo_id(repo_id)
     if not re.fullmatch(r"[\w-][\w.-]*", checkpoint):
         raise ValueError(f"checkpoint must be the name of a folder in the repository, got {checkpoint!r}")
-    snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    WritableFolder().check("run", run)
+    try:
+        snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*")
+    except OSError as error:
+        raise OSError(f"{repo_id!r} cannot be read: {' '.join(str(error).split())}") from error
     return unpack_checkpoint(Path(snapshot, checkpoint), run)
 
 
-def push_command(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
-    """The shell command that pushes a run later."""
-    words = ["pgt-hf", "push", str(folder), "--repo-id", repo_id]
-    for name, value in options.items():
-        if value:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
-def _add_curve(target: Path, run: Run) -> None:
-    from ..analysis.run_plots import plot_training_curve
-
-    with suppress(ValueError):  # nothing that can be drawn has been logged
-        plot_training_curve(run.history, target / CURVE)
-
-
-def _add_report(folder: Path, target: Path, run: Run, pictures: bool | None) -> None:
+def _add_report(folder: Path, target: Path, run: Run, fold: bool, pictures: bool | None) -> None:
     from ..runs.report import write_report
 
     allowed = dataset_terms(run.dataset).redistributable if pictures is None else pictures
-    write_report(folder, target / REPORT, run=run, pictures=allowed)
+    evaluation = read_evaluation(folder)
+    if fold and evaluation is not None and run.alpha:
+        evaluation = evaluation.folded(run.alpha)
+    write_report(folder, target / REPORT, run=run, evaluation=evaluation, pictures=allowed)
 
 
 def _fold(model: Path, target: Path, alpha: float | None) -> Path:
-    """The model with alpha in its head; it is loaded, so that any architecture's head is found as in training."""
+    """The model with alpha in its head; it is loaded to find the head as in training."""
     import transformers
 
     from ..heads import fold_powergrad
     from ..images import models  # noqa: F401  registers this package's timm variants
 
     if alpha is None:
-        raise ValueError(f"fold needs the alpha of the training, and neither {CONFIG} nor the run's settings hold it")
+        raise ValueError(f"fold needs the training's alpha, which neither {CONFIG} nor the run's settings contain")
     config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
     network = getattr(transformers, config["architectures"][0]).from_pretrained(model, dtype="auto")
     fold_powergrad(network, alpha)
@@ -238,14 +233,14 @@ def _fold(model: Path, target: Path, alpha: float | None) -> Path:
 
 
 def _copy_index(source: Path, target: Path, prefix: str) -> None:
-    """The table that says which of several weight files holds a tensor."""
+    """Copies the table that maps tensors to one of several weight files."""
     index = json.loads(source.read_text(encoding="utf-8"))
     index["weight_map"] = {name.removeprefix(prefix): file for name, file in index["weight_map"].items()}
     target.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _copy_without_paths(source: Path, target: Path, content: dict[str, Any] | None) -> None:
-    """Copies a model's file; in JSON, the folder that it was once loaded from is left out."""
+    """Copies a model's file; JSON without the local folder that the model was loaded from."""
     if source.suffix != ".json" or source.name in ("tokenizer.json", "vocab.json"):
         shutil.copyfile(source, target)
         return

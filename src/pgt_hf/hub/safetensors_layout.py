@@ -6,22 +6,21 @@ import struct
 from typing import Any
 
 from ..atomic import replacing
+from ..limits import checked
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 
 
+@checked
 def rewrite_safetensors(
     source: str | os.PathLike[str], target: str | os.PathLike[str], remove_prefix: str = ""
 ) -> None:
-    """Copies a safetensors file, with a prefix taken off the tensors' names and the tensors aligned in the file.
+    """Copies a safetensors file, removes a prefix from the tensors' names, and aligns the tensors in the file.
 
-    transformers computes directly on the file's memory pages, and some convolutions and matrix products round
-    differently if a weight does not begin on a boundary of 64 bytes. A model loaded from an aligned file computes the
-    logits of the model that was saved, bit for bit. The format allows no gaps, so tensors whose size is no multiple of
-    64 bytes come last; few of those, mostly biases and counters, can be aligned.
-
-    Example:
-        >>> rewrite_safetensors("runs/digits/model.safetensors", "model.safetensors", remove_prefix="timm_model.")
+    transformers computes directly on the memory-mapped file, and some convolutions and matrix products round
+    differently if a weight does not start at a multiple of 64 bytes. A model loaded from an aligned file computes the
+    logits of the saved model, bit for bit. The format allows no gaps, so tensors whose size is no multiple of 64
+    bytes, mostly biases and counters, come last and may stay unaligned.
     """
     tensors = read_header(source)
     metadata = tensors.pop("__metadata__", {"format": "pt"})
@@ -48,13 +47,9 @@ def rewrite_safetensors(
             output.write(file.read(spans[name][1] - spans[name][0]))
 
 
+@checked
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The names, types, shapes and places of a safetensors file's tensors, and its ``__metadata__``.
-
-    Example:
-        >>> read_header("model.safetensors")["fc.weight"]["shape"]
-        [10, 512]
-    """
+    """The names, types, shapes and offsets of a safetensors file's tensors, and its ``__metadata__``."""
     with open(path, "rb") as file:
         try:
             (length,) = struct.unpack("<Q", file.read(8))

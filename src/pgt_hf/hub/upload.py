@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import HfHubHTTPError
 
-from ..limits import check_type
+from ..limits import RepoId, checked
 from .safetensors_layout import read_header
 
 _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
@@ -18,29 +17,19 @@ _TEXT = (".json", ".jsonl", ".md", ".html", ".txt")
 
 def check_repo_id(repo_id: str) -> None:
     """Raises TypeError or ValueError unless it is a name, or owner/name, as the Hub allows them."""
-    check_type("repo_id", repo_id, str)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}: {error}") from error
+    RepoId().check("repo_id", repo_id)
 
 
+@checked
 def check_push_access(repo_id: str, token: str | None = None, *, private: bool | None = None) -> str:
-    """Makes sure, before anything is trained or uploaded, that the token may write to the repository.
+    """Checks that the token may write to the repository, and returns its full "owner/name".
 
     Only creating the repository shows that, so it is created if it does not exist.
-
-    Returns:
-        The full "owner/name".
 
     Raises:
         ValueError: ``repo_id`` is not the form of a name.
         PermissionError: There is no token, it is not valid, or it may not write there.
         ConnectionError: The Hub could not be asked.
-
-    Example:
-        >>> check_push_access("alice/digits")
-        'alice/digits'
     """
     api = HfApi(token=token)
     advice = "make a token with write access at https://huggingface.co/settings/tokens and run `hf auth login`"
@@ -62,6 +51,7 @@ def check_push_access(repo_id: str, token: str | None = None, *, private: bool |
     return found
 
 
+@checked
 def push_release(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -71,10 +61,10 @@ def push_release(
     revision: str | None = None,
     message: str = "Upload model",
 ) -> CommitInfo:
-    """Uploads a folder in one commit: a push that breaks off leaves the repository as it was.
+    """Uploads what ``prepare_release`` wrote in one commit: a failed push leaves the repository unchanged.
 
     Args:
-        folder: What ``prepare_release`` wrote.
+        folder: The files.
         repo_id: "name" or "owner/name"; created if it does not exist.
         token: A token with write access; by default that of ``hf auth login`` or ``HF_TOKEN``.
         private: Whether a new repository is private.
@@ -83,10 +73,7 @@ def push_release(
 
     Raises:
         PermissionError, ConnectionError, ValueError: As ``check_push_access``.
-        OSError: The Hub failed or refused during the upload.
-
-    Example:
-        >>> push_release("release", "alice/digits", private=True)
+        OSError: The upload failed or was refused.
     """
     api = HfApi(token=token)
     repo_id = check_push_access(repo_id, token, private=private)
@@ -100,14 +87,11 @@ def push_release(
         raise
     except Exception as error:  # the upload threads wrap what they met in a RuntimeError
         reason = " ".join(str(error.__cause__ or error).split())
-        raise OSError(f"the push to {repo_id!r} broke off: {reason}") from error
+        raise OSError(f"the push to {repo_id!r} failed: {reason}") from error
 
 
 def refuse_leaks(folder: Path, private_paths: Sequence[str] = ()) -> None:
-    """Raises ValueError, naming the file, if one holds a token or a path of this machine.
-
-    Text files and the headers of safetensors files are searched; the message does not repeat the secret.
-    """
+    """Raises ValueError, naming the file, if a text file or a safetensors header holds a token or a local path."""
     tokens = {get_token(), os.environ.get("HF_TOKEN")}
     tokens |= {value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|API_KEY)$", name)}
     secrets = {"a token or password": [token for token in tokens if token and len(token) >= 8]}

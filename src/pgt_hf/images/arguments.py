@@ -17,12 +17,12 @@ MODES = {"linear": 1e-3, "full": 1e-4, "layer-decay": 5e-4, "lora": 1e-3}
 
 
 @dataclass
-class ImageDataArguments:
-    """Flags for a program's images: where they come from, how many are used, how they are augmented.
+class ImageSourceArguments:
+    """Flags for where a program's images come from.
 
     Example:
-        >>> data = ImageDataArguments("digits", hflip=0.0)
-        >>> train, validation = data.datasets(data.load(), {"input_size": (3, 32, 32)})
+        >>> ImageSourceArguments("digits").load()["validation"].num_rows
+        360
     """
 
     dataset_name: DataSetName | None = field(
@@ -37,11 +37,42 @@ class ImageDataArguments:
     label_column: Annotated[str | None, Text()] = field(
         default=None, metadata={"help": "Column of the labels, if it is not detected."}
     )
-    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on at most this many images."})
-    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Let a CSV or other table name images outside its folder."}
+    )
     on_bad_image: OnBadImage = field(
         default="error", metadata={"help": "What to do with an unreadable image: 'error', or 'skip' and count it."}
     )
+
+    def __post_init__(self) -> None:
+        check_fields(type(self), vars(self))
+
+    def load(self, seed: int = 0, **more: Any) -> Any:
+        """The splits ``train`` and ``validation``, undecoded; ``more`` are options of ``load_image_dataset``."""
+        if self.dataset_name is None:
+            raise ValueError("--dataset-name must be given: a Hub id, a folder of images, a CSV or Parquet, or digits")
+        return load_image_dataset(
+            self.dataset_name,
+            self.dataset_config,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            allow_outside_files=self.allow_outside_files,
+            seed=seed,
+            **more,
+        )
+
+
+@dataclass
+class ImageDataArguments(ImageSourceArguments):
+    """Flags for a program's images: where they come from, how many are used, how they are augmented.
+
+    Example:
+        >>> data = ImageDataArguments("digits", hflip=0.0)
+        >>> train, validation = data.datasets(data.load(), {"input_size": (3, 32, 32)})
+    """
+
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     image_size: Side | None = field(default=None, metadata={"help": "Side of the training images in pixels."})
     min_crop: Crop = field(default=0.08, metadata={"help": "Smallest random crop, as a share of the image's area."})
     hflip: Share = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
@@ -52,34 +83,25 @@ class ImageDataArguments:
         default=None, metadata={"help": "timm's RandAugment, such as rand-m9-mstd0.5-inc1."}
     )
 
-    def __post_init__(self) -> None:
-        check_fields(type(self), vars(self))
-
-    def load(self, seed: int = 0, *, streaming: bool = False) -> Any:
-        """The splits ``train`` and ``validation``, undecoded, as ``load_image_dataset`` gives them."""
-        if self.dataset_name is None:
-            raise ValueError("--dataset-name must be given: a Hub id, a folder of images, a CSV or Parquet, or digits")
-        return load_image_dataset(
-            self.dataset_name,
-            self.dataset_config,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            max_train_samples=self.max_train_samples,
-            max_eval_samples=self.max_eval_samples,
-            seed=seed,
-            streaming=streaming,
+    def load(self, seed: int = 0, **more: Any) -> Any:
+        """The same, of at most so many images as the flags say."""
+        return super().load(
+            seed, max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples, **more
         )
 
-    def augmentation(self, preprocessing: Mapping[str, Any], *, on_device: bool = False) -> ImageTransform:
-        """The training transform; its images are uint8, which the trainer normalises on the device.
+    def augmentation(
+        self, preprocessing: Mapping[str, Any], *, normalize: bool = False, on_device: bool = False
+    ) -> ImageTransform:
+        """The training transform; its images are uint8, which ``ImageTrainer`` normalises on the device.
 
-        Let ``on_device`` be True where that is a GPU: flips and colour jitter then cost the CPU nothing.
+        Let ``normalize`` be True for any other trainer, and ``on_device`` where the device is a GPU: flips and colour
+        jitter then cost the CPU nothing.
         """
         size = {} if self.image_size is None else {"input_size": (3, self.image_size, self.image_size)}
         return ImageTransform(
             dict(preprocessing) | size,
             training=True,
-            normalize=False,
+            normalize=normalize,
             on_device=on_device,
             scale=(self.min_crop, 1.0),
             hflip=self.hflip,
@@ -88,12 +110,18 @@ class ImageDataArguments:
         )
 
     def datasets(
-        self, splits: Any, preprocessing: Mapping[str, Any], seed: int = 0, *, on_device: bool = False
+        self,
+        splits: Any,
+        preprocessing: Mapping[str, Any],
+        seed: int = 0,
+        *,
+        normalize: bool = False,
+        on_device: bool = False,
     ) -> tuple[ImageDataset, ImageDataset]:
         """Training and evaluation images for a network with this preprocessing (``config.pretrained_cfg``)."""
-        transform = self.augmentation(preprocessing, on_device=on_device)
+        transform = self.augmentation(preprocessing, normalize=normalize, on_device=on_device)
         train = ImageDataset(splits["train"], transform, seed=seed, on_bad_image=self.on_bad_image)
-        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=False))
+        return train, self.evaluation(splits, ImageTransform(preprocessing, training=False, normalize=normalize))
 
     def evaluation(self, splits: Any, transform: Callable[[Any], Tensor]) -> ImageDataset:
         """The evaluation images."""

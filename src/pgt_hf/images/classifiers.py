@@ -2,16 +2,15 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -43,10 +42,6 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     Returns:
         A transformers model in evaluation mode; ``config.id2label`` names its classes.
 
-    Raises:
-        OSError: There is no such model, or its weights are not available.
-        ValueError: The weights do not fit the model.
-
     Example:
         >>> model = load_classifier("runs/digits")
     """
@@ -58,12 +53,15 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     else:
         try:
             model = AutoModelForImageClassification.from_pretrained(place)
-        except OSError as error:
+        except (KeyError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
             if Path(place).is_dir():
-                raise
+                kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason)
+                reason = f"it holds a {kind[1]}" if kind else reason
+                raise ValueError(f"{place!r} must be the folder of an image classifier: {reason}") from error
             raise OSError(
                 f"{place!r} is not a folder, a timm model or a model on the Hub{near(place, timm.list_models())}: "
-                f"{' '.join(str(error).split())}"
+                f"{reason}"
             ) from error
     if weights is not None:
         load_weights(getattr(model, "timm_model", model), weights)
@@ -80,24 +78,22 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: The network.
         path: ``*.safetensors``, by name only, since that format keeps no order; or what ``torch.save`` wrote: a state
-            dict, or a dict that holds one under "state_dict", "model" or "model_ema".
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: It holds no state dict, or one of another network; the first difference is named.
+            dict, or a dict that holds one, as timm's and other programs save it.
 
     Example:
         >>> load_weights(timm.create_model("tf_efficientnet_lite0"), "efficientnet-lite0-57934424.pth")
     """
     wanted, file = model.state_dict(), os.fspath(path)
-    state = {name.removeprefix("module."): tensor for name, tensor in _read_state(Path(path)).items()}
+    state = _read_state(file)
     if set(state) != set(wanted):
         extra, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
         difference = f"the file alone has {extra[:3]}, the model alone {missing[:3]}"
         if Path(path).suffix == ".safetensors":
             raise ValueError(f"weights {file!r} do not fit by name: {difference}")
         if len(state) != len(wanted):
-            raise ValueError(f"weights {file!r} hold {len(state)} tensors, the model has {len(wanted)}; {difference}")
+            raise ValueError(
+                f"weights must hold the {len(wanted)} tensors of the model, got {len(state)} in {file!r}; {difference}"
+            )
         logger.warning("the names in %s are not the model's; its tensors are taken in their order", path)
         pairs = list(zip(wanted, state, strict=True))
     else:
@@ -115,14 +111,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def preprocessing(
     model: PreTrainedModel, name: str | os.PathLike[str], image_size: Side | None = None
 ) -> Callable[[Any], Tensor]:
-    """The model's own way from one image, or the bytes of its file, to a tensor of shape (3, H, W).
+    """The model's own function from an image, or the bytes of its file, to a tensor of shape (3, H, W).
 
     ``name`` is where the model was loaded from; a model that is not timm's has its image processor there. A timm model
     takes another ``image_size`` than its own.
-
-    Raises:
-        OSError: The model's image processor is not there.
-        ValueError: ``image_size`` is given for a model that is not timm's.
 
     Example:
         >>> preprocessing(load_classifier("runs/digits"), "runs/digits")(Image.new("L", (8, 8))).shape
@@ -146,9 +138,6 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> li
     model that names no classes (LABEL_0, ...) is matched by number, which is logged as a warning.
 
     Both lists are in the order of the classes' numbers.
-
-    Raises:
-        ValueError: Some class of the data set is not found among the model's, or a name stands for two.
 
     Example:
         >>> match_labels(["cat", "dog"], ["Dog", "bird", "Cat"])
@@ -218,26 +207,16 @@ def _load_timm(name: str, pretrained: bool) -> TimmWrapperForImageClassification
     return model
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise OSError(f"weights must name a local file, got {os.fspath(path)!r}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"weights {os.fspath(path)!r} are no safetensors file: {error}") from error
+def _read_state(file: str) -> dict[str, Tensor]:
+    if not Path(file).is_file():
+        raise OSError(f"weights must name a local file, got {file!r}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no one class for "this is no such file"
-        raise ValueError(
-            f"weights {os.fspath(path)!r} could not be read as tensors alone: {str(error).splitlines()[0]}"
-        ) from error
-    for key in ("state_dict", "model", "model_ema"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights {os.fspath(path)!r} hold no state dict, but a {type(state).__name__}")
+        state = load_state_dict(file, use_ema=False, weights_only=True)
+    except Exception as error:  # torch and safetensors have no one class for "this is no such file"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"weights {file!r} could not be read as tensors alone: {reason}") from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights {file!r} hold no state dict")
     return dict(state)
 
 

@@ -6,38 +6,23 @@ are theirs at 224 pixels and follow the image's size. The package ``imagecorrupt
 
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from ..limits import OneOf, Whole, checked
-from .decoding import decode, to_rgb
+from .decoding import read_upright
 from .transforms import ImageTransform
 
-LEVELS = 5
 _Corruption = Callable[[Image.Image, int], Image.Image]
-
-
-@checked
-def corrupt(image: Image.Image, kind: str, level: int) -> Image.Image:
-    """One image, corrupted; noise is drawn from numpy's global state, which ``ImageDataset`` seeds for each image.
-
-    ``kind`` is one of ``CORRUPTIONS``, ``level`` from 1, the mildest, to 5. The result is RGB, of the same size.
-
-    Raises:
-        ValueError: There is no such kind or level.
-
-    Example:
-        >>> corrupt(Image.new("RGB", (64, 64), "gray"), "contrast", 3).size
-        (64, 64)
-    """
-    _check(kind, level)
-    return CORRUPTIONS[kind](to_rgb(image), level - 1)
 
 
 class Corrupted:
     """An ``ImageTransform`` that corrupts images first, at the size that the network sees them.
+
+    ``kind`` is one of ``CORRUPTIONS``, ``level`` from 1, the mildest, to 5. Noise is drawn from numpy's global state,
+    which ``ImageDataset`` seeds for each image.
 
     Example:
         >>> noisy = Corrupted(ImageTransform({"input_size": (3, 32, 32)}, training=False), "gaussian_noise", 3)
@@ -46,21 +31,16 @@ class Corrupted:
     """
 
     @checked
-    def __init__(self, transform: ImageTransform, kind: str, level: int) -> None:
-        _check(kind, level)
+    def __init__(self, transform: ImageTransform, kind: str, level: Annotated[int, Whole("[1, 5]")]) -> None:
+        OneOf(CORRUPTIONS).check("kind", kind)
         self.transform, self.kind, self.level = transform, kind, level
         self.blank = transform.blank
 
     def __call__(self, image: bytes | Image.Image) -> Any:
-        whole, _ = decode(image, lambda width, height: ((0, 0, width, height), None))
+        whole = read_upright(image)
         scale = max(self.transform.size) / min(whole.size)
         shown = whole.resize([max(round(side * scale), 1) for side in whole.size], Image.Resampling.BICUBIC)
-        return self.transform(corrupt(shown, self.kind, self.level))
-
-
-def _check(kind: str, level: int) -> None:
-    OneOf(tuple(CORRUPTIONS)).check("kind", kind)
-    Whole(f"[1, {LEVELS}]").check("level", level)
+        return self.transform(CORRUPTIONS[self.kind](shown, self.level - 1))
 
 
 def _gaussian_noise(image: Image.Image, level: int) -> Image.Image:

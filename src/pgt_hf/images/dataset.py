@@ -5,10 +5,12 @@
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..functional import IGNORED
-from ..limits import Count, OneOf, Seed, Whole, checked
+from ..limits import Count, Seed, Whole, checked
 from .decoding import BadImageError, read_upright
+from .rules import OnBadImage
 from .seeding import preserve_rng, seed_sample
 from .transforms import ImageTransform
 
@@ -28,27 +31,39 @@ if TYPE_CHECKING:  # an ImageTrainer of other data sets needs no `datasets`
 
 logger = logging.getLogger(__name__)
 
-_ON_BAD_IMAGE = ("error", "skip")
 _MOST_WORKERS = 256
 _ROWS_AT_ONCE = 64
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
+class _Epochs:
+    """The epoch, in shared memory: it reaches workers that are running already, forked or spawned."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose augmentation, and a stream's order, is drawn."""
+        return int(self._epoch)
+
+    @checked
+    def set_epoch(self, epoch: int) -> None:
+        """Counts from the next batch on, in running workers too; in a stream from the next iteration on."""
+        self._epoch.fill_(epoch)
+
+
+class ImageDataset(_Epochs, Dataset[dict[str, Any]]):
     """The images of a ``datasets.Dataset`` as tensors, for any ``DataLoader``.
 
     A sample is a function of (seed, epoch, index) alone: the same bits for any number of workers or processes.
 
     Args:
-        split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it.
+        split: With the columns ``image`` (Image) and ``label``, as ``load_image_dataset`` gives it; or an
+            ``IndexedStream`` of such.
         transform: An ``ImageTransform``, or another function of an image or its file (bytes; of PPM a memoryview).
         seed: For the augmentation.
         on_bad_image: "error" raises, naming the index. "skip" gives a black image with the label -100, which the loss
             and the metrics leave out, warns with the index and the path, and counts it in ``bad_images``.
-
-    Raises:
-        TypeError: ``split`` is no data set of `datasets`.
-        ValueError: A column is missing, or ``on_bad_image`` is neither of the two.
-        BadImageError: From indexing, where ``on_bad_image="error"``.
 
     Example:
         >>> digits = load_image_dataset("digits")["train"]
@@ -65,13 +80,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         transform: Callable[[Any], Tensor],
         *,
         seed: Seed = 0,
-        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
+        on_bad_image: OnBadImage = "error",
     ) -> None:
-        self.split = _undecoded(split).with_format(None)
-        self._rows = self.split.with_format("arrow")
+        super().__init__()
+        self.split = undecoded(_image_and_label(split))
         self.reader = _Reader(transform, seed, on_bad_image)
-        # Shared memory reaches workers that are running already, forked or spawned.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._bad_in_epoch = torch.full((len(split),), -1, dtype=torch.int32).share_memory_()
 
     def __len__(self) -> int:
@@ -86,24 +99,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         with preserve_rng():
             return [
                 self.reader(
-                    *_cells(self._rows[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
+                    *_cells(self.split[index]), epoch, index, f"image {index}", partial(self._count, index, epoch)
                 )
                 for index in indices
             ]
 
     @property
-    def epoch(self) -> int:
-        """The epoch whose augmentation is drawn."""
-        return int(self._epoch)
-
-    @checked
-    def set_epoch(self, epoch: int) -> None:
-        """Draws other augmentations from the next batch on, in running workers too."""
-        self._epoch.fill_(epoch)
-
-    @property
     def bad_images(self) -> int:
-        """How many different images of the present epoch could not be read so far, in this process and its workers."""
+        """How many images of the present epoch could not be read so far, in this process and its workers."""
         return int((self._bad_in_epoch == self.epoch).sum())
 
     def _count(self, index: int, epoch: int) -> bool:
@@ -112,7 +115,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return not known
 
 
-class ImageStream(IterableDataset[dict[str, Any]]):
+class ImageStream(_Epochs, IterableDataset[dict[str, Any]]):
     """The images of a ``datasets.IterableDataset`` as tensors, the same number of batches on every rank.
 
     The readers are the ``DataLoader``'s workers on all ranks. At every epoch the source's shards are shuffled by
@@ -135,10 +138,6 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         block_size: Examples (undecoded) that a reader holds in memory, and shuffles, at a time.
         on_bad_image: As for ``ImageDataset``.
 
-    Raises:
-        ValueError: An argument is out of its range, or a column is missing.
-        BadImageError: From iterating, where ``on_bad_image="error"``.
-
     Example:
         >>> source = load_image_dataset("digits")["train"].to_iterable_dataset(num_shards=4)
         >>> transform = ImageTransform({"input_size": (3, 32, 32)}, training=True)
@@ -159,8 +158,9 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         world_size: Count = 1,
         seed: Seed = 0,
         block_size: Count = 1000,
-        on_bad_image: Annotated[str, OneOf(("error", "skip"))] = "error",
+        on_bad_image: OnBadImage = "error",
     ) -> None:
+        super().__init__()
         if rank >= world_size:
             raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size - 1), got {rank}")
         self.batches = num_samples // world_size // batch_size
@@ -168,13 +168,11 @@ class ImageStream(IterableDataset[dict[str, Any]]):
             raise ValueError(
                 f"num_samples must be at least world_size * batch_size = {world_size * batch_size}, got {num_samples}"
             )
-        self.split = _undecoded(split).with_format("arrow")
+        self.split = undecoded(_image_and_label(split))
         self.reader = _Reader(transform, seed, on_bad_image)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.block_size = seed, block_size
-        # Shared memory reaches workers that are running already: epoch, and the (epoch, batches) to pass over.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._passed = torch.tensor([-1, 0]).share_memory_()
+        self._passed = torch.tensor([-1, 0]).share_memory_()  # the (epoch, batches) to pass over
         self._bad = torch.zeros(_MOST_WORKERS, 2, dtype=torch.int64).share_memory_()  # of each worker: epoch, count
 
     def __len__(self) -> int:
@@ -195,16 +193,6 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         share = range(worker, self.batches, workers)  # DataLoader takes a batch from each worker in turn
         done = len(share[: len(range(worker, min(passed, self.batches), workers))])
         return self._iterate(epoch, worker, workers, done * self.batch_size, len(share) * self.batch_size)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next iteration is of."""
-        return int(self._epoch)
-
-    @checked
-    def set_epoch(self, epoch: int) -> None:
-        """Other shards, order and augmentation from the next iteration on, in running workers too."""
-        self._epoch.fill_(epoch)
 
     def fast_forward(self, epoch: int, batches: int) -> None:
         """Makes the first ``batches`` of this rank in ``epoch`` black placeholders, which nothing reads or decodes.
@@ -298,38 +286,45 @@ def read_image(image: Any) -> bytes | memoryview | Image.Image:
         return file["bytes"]
     if not file["path"]:
         raise BadImageError("there is no image, the cell is empty")
-    from datasets.utils.file_utils import xopen
-
+    path, elsewhere = file["path"], "://" in file["path"]
     try:
-        with xopen(file["path"], "rb") as opened:
-            return opened.read()
-    except OSError as error:
-        if "://" in file["path"] and not isinstance(error, FileNotFoundError):
-            raise  # the network, which says nothing about the image
-        raise BadImageError(f"the file cannot be read: {error.strerror or error}") from error
+        if elsewhere:
+            from datasets.utils.file_utils import xopen
+
+            with xopen(path, "rb") as opened:
+                return opened.read()
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise BadImageError("the file cannot be read: it is a device or a pipe")  # which may never end
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        if isinstance(error, BadImageError) or (elsewhere and not isinstance(error, FileNotFoundError)):
+            raise  # the network says nothing about the image
+        raise BadImageError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def thumbnail(split: Any, index: int, side: int) -> Image.Image | None:
     """A small upright copy of an image of a split; None where there is none, or it cannot be read."""
     if "image" not in (split.column_names or ()):
         return None
-    from datasets import Image as ImageFeature
-
     try:
-        cell = split.cast_column("image", ImageFeature(decode=False)).with_format(None)[int(index)]["image"]
-        image = read_upright(read_image(cell), side)
+        image = read_upright(read_image(undecoded(split)[int(index)].column("image")[0].as_py()), side)
     except (BadImageError, OSError):
         return None
     image.thumbnail((side, side))
     return image
 
 
+def undecoded(split: Any) -> Any:
+    """The rows of a split as Arrow tables, whose images are files."""
+    from datasets import Image as ImageFeature
+
+    return split.cast_column("image", ImageFeature(decode=False)).with_format("arrow")
+
+
 class _Reader:
     """One example from its row, or a placeholder if the image is bad."""
 
     def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
-        if on_bad_image not in _ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image must be one of {_ON_BAD_IMAGE}, got {on_bad_image!r}")
         self.transform, self.seed, self.on_bad_image = transform, seed, on_bad_image
 
     def __call__(
@@ -370,12 +365,11 @@ def _example(pixels: Tensor | dict[str, Tensor], label: int) -> dict[str, Any]:
     return (pixels if isinstance(pixels, dict) else {"pixel_values": pixels}) | {"labels": label}
 
 
-def _undecoded(split: Any) -> Any:
+def _image_and_label(split: Any) -> Any:
+    """The split; raises TypeError or ValueError unless it has these columns."""
     if not hasattr(split, "cast_column"):
         raise TypeError(f"split must be a data set of `datasets`, got a {type(split).__name__}")
-    from datasets import Image as ImageFeature
-
     missing = {"image", "label"} - set(split.column_names or ())
     if missing:
         raise ValueError(f"split must have the columns 'image' and 'label', got {split.column_names}")
-    return split.cast_column("image", ImageFeature(decode=False))
+    return split

@@ -4,7 +4,9 @@ Works on timm networks (in transformers' wrapper) and on transformers' own. timm
 PEFT does LoRA; this module joins them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,9 +34,6 @@ def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrain
     ``model``, a transformers image classifier or timm's in its wrapper, is changed in place and returned;
     ``label_names`` are in the order of the classes' numbers.
 
-    Raises:
-        ValueError: Fewer than two classes, or the model does not end in one linear layer.
-
     Example:
         >>> model = replace_head(load_classifier("runs/digits"), ["cat", "dog"])
         >>> model.config.id2label
@@ -61,9 +60,6 @@ def replace_head(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrain
 @checked
 def set_image_size(model: PreTrainedModel, side: Side) -> PreTrainedModel:
     """Sets the side of the images, in pixels, that a timm network is trained on, evaluated on and saved with.
-
-    Raises:
-        ValueError: ``side`` is below 1, or the network is not timm's.
 
     Example:
         >>> set_image_size(load_classifier("tf_efficientnet_lite0"), 96).config.pretrained_cfg["input_size"]
@@ -120,9 +116,6 @@ def parameter_groups(
         layer_decay: In (0, 1]; None is one rate for all layers.
         head_lr_scale: The new head's learning rate, as a multiple of ``lr``.
 
-    Raises:
-        ValueError: An argument is out of its range, or nothing is trainable, or the model's layers cannot be told.
-
     Example:
         >>> model = create_model("resnet18", ["cat", "dog"])
         >>> groups = parameter_groups(model, 0.1, layer_decay=0.5, head_lr_scale=10)
@@ -138,7 +131,9 @@ def parameter_groups(
     if layer_decay is None:
         groups = param_groups_weight_decay(network, **options)
     else:
-        layered = network if hasattr(network, "group_matcher") else _Layered(network)
+        layered = network
+        if not hasattr(network, "group_matcher"):  # how timm asks a network for its layers
+            layered = SimpleNamespace(named_parameters=network.named_parameters, group_matcher=lambda coarse: _LAYERS)
         groups = param_groups_layer_decay(layered, layer_decay=layer_decay, **options)
         if len({group["lr_scale"] for group in groups}) == 1 and layer_decay != 1:
             raise ValueError(f"layer_decay needs a network whose layers are known, got a {type(network).__name__}")
@@ -149,10 +144,8 @@ def parameter_groups(
     split = []
     for group in groups:
         rate = lr * group.pop("lr_scale", 1.0)  # the rate itself: a scale is for timm's schedulers alone
-        for scale, parameters in (
-            (1.0, [parameter for parameter in group["params"] if id(parameter) not in head]),
-            (head_lr_scale, [parameter for parameter in group["params"] if id(parameter) in head]),
-        ):
+        for in_head, scale in ((False, 1.0), (True, head_lr_scale)):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in head) == in_head]
             if parameters:
                 split.append(group | {"params": parameters, "lr": rate * scale})
     return split
@@ -177,31 +170,24 @@ def add_lora(
         scale: What an update is multiplied by, ``lora_alpha / rank`` in PEFT's words; no relation to PGT's alpha.
         dropout: On an update's input.
 
-    Raises:
-        ImportError: PEFT is not installed.
-        ValueError: ``rank`` is below 1.
-
     Example:
         >>> model = add_lora(create_model("vit_tiny_patch16_224", ["cat", "dog"]), rank=4)
     """
     require("peft", "LoRA")
     from peft import LoraConfig, get_peft_model
 
-    heads = last_linear(model)
-    names = {name: module for name, module in model.named_modules() if name}
-    adapted = [
-        name
-        for name, module in names.items()
+    heads = set(last_linear(model))
+    layers = {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if not any(module is head for head in heads)
-    ]
-    whole = [name for name, module in names.items() if any(module is head for head in heads)]
+    }
     config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
-        target_modules=adapted,
-        modules_to_save=whole,
+        target_modules=[name for name, module in layers.items() if module not in heads],
+        modules_to_save=[name for name, module in layers.items() if module in heads],
     )
     return _evaluate_frozen_layers(get_peft_model(model, config))
 
@@ -212,9 +198,6 @@ def class_weights(labels: ArrayLike, classes: Count) -> Tensor:
 
     ``labels`` are the class numbers of the training images, (N). A class without an image gets 0, and C counts the
     others.
-
-    Raises:
-        ValueError: There are no labels, or one of them is no class.
 
     Example:
         >>> class_weights([0, 0, 0, 1], 2)
@@ -230,27 +213,6 @@ def class_weights(labels: ArrayLike, classes: Count) -> Tensor:
     return torch.where(count > 0, numbers.size / (present * count.clamp(min=1)), 0.0)
 
 
-class _Layered:
-    """A transformers model as timm's layer decay asks for one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.named_parameters = model.named_parameters
-
-    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        return _LAYERS
-
-
-class _EvaluateFrozen:
-    """Forward pre-hook; a class, so that models which carry it can be copied and pickled."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        for frozen in self.modules:
-            frozen.training = False
-
-
 def _evaluate_frozen_layers(model: nn.Module) -> Any:
     """A hook, since Trainer puts the whole model into training mode before each step."""
     frozen: list[nn.Module] = []
@@ -258,5 +220,10 @@ def _evaluate_frozen_layers(model: nn.Module) -> Any:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             frozen.extend(module.modules())
-    model.register_forward_pre_hook(_EvaluateFrozen(frozen))
+    model.register_forward_pre_hook(partial(_end_training, frozen))  # can be pickled with the model
     return model
+
+
+def _end_training(layers: list[nn.Module], module: nn.Module, args: Any) -> None:
+    for layer in layers:
+        layer.training = False

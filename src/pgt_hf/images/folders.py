@@ -4,17 +4,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Image, NamedSplit, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit
 
-from ..data.splits import split_of
-from ..data.tables import TABLES, by_split, read_tables, visible_files
+from ..data.splits import sorted_classes, split_of
+from ..data.tables import TABLES, by_split, is_visible, read_tables, visible_files
+from .decoding import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
 _ARCHIVES = (".7z", ".gz", ".rar", ".tgz", ".zip")
 
 
@@ -28,7 +25,8 @@ def read_local(name: str) -> tuple[DatasetDict, dict[str, Path]] | None:
     if path.is_file():
         if path.suffix.lower() not in TABLES:
             raise ValueError(f"a file of images must be one of {', '.join(TABLES)}, got {name!r}; or name a folder")
-        return read_tables({"train": [path]}), {"train": path.parent}
+        splits = read_tables({"train": [path]})
+        return splits, dict.fromkeys(splits, path.parent)
     if not path.is_dir():
         return None
     files = visible_files(path)
@@ -36,14 +34,19 @@ def read_local(name: str) -> tuple[DatasetDict, dict[str, Path]] | None:
     if kinds & {".parquet", ".arrow", ".tar"}:
         return None
     if tables := _tables_in(path, files):
-        return read_tables(tables), {split: part[0].parent for split, part in tables.items()}
+        splits = read_tables(tables)
+        parents = {split: part[0].parent for split, part in tables.items()}
+        return splits, {split: parents.get(split, path) for split in splits}
     archives = [file.name for file in files if file.suffix.lower() in _ARCHIVES]
-    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         unpack = f"; unpack {archives[0]!r} first" if archives else ""
         raise ValueError(f"{name!r} holds no images, and no CSV, TSV, JSON-lines or Parquet files{unpack}")
     if archives:
         logger.warning("%s: archives are not read, as %s", name, archives[0])
+    known = {*images, *(file for file in files if file.suffix.lower() in _ARCHIVES)}
+    if others := [file for file in files if file not in known and file.parent != path]:
+        logger.warning("%s: files that are no images are not used, %d of them, as %s", name, len(others), others[0])
     return _images_by_class(path, images), {}
 
 
@@ -84,7 +87,7 @@ def _images_by_class(root: Path, images: list[Path]) -> DatasetDict:
 
 def _class_folders(images: list[Path], folder: Path, split: str, *, optional: bool) -> Dataset:
     """The images below a folder, with their classes; without, if these are ``optional`` and none has one."""
-    features, name = Features({"image": Image(), "label": Value("string")}), NamedSplit(split)
+    name = NamedSplit(split)
     parts = [file.relative_to(folder).parts for file in images]
     stray = [file for file, part in zip(images, parts, strict=True) if len(part) == 1]
     if stray and not (optional and len(stray) == len(images)):
@@ -92,7 +95,7 @@ def _class_folders(images: list[Path], folder: Path, split: str, *, optional: bo
             f"{str(stray[0])!r} must lie in a folder of its class, and it lies directly in {folder.name!r}"
         )
     if stray:
-        features.pop("label")
+        features = Features({"image": Image()})
         return Dataset.from_dict({"image": [str(file) for file in images]}, features=features, split=name)
     deep = {part[-2] for part in parts if len(part) > 2}
     if len(deep) > 1:
@@ -101,5 +104,11 @@ def _class_folders(images: list[Path], folder: Path, split: str, *, optional: bo
             f"{str(file)!r}: is its class {file.relative_to(folder).parts[0]!r} or {file.parent.name!r}? Images must "
             f"lie in folders of their class directly below {str(folder)!r}"
         )
-    rows = {"image": [str(file) for file in images], "label": [part[0] for part in parts]}
+    label = ClassLabel(names=sorted_classes(part[0] for part in parts))
+    codes = {part[0]: label.str2int(sorted_classes(part[:1]))[0] for part in parts}
+    folders = sorted(place.name for place in folder.iterdir() if place.is_dir() and is_visible(place.name))
+    if empty := [place for place in folders if place not in codes]:
+        logger.warning("%s: there are no images in %s, which are no classes then", folder, empty[:5])
+    features = Features({"image": Image(), "label": label})
+    rows = {"image": [str(file) for file in images], "label": [codes[part[0]] for part in parts]}
     return Dataset.from_dict(rows, features=features, split=name)

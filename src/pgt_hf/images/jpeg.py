@@ -11,14 +11,14 @@ _OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xC
 _SCAN, _END = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff[^\x00]")  # within a scan, a zero byte follows each 0xFF that is no marker
 _ROWS_NOT_READ = "extraneous bytes before marker 0xd9"
-_LEAST = 8  # pixels; of smaller images several of libjpeg's scales give the same size
+_LEAST = 8  # pixels; several of libjpeg's scales give a smaller image the same size
 
 
 def decode_rows(file: bytes, width: int, height: int, rows: int, reduction: int = 1) -> np.ndarray | None:
     """Decodes JPEG that Pillow opens as "L" or "RGB", from the top down to the last row that is needed.
 
     JPEG is compressed row by row, so what lies below costs nothing if the decoder is told that the image ends there.
-    That would hide a truncated file, so the file must still end as it should, with no marker in its midst.
+    That would hide a truncated file, so the file itself must still end properly, with no other marker in between.
 
     Args:
         file: The whole file.
@@ -30,9 +30,6 @@ def decode_rows(file: bytes, width: int, height: int, rows: int, reduction: int 
     Returns:
         RGB, of shape (at least ``rows``, ceil(width / reduction), 3); the same bits as Pillow's. None if libjpeg had
         anything to say about the file, or simplejpeg is not installed: then it is for Pillow to read.
-
-    Example:
-        >>> pixels = decode_rows(file, width=500, height=375, rows=200)
     """
     simplejpeg = _simplejpeg()
     if simplejpeg is None or min(width, rows * reduction) < _LEAST:

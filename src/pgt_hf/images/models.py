@@ -42,13 +42,6 @@ def create_model(
         small_images: Replace the stem of a ResNet, which shrinks by 4, by a 3x3 convolution that keeps the size.
         **timm_kwargs: Passed to timm, hence JSON values only: ``drop_path_rate=0.1``, ``stem_type="deep"``.
 
-    Returns:
-        A model from ``pixel_values`` of shape (N, 3, image_size, image_size), and optionally ``labels`` of shape (N),
-        to an output with ``logits`` of shape (N, C) and ``loss``.
-
-    Raises:
-        ValueError: ``name`` is unknown to timm, fewer than two classes, or a ResNet option for another network.
-
     Example:
         >>> model = create_model("resnet18", ["cat", "dog"], image_size=64, small_images=True)
         >>> model(torch.zeros(1, 3, 64, 64)).logits.shape
@@ -64,6 +57,9 @@ def create_model(
         network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
     except OSError as error:
         raise OSError(f"pretrained: timm's weights of {name!r} are not available: {error}") from error
+    except TypeError as error:
+        wanted = ", ".join(timm_kwargs)
+        raise ValueError(f"name must be a timm model that takes {wanted}, got {name!r}: {error}") from error
     model_args |= fit_image_size(network, image_size)
     names = dict(enumerate(label_names))
     config = TimmWrapperConfig(
@@ -108,13 +104,10 @@ def pgt_resnet(
     small_images: bool = False,
     **kwargs: Any,
 ) -> ResNet:
-    """A timm ResNet ``base`` without normalisation, with a stem for small images, or both.
+    """A network of timm's ResNet family without normalisation, with a stem for small images, or both.
 
     Without normalisation, each residual block doubles the variance at initialisation: harmless in ResNet-18, a first
     loss near 30 in ResNet-50, which wants clipping and a smaller learning rate.
-
-    Raises:
-        ValueError: ``base`` is not of timm's ResNet family (ResNet, ResNeXt, SE-ResNet, ...).
 
     Example:
         >>> network = timm.create_model("pgt_resnet", base="resnet50", norm_free=True, num_classes=10)
@@ -124,7 +117,7 @@ def pgt_resnet(
     published = pretrained and kwargs.get("pretrained_cfg")  # weights of this very variant, from the Hub or a folder
     try:
         network = timm.create_model(base, pretrained=pretrained and not published, **kwargs)
-    except TypeError:
+    except (AssertionError, TypeError):  # families that take no such norm layer
         network = None
     if not isinstance(network, ResNet):
         raise ValueError(f"norm_free and small_images are for timm's ResNets, got {base!r}")

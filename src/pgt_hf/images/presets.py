@@ -6,26 +6,17 @@ does not say how the rate follows the batch (here: linearly), nor how AGC and gr
 and 1.0).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # What every published run shares. ``base_lr`` is the peak rate at a batch of 1024.
 PAPER: dict[str, Any] = {
-    "optim": "powergrad_sgd",
-    "optim_args": "momentum=0.9,nesterov=true",
-    "weight_decay": 5e-4,
-    "base_lr": 0.4,
-    "global_batch": 1024,
-    "schedule": "cosine",
-    "decay_epochs": [30, 60, 90],
-    "warmup_epochs": 5.0,
-    "warmup_lr": 0.001,
-    "num_train_epochs": 100,
-    "image_size": 224,
-    "min_crop": 0.08,
-    "color_jitter": 0.4,
-    "alpha": 1.0,
-}
+    "optim": "powergrad_sgd", "optim_args": "momentum=0.9,nesterov=true", "weight_decay": 5e-4, "alpha": 1.0,
+    "base_lr": 0.4, "global_batch": 1024, "num_train_epochs": 100, "warmup_epochs": 5.0, "warmup_lr": 0.001,
+    "schedule": "cosine", "decay_epochs": [30, 60, 90],
+    "image_size": 224, "min_crop": 0.08, "color_jitter": 0.4,
+}  # fmt: skip
 AGC = {"clip_mode": "agc", "clip_value": 0.01}
 GC = {"clip_mode": "norm", "clip_value": 1.0}
 SMOOTH = {"label_smoothing_factor": 0.1}
@@ -34,27 +25,12 @@ SMOOTH = {"label_smoothing_factor": 0.1}
 # a softmax.
 A3: dict[str, Any] = {
     "model_name": "resnet50",
-    "optim": "powergrad_lamb",
-    "optim_args": None,
-    "weight_decay": 0.02,
-    "base_lr": 0.004,
-    "global_batch": 2048,
-    "schedule": "cosine",
-    "warmup_epochs": 5.0,
-    "warmup_lr": 0.0125,
-    "min_lr": 1e-6,
-    "num_train_epochs": 100,
-    "image_size": 160,
-    "eval_image_size": 224,
-    "crop_pct": 0.95,
-    "color_jitter": 0.0,
-    "auto_augment": "rand-m6-mstd0.5-inc1",
-    "mixup": 0.1,
-    "cutmix": 1.0,
-    "max_grad_norm": 0.0,
-    "channels_last": True,
-    "alpha": 1.0,
-}
+    "optim": "powergrad_lamb", "optim_args": None, "weight_decay": 0.02, "max_grad_norm": 0.0, "alpha": 1.0,
+    "base_lr": 0.004, "global_batch": 2048, "num_train_epochs": 100, "warmup_epochs": 5.0, "warmup_lr": 0.0125,
+    "schedule": "cosine", "min_lr": 1e-6,
+    "image_size": 160, "eval_image_size": 224, "crop_pct": 0.95, "channels_last": True,
+    "color_jitter": 0.0, "auto_augment": "rand-m6-mstd0.5-inc1", "mixup": 0.1, "cutmix": 1.0,
+}  # fmt: skip
 
 # torchvision's references for VGG: a tenth of the usual rate, step decay, 90 epochs.
 VGG: dict[str, Any] = PAPER | {"base_lr": 0.04, "schedule": "step", "num_train_epochs": 90, "color_jitter": 0.0}
@@ -62,27 +38,12 @@ VGG: dict[str, Any] = PAPER | {"base_lr": 0.04, "schedule": "step", "num_train_e
 # DeiT (Touvron et al., arXiv 2012.12877) without distillation and repeated augmentation, cut to 100 epochs; ConvNeXt's
 # own recipe (arXiv 2201.03545) differs from it by no more than the stochastic depth.
 TRANSFORMER: dict[str, Any] = {
-    "optim": "powergrad_adamw",
-    "optim_args": None,
-    "weight_decay": 0.05,
-    "base_lr": 0.001,
-    "global_batch": 1024,
-    "schedule": "cosine",
-    "warmup_epochs": 5.0,
-    "warmup_lr": 0.001,
-    "min_lr": 1e-5,
-    "num_train_epochs": 100,
-    "image_size": 224,
-    "min_crop": 0.08,
-    "color_jitter": 0.0,
-    "auto_augment": "rand-m9-mstd0.5-inc1",
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "random_erasing": 0.25,
-    "drop_path": 0.1,
-    "label_smoothing_factor": 0.1,
-    "alpha": 1.0,
-}
+    "optim": "powergrad_adamw", "optim_args": None, "weight_decay": 0.05, "alpha": 1.0,
+    "base_lr": 0.001, "global_batch": 1024, "num_train_epochs": 100, "warmup_epochs": 5.0, "warmup_lr": 0.001,
+    "schedule": "cosine", "min_lr": 1e-5, "drop_path": 0.1, "label_smoothing_factor": 0.1,
+    "image_size": 224, "min_crop": 0.08, "color_jitter": 0.0, "auto_augment": "rand-m9-mstd0.5-inc1",
+    "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +100,24 @@ PRESETS: dict[str, Preset] = {
     "vit_small": Preset(TRANSFORMER | {"model_name": "vit_small_patch16_224"}),
     "resnet50_a3": Preset(A3),
 }
+
+
+def published_top1(arguments: Mapping[str, Any]) -> float | None:
+    """What was published of a run with these arguments; nothing, if they differ from their preset's.
+
+    Example:
+        >>> published_top1({"preset": "resnet50_cosine", "dataset_name": "digits", "max_steps": 20})
+    """
+    preset = PRESETS.get(arguments.get("preset") or "", Preset({}))
+    whole = {
+        "dataset_name": "ILSVRC/imagenet-1k",
+        "max_train_samples": None,
+        "max_eval_samples": None,
+        "max_steps": -1,
+    }
+    whole |= {"learning_rate": None, "pretrained": False}
+    same = all(arguments.get(name) == value for name, value in (whole | preset.settings).items())
+    return preset.top1 if same else None
 
 
 def preset_table() -> str:

@@ -1,4 +1,4 @@
-"""Images as pixels: PPM, which any program reads, in Arrow files, which are mapped into memory. No decoding."""
+"""Images as raw pixels: PPM, which any program reads, in Arrow files, which are mapped into memory."""
 
 import re
 from pathlib import Path
@@ -10,23 +10,13 @@ _PPM = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
 
 
 def ppm(pixels: np.ndarray) -> bytes:
-    r"""The file of uint8 pixels of shape (H, W, 3).
-
-    Example:
-        >>> ppm(np.zeros((1, 2, 3), np.uint8))[:11]
-        b'P6\n2 1\n255\n'
-    """
+    """The file of uint8 pixels of shape (H, W, 3)."""
     height, width, _ = pixels.shape
     return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
 def ppm_pixels(file: bytes | memoryview) -> np.ndarray | None:
-    r"""A view of shape (H, W, 3), without a copy; None if it is not a complete file as ``ppm`` writes them.
-
-    Example:
-        >>> ppm_pixels(b"P6\n2 1\n255\n" + bytes(6)).shape
-        (1, 2, 3)
-    """
+    """A view of shape (H, W, 3), without a copy; None unless it is a complete file as ``ppm`` writes them."""
     header = _PPM.match(file)
     if header is None:
         return None

@@ -13,6 +13,7 @@ from ..limits import HUB_ID, DataSet, Number, OneOf, Whole, check_type, near
 
 Side = Annotated[int, Whole("[1, 8192]")]
 Crop = Annotated[float, Number("(0, 1]")]
+CropPct = Annotated[float, Number("[0.05, 1]")]
 OnBadImage = Annotated[str, OneOf(("error", "skip"))]
 
 _POLICY = re.compile(r"(rand|augmix|v0r?|originalr?|3a)((-(m|n|w|d|b|p|mstd|mmax|inc|a)[\d.]+)|-t[a-z0-9]*)*")

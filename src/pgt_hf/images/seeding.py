@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (seed, epoch, index)."""
+"""Random numbers that are a function of (seed, epoch, index), or of (seed, step, process)."""
 
 import random
 from collections.abc import Iterator
@@ -23,10 +23,22 @@ def preserve_rng() -> Iterator[None]:
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
     """Seeds Python's, numpy's and torch's random numbers for one sample, alike in any process."""
-    entropy = int.from_bytes(blake2b(b"%d %d %d" % (seed, epoch, index), digest_size=8).digest(), "little")
+    _seed(b"%d %d %d" % (seed, epoch, index))
+
+
+def seed_step(seed: int, step: int, process: int, device: torch.device) -> None:
+    """Seeds them, and the device's, for what one process draws in one training step: dropout, Mixup, erasing."""
+    entropy = _seed(b"step %d %d %d" % (seed, step, process))
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(entropy)
+
+
+def _seed(key: bytes) -> int:
+    entropy = int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
     random.seed(entropy)
     np.random.seed(entropy % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(entropy)  # torch.manual_seed would also look for GPUs, 100 times slower
+    return entropy
 
 
 @contextmanager

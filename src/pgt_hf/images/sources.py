@@ -5,7 +5,11 @@ is an error that says what to do.
 """
 
 import logging
-from collections.abc import Sequence
+import os
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +17,7 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -20,19 +25,20 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..data.splits import EVALUATION_SPLITS, check_size, draw, find_column, labelled_rows, train_and_validation
+from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, train_and_validation
 from ..data.tables import in_words
+from ..extras import require
 from ..limits import Count, DataSet, Seed, checked
-from .dataset import read_image
+from .dataset import read_image, undecoded
 from .decoding import BadImageError, read_upright
 from .folders import read_local
+from .indexed_stream import IndexedStream
 from .raw import map_arrow
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "ILSVRC/imagenet-1k"
 DIGITS = "digits"
-GATED = (DEFAULT_DATASET,)
 
 _IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -51,7 +57,8 @@ def load_image_dataset(
     max_eval_samples: Count | None = None,
     seed: Seed = 0,
     streaming: bool = False,
-) -> DatasetDict | dict[str, Dataset | IterableDataset]:
+    allow_outside_files: bool = False,
+) -> DatasetDict | dict[str, Any]:
     """Loads labelled images.
 
     The evaluation split is the first labelled one of validation, valid, val and test. If there is none, a tenth of
@@ -67,48 +74,54 @@ def load_image_dataset(
         image_column: The column with the images; by default the only column of images, or image, img, image_path,
             file_name, filename or path.
         label_column: The column with the classes; by default label, labels, fine_label or class.
-        max_train_samples: Keep at most this many, drawn by ``seed``; with ``streaming`` the first ones.
+        max_train_samples: Keep at most this many, drawn by ``seed``; of what is streamed, the first ones.
         max_eval_samples: The same for validation.
         seed: For every draw.
-        streaming: Leave ``train`` where it is and read it as training goes, for ``ImageStream``. The files of the
-            evaluation split, and no others, are downloaded, so that it can be indexed and each image counted once.
+        streaming: Leave the images where they are and read them as training and evaluation go. An evaluation split
+            that is not in Parquet files is downloaded, alone, so that it can be indexed; local ones are as without.
+        allow_outside_files: Let a table name files that lie outside its own folder.
 
     Returns:
         ``train`` and ``validation``, each with the columns ``image`` (Image) and ``label`` (ClassLabel, the same names
-        in both). ``train`` is an ``IterableDataset`` where ``streaming``.
+        in both). Where ``streaming``, ``train`` is an ``IterableDataset``, for ``ImageStream``, and ``validation`` an
+        ``IndexedStream``, which is for ``ImageDataset`` as any split is.
 
     Raises:
         PermissionError: The data set is gated and cannot be read with the present token, if any.
         FileNotFoundError: There is no such folder or data set.
         ConnectionError: The Hub could not be reached.
         ValueError: No image or label column, no image that can be read, a row without a label, a class that
-            ``train`` lacks, or a file that is damaged; the message names it. With ``streaming`` also: a split is
-            missing, or the classes have no names.
+            ``train`` lacks, a path that leads out of its table's folder, or a file that is damaged; the message names
+            it. With ``streaming`` also: a split is missing, or the classes have no names.
 
     Example:
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
-    check_access(name)
+    cache = Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    if name == DEFAULT_DATASET and get_token() is None and not Path(name).is_dir() and not cache.is_dir():
+        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
     local = (_digits(seed), {}) if name == DIGITS else read_local(name)
     if local is not None and config is not None:
         raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+    select = partial(
+        _image_and_label,
+        name=name,
+        image_column=image_column,
+        label_column=label_column,
+        outside=allow_outside_files,
+    )
+    limits = {"train": max_train_samples, "validation": max_eval_samples}
     if local is None and streaming:
-        return _stream(name, config, image_column, label_column, max_train_samples, max_eval_samples, seed)
+        return _stream(name, config, select, limits, seed)
     splits, folders = (_load(name, config), {}) if local is None else local
-    columns = (image_column, label_column)
+    optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
     splits = DatasetDict(
-        {
-            key: _image_and_label(
-                split, name, *columns, folders.get(key), optional=key != "train" and "train" in splits
-            )
-            for key, split in splits.items()
-        }
+        {key: select(split, folder=folders.get(key), optional=optional[key]) for key, split in splits.items()}
     )
     splits = train_and_validation(splits, name, seed)
     for split in splits.values():
         _check_readable(split, name)
-    limits = {"train": max_train_samples, "validation": max_eval_samples}
     drawn = DatasetDict({key: draw(split, limits[key], seed) for key, split in splits.items()})
     if not streaming:
         return drawn
@@ -117,27 +130,14 @@ def load_image_dataset(
     return {"train": _with_num_images(train, rows), "validation": drawn["validation"]}
 
 
-def check_access(name: str) -> None:
-    """Checks, offline, whether a gated data set could be read at all.
-
-    Raises:
-        PermissionError: It is gated, not in the local cache, and there is no token; the message says how to get one.
-
-    Example:
-        >>> check_access("digits")
-    """
-    if name in GATED and not Path(name).is_dir() and get_token() is None and not _is_cached(name):
-        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
-
-
-def num_images(dataset: Dataset | IterableDataset) -> int | None:
+def num_images(dataset: Dataset | IterableDataset | IndexedStream) -> int | None:
     """The number of images; None for a stream whose source does not say.
 
     Example:
         >>> num_images(load_image_dataset("digits", streaming=True)["train"])
         1437
     """
-    if isinstance(dataset, Dataset):
+    if isinstance(dataset, (Dataset, IndexedStream)):
         return dataset.num_rows
     splits = dataset.info.splits or {}
     return splits["train"].num_examples if "train" in splits else None
@@ -151,10 +151,6 @@ def _how_to_get(name: str, reason: str) -> str:
         "  3. run `hf auth login`, or set HF_TOKEN to the token\n"
         "Or use other data: --dataset-name digits, a local folder of Parquet files or images, or another Hub id."
     )
-
-
-def _is_cached(name: str) -> bool:
-    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
 def _load(name: str, config: str | None, **options: Any) -> Any:
@@ -178,48 +174,49 @@ def _load(name: str, config: str | None, **options: Any) -> Any:
         raise ConnectionError(
             f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
         ) from error
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, EOFError, ValueError, tarfile.TarError) as error:
         if "onfig name is missing" in str(error):
             choices = datasets.get_dataset_config_names(name)
             raise ValueError(f"dataset_config must be one of {choices} for {name!r}, got None") from error
+        for file in sorted(Path(name).rglob("*.parquet")):
+            try:
+                pq.read_metadata(file)
+            except (OSError, pa.ArrowException) as damage:
+                raise ValueError(f"{str(file)!r} cannot be read: {damage}") from error
         raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
 
 
 def _stream(
-    name: str,
-    config: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
-    seed: int,
-) -> dict[str, Dataset | IterableDataset]:
+    name: str, config: str | None, select: Callable[..., Any], limits: Mapping[str, int | None], seed: int
+) -> dict[str, Any]:
     splits = _load(name, config, streaming=True)
     held_out = next((key for key in EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
     if "train" not in splits or held_out is None:
         raise ValueError(
             f"streaming needs a split `train` and a labelled one of {EVALUATION_SPLITS}; {name!r} has {sorted(splits)}"
         )
-    train = _image_and_label(splits["train"], name, image_column, label_column)
+    train = select(splits["train"])
     if not isinstance(train.features["label"], ClassLabel):
         raise ValueError(f"streaming needs class names, but the labels of {name!r} are {train.features['label']}")
 
-    # Asked for the split alone, load_dataset would still download every file of the data set.
     files = datasets.load_dataset_builder(name, config).config.data_files
-    alone = {held_out: list(files[held_out])}
-    options = {"features": splits["train"].features, "verification_mode": "no_checks"}
-    validation = _load(name, config, data_files=alone, split=held_out, **options)
-    validation = _image_and_label(validation, name, image_column, label_column)
-    validation = labelled_rows(validation, f"{name!r}, split {held_out!r}")
+    validation: Any
+    if (row_groups := _row_groups(files[held_out])) is not None:
+        validation = IndexedStream(select(splits[held_out].reshard()), row_groups, limits["validation"])
+    else:  # asked for the split alone, load_dataset would still download every file of the data set
+        alone = {held_out: list(files[held_out])}
+        options = {"features": splits["train"].features, "verification_mode": "no_checks"}
+        validation = select(_load(name, config, data_files=alone, split=held_out, **options))
+        validation = draw(labelled_rows(validation, f"{name!r}, split {held_out!r}"), limits["validation"], seed)
     _check_readable(validation, name)
 
     known = splits["train"].info.splits or {}
-    rows = known["train"].num_examples if "train" in known else _count_rows(files["train"])
-    if max_train_samples is not None:
-        check_size(max_train_samples)
-        train = train.take(max_train_samples)
-        rows = max_train_samples if rows is None else min(rows, max_train_samples)
-    return {"train": _with_num_images(train, rows), "validation": draw(validation, max_eval_samples, seed)}
+    rows = known["train"].num_examples if "train" in known else None
+    if rows is None and (row_groups := _row_groups(files["train"])) is not None:
+        rows = sum(row_groups)
+    if (most := limits["train"]) is not None:
+        train, rows = train.take(most), most if rows is None else min(rows, most)
+    return {"train": _with_num_images(train, rows), "validation": validation}
 
 
 def _begins_labelled(split: IterableDataset) -> bool:
@@ -229,14 +226,15 @@ def _begins_labelled(split: IterableDataset) -> bool:
     return any(row[label] not in (None, -1) for row in islice(split.select_columns([label]), _TRIED))
 
 
-def _count_rows(files: Sequence[str]) -> int | None:
-    """From the footers of Parquet files; there is no other way to know without reading everything."""
+def _row_groups(files: Sequence[str]) -> list[int] | None:
+    """The rows of each row group of Parquet files, from their footers; None for other files, which must be read."""
     if not all(file.endswith(".parquet") for file in files):
         return None
-    rows = 0
+    rows = []
     for path in files:
         with xopen(path, "rb") as file:
-            rows += pq.read_metadata(file).num_rows
+            found = pq.read_metadata(file)
+        rows += [found.row_group(number).num_rows for number in range(found.num_row_groups)]
     return rows
 
 
@@ -246,9 +244,12 @@ def _with_num_images(train: IterableDataset, rows: int | None) -> IterableDatase
 
 
 def _digits(seed: int) -> DatasetDict:
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
+    require("sklearn", "the data set 'digits'")
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    # What sklearn.datasets.load_digits reads, in 20 milliseconds; to import that takes up to two seconds.
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels, labels = table[:, :-1], table[:, -1].astype(int)
     images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 17 grey levels
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     digits = Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features=features)
@@ -264,6 +265,7 @@ def _image_and_label(
     folder: Path | None = None,
     *,
     optional: bool = False,
+    outside: bool = False,
 ) -> Any:
     """Of a ``Dataset`` as of an ``IterableDataset``; the image alone where the labels are ``optional`` and absent."""
     if split.features is None:
@@ -287,10 +289,10 @@ def _image_and_label(
     for old, new in columns.items():
         if old != new:
             split = split.rename_column(old, new)
-    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None))
+    return _as_images(split, name, folder or (Path(name) if Path(name).is_dir() else None), outside)
 
 
-def _as_images(split: Any, name: str, folder: Path | None) -> Any:
+def _as_images(split: Any, name: str, folder: Path | None, outside: bool) -> Any:
     """Bytes and paths of files become images; paths in a local table are relative to its ``folder``."""
     feature = split.features["image"]
     if isinstance(feature, Image):
@@ -299,20 +301,34 @@ def _as_images(split: Any, name: str, folder: Path | None) -> Any:
     if kind not in ("string", "large_string", "binary", "large_binary", "dict"):
         raise ValueError(f"{name!r}: the column of images must hold images or their paths, it holds {feature}")
     if kind.endswith("string") and folder is not None:
-        split = split.map(_locate, input_columns="image", fn_kwargs={"folder": str(folder.resolve())})
+        options = {"folder": str(folder.resolve()), "outside": outside, "name": name}
+        if isinstance(split, Dataset):
+            _warn_of_copies(split, name)
+        split = split.map(_locate, input_columns="image", with_indices=True, fn_kwargs=options)
     try:
         return split.cast_column("image", Image())
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
         raise ValueError(f"{name!r}: the column of images holds {feature}, no images: {in_words(error)}") from error
 
 
-def _check_readable(split: Dataset, name: str) -> None:
+def _warn_of_copies(split: Dataset, name: str) -> None:
+    counts = pc.value_counts(split.with_format("arrow")[:]["image"].drop_null())
+    if several := counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist():
+        logger.warning(
+            "%s: %d images are named more than once, as %r: in training and in what is held out, perhaps",
+            name,
+            len(several),
+            several[0],
+        )
+
+
+def _check_readable(split: Dataset | IndexedStream, name: str) -> None:
     """Raises BadImageError if none of some images, drawn from all over the split, can be read."""
     first: BadImageError | None = None
-    cells = split.cast_column("image", Image(decode=False))
+    cells = undecoded(split)
     rows = sorted({place * split.num_rows // _TRIED for place in range(_TRIED)})
     for row in rows:
-        cell = cells[row]["image"]
+        cell = cells[row].column("image")[0].as_py()
         try:
             read_upright(read_image(cell), shorter_side=1)
             return
@@ -321,10 +337,20 @@ def _check_readable(split: Dataset, name: str) -> None:
     raise BadImageError(f"{name!r}: no image can be read, {len(rows)} were tried: {first}") from first
 
 
-def _locate(image: str | None, folder: str) -> dict[str, str | None]:
-    if not image or "://" in image:
+def _locate(image: str | None, row: int, folder: str, outside: bool, name: str) -> dict[str, str | None]:
+    if not image or ("://" in image and "::" not in image and not image.startswith(("file:", "local:"))):
         return {"image": image or None}
-    path = Path(folder, image)  # an absolute path stays as it is
-    if "\\" in image and not path.exists():
-        path = Path(folder, image.replace("\\", "/"))  # written on Windows
-    return {"image": str(path)}
+    path = os.path.join(folder, image.removeprefix("file://"))  # an absolute path stays as it is
+    if ("\\" in image or image != image.strip()) and not os.path.exists(path):
+        path = os.path.join(folder, image.strip().replace("\\", "/"))  # written on Windows, or with blanks
+    if not (outside or Path(os.path.normpath(path)).is_relative_to(folder) or _is_in(path, folder)):
+        raise ValueError(
+            f"{name!r}: row {row} (from 0) must name a file in the folder of its table, {folder!r}, got {image!r}; "
+            "allow_outside_files lets it name others"
+        )
+    return {"image": path}
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Whether it is, by whatever links; asked only where the name alone does not say so."""
+    return Path(path).resolve().is_relative_to(folder)

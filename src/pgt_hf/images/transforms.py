@@ -20,13 +20,15 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..limits import Number, OneOf, checked
-from .decoding import Box, Size, check_pixels, decode_rgb
+from .decoding import Box, Size, check_pixels, decode
 from .device_transforms import LUMA
 from .rules import AutoAugment
 
-# What timm's transforms can do and this one does not: erasing follows normalisation, on the device.
-_ELSEWHERE = ("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher")
-_ERASING = ("re_prob", "re_mode", "re_count", "re_num_splits")
+# What timm's transforms can do and this one does not.
+_ELSEWHERE = dict.fromkeys(("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher"), "not here")
+_ELSEWHERE |= dict.fromkeys(
+    ("re_prob", "re_mode", "re_count", "re_num_splits"), "random erasing happens after normalisation, on the device"
+)
 
 # How much larger than needed JPEG is decoded. In training a slightly other sharpness does no harm; evaluation should
 # agree with what others measure, and PIL's own thumbnails take 2, "very close to fair resampling".
@@ -38,7 +40,7 @@ _RULES: dict[str, Any] = {
     "color_jitter": Number("[0, 10]"),
     "hflip": Number("[0, 1]"),
     "vflip": Number("[0, 1]"),
-    "crop_pct": Number("(0, 1]"),
+    "crop_pct": Number("[0.05, 1]"),
     "auto_augment": AutoAugment(),
     "interpolation": OneOf(("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")),
 }
@@ -68,9 +70,7 @@ class ImageTransform:
             among them: it belongs after normalisation, on the device.
 
     Raises:
-        ValueError: An augmentation that does not belong here.
-        BadImageError: From the call: the image cannot be decoded, or has more than ``PIL.Image.MAX_IMAGE_PIXELS``
-            pixels at the size that it would be decoded at.
+        BadImageError: From the call: as ``decode``.
 
     Example:
         >>> transform = ImageTransform({"input_size": (3, 32, 32)}, training=True, normalize=False)
@@ -90,14 +90,13 @@ class ImageTransform:
         **augmentation: Any,
     ) -> None:
         for name in augmentation:
-            if name in _ERASING + _ELSEWHERE:
-                what = "random erasing happens after normalisation, on the device" if name in _ERASING else "not here"
-                raise ValueError(f"augmentation must be that of one image, got {name}: {what}")
+            if name in _ELSEWHERE:
+                raise ValueError(f"augmentation must be that of one image, got {name}: {_ELSEWHERE[name]}")
         own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
         check_augmentation(own | augmentation)
-        for name, count in (("mean", 3), ("std", 3), ("input_size", 3)):
-            if config.get(name) is not None and len(config[name]) != count:
-                raise ValueError(f"config: {name} must have {count} numbers, got {config[name]!r}")
+        for name in ("mean", "std", "input_size"):
+            if config.get(name) is not None and len(config[name]) != 3:
+                raise ValueError(f"config: {name} must have 3 numbers, got {config[name]!r}")
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize and not on_device
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
@@ -105,7 +104,7 @@ class ImageTransform:
         options |= augmentation if training else {}
         steps = create_transform(**options, is_training=training, normalize=False).transforms
 
-        # The first step decides how large the image is decoded; where it is another than these, PIL does as timm says.
+        # The first step decides how large the image is decoded. Any other than these two is left to PIL, as in timm.
         self._crop: RandomResizedCropAndInterpolation | None = None
         self._shorter_side: int | None = None
         self._interpolations: Sequence[transforms.InterpolationMode] = ()
@@ -127,7 +126,7 @@ class ImageTransform:
             self._steps = self._steps[:first]
 
     def __call__(self, image: bytes | Image.Image) -> Any:
-        region, size = decode_rgb(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
+        region, size = decode(image, self._plan, _TRAINING_MARGIN if self._crop else _EVALUATION_MARGIN)
         decoded = torch.from_numpy(region).permute(2, 0, 1)  # the channels last in memory
         pixels: Tensor | Image.Image = decoded
         if size is not None:
@@ -159,7 +158,7 @@ class ImageTransform:
         if self._crop is not None:
             shape = torch.empty(1).expand(height, width)  # the size is all that timm asks for
             top, left, crop_height, crop_width = self._crop.get_params(shape, self._crop.scale, self._crop.ratio)
-            # Of an image of a few pixels timm may draw a crop of none, at its very edge.
+            # In an image of a few pixels timm may draw an empty crop, at its edge.
             left, top = min(left, width - 1), min(top, height - 1)
             return (left, top, left + max(crop_width, 1), top + max(crop_height, 1)), self.size
         if self._shorter_side is None:
@@ -237,6 +236,7 @@ def _draw(steps: Sequence[Any]) -> Tensor:
     return torch.tensor([flips, *jitter])
 
 
+@checked
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
 
@@ -244,6 +244,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), mean=(0.5,) * 3, std=(0.5,) * 3).unique()
         tensor([1.])
     """
+    if not len(mean) == len(std) == images.size(-3):
+        raise ValueError(f"mean and std must have {images.size(-3)} numbers each, got {mean} and {std}")
     shift, scale = (_constant(tuple(values), images.device) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
 
@@ -254,6 +256,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return (255 * torch.tensor(values)).to(device).view(-1, 1, 1)
 
 
+@checked
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stacks examples into ``pixel_values`` of shape (N, 3, H, W), ``labels`` of shape (N), and any ``augmentation``.
 

@@ -1,4 +1,4 @@
-"""What the recipes share: reading arguments, failing with one line, and telling what they did."""
+"""What the recipes share: parsing arguments, errors in one line, and a summary at the end."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..data.workers import use_worker_server
 from ..limits import ExistingPath
+from ..runs import environment
 from ..runs.folder import claim_folder
 from ..runs.record import CONTENTS, METRICS
 from ..trainer.checkpoint_folders import find_checkpoint
@@ -26,6 +27,7 @@ __all__ = [
     "begin",
     "errors_in_one_line",
     "fit_global_batch",
+    "next_commands",
     "parse",
     "quiet_libraries",
     "quiet_other_processes",
@@ -39,9 +41,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "logging_steps": 0.02,  # of the run: a short one has a curve, too
+    "logging_steps": 0.02,  # as a share of the run, so that a short one also has a curve
     "logging_first_step": True,
-    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides what DivergenceCallback sees
+    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides nan from DivergenceCallback
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }
@@ -51,7 +53,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class RunArguments:
     """Arguments of every program that trains."""
 
-    resume: Annotated[str | None, ExistingPath("folder", words=("auto",))] = field(
+    resume: Annotated[str | None, ExistingPath("folder", names=("auto",))] = field(
         default=None, metadata={"help": "A checkpoint to resume from, or 'auto' for the newest one, if any."}
     )
     allow_changed_data: bool = field(default=False, metadata={"help": "Resume although the data has changed."})
@@ -59,7 +61,7 @@ class RunArguments:
 
 
 def fit_global_batch(settings: Namespace, given: set[str]) -> None:
-    """Sets batch per process, accumulation and learning rate, so that a global batch is the same on any machine."""
+    """Sets the batch per process, accumulation and learning rate for a global batch that any machine can train."""
     if {"base_lr", "learning_rate"} <= given:
         raise ValueError(f"base_lr must be left out with learning_rate, which it sets, got {settings.base_lr}")
     processes, asked = int(os.environ.get("WORLD_SIZE", "1")), settings.gradient_accumulation_steps
@@ -80,10 +82,10 @@ def fit_global_batch(settings: Namespace, given: set[str]) -> None:
 
 
 def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
-    """What a training program does before it reads data: seed, SIGTERM, the run's folder, the checkpoint to resume.
+    """Before data is read: sets the seed, listens for SIGTERM, claims the run's folder, finds the checkpoint.
 
     Returns:
-        What listens for SIGTERM, for the trainer's callbacks; and the checkpoint, or None.
+        A callback for the trainer, which stops on SIGTERM; and the checkpoint to resume from, or None.
     """
     set_seed(args.seed)
     quiet_other_processes(args.process_index)
@@ -96,13 +98,13 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
 
 
 def quiet_other_processes(process_index: int) -> None:
-    """Leaves warnings that all processes would repeat to the first one."""
+    """Lets only the first process log warnings."""
     if process_index > 0:
         logging.getLogger("pgt_hf").setLevel(logging.ERROR)
 
 
 def workers_per_process() -> int:
-    """Data workers per process: its share of this machine's cores, at most 8."""
+    """Data workers per process: its share of the machine's cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -115,6 +117,24 @@ IMAGE_DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
 }
 
 
+def next_commands(args: TrainingArguments) -> dict[str, str | None]:
+    """The commands that come after a training: train as long again, train without PGT to compare, publish.
+
+    The second one writes to a folder of its own and pushes nothing.
+    """
+    folder = Path(str(args.output_dir))
+    longer = {"num_train_epochs": f"{2 * args.num_train_epochs:g}"}
+    if args.max_steps > 0:
+        longer = {"max_steps": f"{2 * args.max_steps}"}
+    own = dict.fromkeys((name for name in vars(args) if name.startswith(("hub_", "push_to_hub"))), None)
+    plain = environment.command_line(**own, resume=None, alpha=1, output_dir=f"{folder}-plain")
+    return {
+        "go on": environment.command_line(resume="auto", **longer) if any(folder.glob("checkpoint-*")) else None,
+        "compare": plain if getattr(args, "alpha", 1) != 1 else None,
+        "publish": environment.command("pgt-hf", "push", str(folder), "--repo-id", "YOU/NAME"),
+    }
+
+
 def tell(
     heading: str,
     results: Mapping[str, Any],
@@ -123,14 +143,14 @@ def tell(
     files: Mapping[str, str] | None = None,
     table: str | None = None,
 ) -> None:
-    """Prints what a program found, what it wrote where, and what to do next.
+    """Prints a program's results, the files that it wrote, and commands to run next.
 
     Args:
         heading: What was done on which data.
         results: Numbers by name; None is left out.
         folder: The run's folder.
-        then: Commands by what they do; None is left out.
-        files: What is in the folder beside the usual files of a run.
+        then: Commands by purpose; None is left out.
+        files: Descriptions of files other than the usual ones of a run.
         table: Lines to print below the results.
     """
     print(f"\n{heading}")
@@ -145,6 +165,6 @@ def tell(
         if any(Path(folder).glob(name)):
             print(f"  {name:20} {content}")
     print("\nWhat next")
-    for what, command in then.items():
-        if command is not None:
-            print(f"  {what:10} {command}")
+    for what, line in then.items():
+        if line is not None:
+            print(f"  {what:10} {line}")

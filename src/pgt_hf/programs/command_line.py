@@ -1,6 +1,6 @@
-"""From the command line to dataclasses: every word is read and judged, and an error is one line.
+"""From the command line to dataclasses: every word is checked, and an error is one line.
 
-``limits.py`` says what arguments may be; this module reads them, shows them with ``--help`` and names them as flags.
+``limits.py`` has the rules for arguments; this module parses them and writes ``--help``.
 """
 
 import json
@@ -19,6 +19,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -31,6 +32,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
+from ..atomic import WriteError
 from ..limits import ExistingPath, OneOf, check_fields, check_needs, near
 
 __all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
@@ -45,22 +47,20 @@ def parse(
     adjust: Callable[[Namespace, set[str]], None] | None = None,
     positional: str | None = None,
 ) -> tuple[Any, ...]:
-    """Fills dataclasses from the command line; an error ends the program with one line.
-
-    Everything is held against the rules of ``limits.py`` before anything is loaded or written.
+    """Fills dataclasses from the command line; an error ends the program with one line, before it does anything.
 
     Args:
-        *kinds: Dataclasses, as ``HfArgumentParser`` takes them: each field is a flag.
+        *kinds: Dataclasses for ``HfArgumentParser``: each field is a flag.
         description: The program's docstring.
-        defaults: In place of the fields' own; or a function that gives them, from the ``early`` arguments.
-        smoke: More defaults, with ``--smoke``; every flag still wins.
-        early: The arguments that ``defaults`` asks about; None where they were not given.
-        adjust: Changes all arguments, or refuses them with a ValueError, before the dataclasses are made. It also
-            gets the names of those that stand on the command line.
-        positional: The argument that may be given first, without its flag.
+        defaults: Replace the fields' own; or a function that returns them, from the ``early`` arguments.
+        smoke: More defaults, with ``--smoke``; every given flag still wins.
+        early: The arguments that ``defaults`` depends on; None if not given.
+        adjust: Changes the arguments, or refuses them with a ValueError, before the dataclasses are created. It also
+            gets the names of the given ones.
+        positional: An argument that may come first, without its flag.
 
     Returns:
-        The dataclasses, and all arguments as they were given, in one dict of JSON values for ``run.json``.
+        The dataclasses, and all arguments as one dict of JSON values for ``run.json``.
 
     Example:
         >>> run, args, config = parse(RunArguments, ImageTrainingArguments, description=__doc__, defaults={"alpha": 1})
@@ -77,11 +77,14 @@ def parse(
         chosen = dict(defaults(asked) if callable(defaults) else defaults)
         chosen |= dict(smoke or {}) if asked.smoke else {}
         if "num_train_epochs" in given and "max_steps" not in given:
-            chosen.pop("max_steps", None)  # which would win over the epochs that were asked for
+            chosen.pop("max_steps", None)  # would win over the given epochs
+        if isinstance(epochs := given.get("num_train_epochs"), float) and chosen.get("warmup_epochs", 0) > epochs > 0:
+            chosen["warmup_epochs"] = epochs  # the default warm-up is no longer than the run
         if "lr_scheduler_type" in given and "schedule" not in given:
-            chosen.pop("schedule", None)  # the program's own, in whose place it is asked for
-        if "optim" in given and given["optim"] != chosen.get("optim") and "optim_args" not in given:
-            chosen.pop("optim_args", None)  # the default ones belong to the default optimizer
+            chosen.pop("schedule", None)  # would win over the given type
+        if "optim" in given and given["optim"] != chosen.get("optim"):
+            for name in {"optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"} - set(given):
+                chosen.pop(name, None)  # the default ones belong to the default optimizer
         namespace = parser.finish(words, chosen)
         values = vars(namespace)
         config = {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
@@ -92,27 +95,29 @@ def parse(
         return *parser.parse_dict(values), json.loads(json.dumps(config, default=str))
 
 
-class _Score:
+class _Score(OneOf):
     """A metric that ``ClassificationMetrics`` and Trainer report."""
 
-    def check(self, name: str, value: Any) -> None:
-        if value is not None and not re.fullmatch(r"(eval_)?(ema_)?(loss|top\d+|(nll|ece|brier)(_folded)?)", value):
-            scores = ("loss", "top1", "top5", "nll", "ece", "brier", "nll_folded", "ece_folded", "brier_folded")
-            raise ValueError(f"{name} must be one of {', '.join(scores)}, got {value!r}{near(value, scores)}")
+    def fault(self, value: Any) -> str | None:
+        known = re.fullmatch(r"(eval_)?(ema_)?(loss|top\d+|(nll|ece|brier)(_folded)?)", value)
+        return None if known else super().fault(value)
+
+
+_SCORES = _Score(("loss", "top1", "top5", "nll", "ece", "brier", "nll_folded", "ece_folded", "brier_folded"))
 
 
 class _Parser(HfArgumentParser):
-    """Reads every word, or says in one line which it could not; what the words mean is for ``limits.py`` to judge."""
+    """Parses every word, or says in one line which one it cannot; ``limits.py`` judges the values."""
 
     def __init__(self, kinds: Sequence[type], **options: Any) -> None:
         self.words: Sequence[str] = ()
         self.shown: Mapping[str, Any] = {}
-        self.rules: dict[str, Any] = {"metric_for_best_model": _Score()}
+        self.rules: dict[str, Any] = {"metric_for_best_model": _SCORES}
         super().__init__(kinds, **options)
         _flags.update({name: self.flag(name) for kind in kinds for name in _fields(kind)})
         for action in self._actions:
             if action.type is not None:
-                action.type = _as_it_is(action.type)
+                action.type = _or_word(action.type)
             if action.choices is not None:
                 self.rules[action.dest] = OneOf([str(choice) for choice in action.choices])
                 action.choices = None
@@ -122,7 +127,7 @@ class _Parser(HfArgumentParser):
         )
 
     def begin(self, words: Sequence[str]) -> dict[str, Any]:
-        """What stands on the command line, by argument."""
+        """The given arguments."""
         self.words = words
         first = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
         first.error = self.error  # type: ignore[method-assign]
@@ -134,20 +139,23 @@ class _Parser(HfArgumentParser):
         return vars(first.parse_known_args(words)[0])
 
     def finish(self, words: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
-        """All arguments, from the command line and these defaults."""
+        """All arguments, from the command line and the defaults."""
         if unknown := set(defaults) - set(_flags):
-            raise ValueError(f"there are no arguments of these names: {', '.join(sorted(unknown))}")
+            where = f" in {config!r}" if (config := self.begin(words).get("config")) else ""
+            raise ValueError(f"the arguments{where} must be those of this program, got {', '.join(sorted(unknown))}")
         self.shown = defaults
         self.set_defaults(**defaults)
         return self.parse_args(words)
 
     def check(self, values: Mapping[str, Any], given: set[str]) -> None:
-        """Raises TypeError or ValueError for the first argument that its rule does not allow."""
+        """Raises TypeError or ValueError for the first argument that is not allowed."""
         if "resume_from_checkpoint" in given:
             value = values["resume_from_checkpoint"]
             raise ValueError(
                 f"--resume-from-checkpoint must be given as --resume, a checkpoint or 'auto', got {value!r}"
             )
+        if idle := sorted(given & {"do_train", "do_eval", "do_predict", "parallelism_config"}):
+            raise ValueError(f"{idle[0]} must be left out of a command line, where it has no effect")
         for name in sorted(given):
             if isinstance(values[name], str) and not values[name].strip():
                 raise ValueError(f"{name} must not be empty, got {values[name]!r}")
@@ -163,12 +171,18 @@ class _Parser(HfArgumentParser):
                     raise type(error)(f"{error}, in {values['config']!r}") from error
                 raise
             check_needs(kind, values, given)
+        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in self.words)
+        counts = Counter(action.dest for action in actions if action is not None)
+        if twice := next((name for name in sorted(given) if counts[name] > 1), None):
+            raise ValueError(f"{self.flag(twice)} must be given once, got it {counts[twice]} times")
 
     def error(self, message: str) -> NoReturn:
-        """argparse's messages, in the form of all others."""
+        """Gives argparse's messages the form of all others."""
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         flags = re.match(r"argument ([^:]*): (.*)", message, re.DOTALL)
-        if unknown:
+        if required := re.match(r"the following arguments are required: (.*)", message):
+            message = f"{required[1]} must be given, got none"
+        elif unknown:
             word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1])
             close = near(word.partition("=")[0].replace("_", "-"), _flags.values())
             message = f"{word.partition('=')[0]} is no argument of this program{close or '; see --help'}"
@@ -177,11 +191,7 @@ class _Parser(HfArgumentParser):
             after = [self.words[i + 1] for i, word in enumerate(self.words[:-1]) if word in flags[1].split("/")]
             message = f"{flag} {flags[2]}"
             if "expected" in flags[2]:
-                message = (
-                    f"{flag} must be followed by a value, got {after[-1]!r}"
-                    if after
-                    else (f"{flag} must be followed by a value, got none")
-                )
+                message = f"{flag} must be followed by a value, got {repr(after[-1]) if after else 'none'}"
         _end(message, everywhere=True)
 
     def flag(self, name: str) -> str:
@@ -189,7 +199,7 @@ class _Parser(HfArgumentParser):
         return f"--{name.replace('_', '-')}"
 
     def format_help(self) -> str:
-        """Ours first, in the groups of the dataclasses, then what of Trainer's the program sets itself."""
+        """Our arguments first, grouped by dataclass, then those of Trainer's that the program sets."""
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         hidden = 0
@@ -229,8 +239,8 @@ def _fields(kind: Any) -> list[str]:
     return [item.name for item in fields(kind) if item.init]
 
 
-def _as_it_is(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Leaves a word that cannot be read as it is: the rule for its argument then says what is allowed."""
+def _or_word(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Keeps a word that cannot be read, so that the argument's rule can say what is allowed."""
 
     def reading(word: str) -> Any:
         try:
@@ -242,11 +252,7 @@ def _as_it_is(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments in a ``run.json``.
-
-    Raises:
-        ValueError: It is not there, or no such file.
-    """
+    """The arguments in a ``run.json``; ValueError if it cannot be read."""
     ExistingPath("file").check("config", path)
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
@@ -258,13 +264,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Progress in lines that people read, and no bars or advice of libraries that nobody asked for."""
+    """Shows progress as short lines, and silences bars and advice of libraries."""
     import transformers.trainer
 
     from ..trainer import Progress
 
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which are quick
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found")
     if "datasets" in sys.modules and not sys.stderr.isatty():
         sys.modules["datasets"].disable_progress_bars()
@@ -273,22 +279,26 @@ def quiet_libraries() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
-    """A bad image that is met on the way is the user's to mend: one line; all else has its traceback."""
+    """One line for a bad image or a full disk, which the user can fix; a traceback for everything else."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
         hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(_line(f"{error}{hint}"), file=sys.stderr)
+    elif issubclass(kind, WriteError):
+        line = _line(str(error))
+        if not _leave_to_first(everywhere=True):
+            print(line, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager
 def errors_in_one_line(*kinds: type[Exception], everywhere: bool = False) -> Iterator[None]:
-    """Ends the program with a one-line message, without a traceback, for errors that the user can fix.
+    """Ends the program with one line, without a traceback, for errors that the user can fix.
 
     Args:
-        *kinds: The errors; by default those that building a run may raise, which are many.
-        everywhere: All processes are known to meet the same error, so the first one of a machine tells it.
+        *kinds: The errors; by default all that building a run may raise.
+        everywhere: All processes raise the same error, so only the first one of a machine prints it.
 
     Example:
         >>> with errors_in_one_line():
@@ -307,27 +317,38 @@ _flags: dict[str, str] = {}  # of this program, by argument
 
 
 def _end(message: str, everywhere: bool = False) -> NoReturn:
-    """Ends the program with this line, in which arguments have the names that they have on the command line."""
+    """Ends the program with one line."""
+    line = _line(message)
+    sys.exit(1 if _leave_to_first(everywhere) else line)
+
+
+def _leave_to_first(everywhere: bool) -> bool:
+    """Whether the machine's first process prints the same error; waits to let it."""
+    if not everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return False
+    time.sleep(_PATIENCE)  # the launcher ends this process once the first one has failed
+    return True
+
+
+def _line(message: str) -> str:
+    """An error's line, in which arguments are named as flags."""
     named = re.compile(r"(?<![\w'\"./-])(\w+)(?![\w'\"=./(-])")
 
     def rename(found: re.Match[str]) -> str:
         word = found[1]
         return _flags[word] if word in _flags and ("_" in word or found.start() == 0) else word
 
-    if "\n  1. " not in message:  # steps to take have lines of their own
+    if "\n  1. " not in message:  # numbered steps keep their lines
         message = " ".join(message.split())
     line = f"error: {named.sub(rename, message)}"
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's summary, printed after it, shows of us
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for torchrun's summary
         reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
-    if everywhere and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        time.sleep(_PATIENCE)  # the launcher ends us when the first process has told it
-        sys.exit(1)
-    sys.exit(line)
+    return line
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Shows defaults, keeps the line breaks of the examples, and each flag in one spelling."""
+    """Shows defaults, keeps the examples' line breaks, and shows one spelling of each flag."""
 
     def _format_action_invocation(self, action: Action) -> str:
         flag = action.option_strings[-1]

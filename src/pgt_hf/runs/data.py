@@ -1,4 +1,4 @@
-"""Which images a run was trained and evaluated on: recorded, and found again by whoever evaluates the run."""
+"""Records which images a run was trained and evaluated on, and finds them again."""
 
 import hashlib
 import logging
@@ -12,20 +12,20 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..images.sources import load_image_dataset
+from ..limits import checked
 from .record import read_record, run_folder
 
 logger = logging.getLogger(__name__)
 
 
 def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a data set, its revision if it came from the Hub, and each split's size and fingerprint.
+    """A data set's name, its revision if it came from the Hub, and each split's size and fingerprint.
 
-    Together with the run's arguments and seed, that is enough to find the same split again, and to see whether it is
-    the same.
+    With the run's arguments and seed, this is enough to draw the same split again and to recognise it.
     """
     described: dict[str, Any] = {"name": name}
     if Path(name).exists():
-        described["local_data"] = True  # elsewhere, data/flowers might be taken for a Hub id
+        described["local_data"] = True  # data/flowers could also be a Hub id
     for split, dataset in splits.items():
         rows = getattr(dataset, "num_rows", None)
         described[split] = {"images": rows, "fingerprint": _fingerprint(dataset)}
@@ -36,6 +36,7 @@ def describe_data(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
+@checked
 def load_validation(
     model: str | os.PathLike[str],
     dataset_name: str | None = None,
@@ -44,21 +45,25 @@ def load_validation(
     image_column: str | None = None,
     label_column: str | None = None,
     max_eval_samples: int | None = None,
+    allow_outside_files: bool | None = None,
     seed: int | None = None,
-) -> Dataset:
-    """The images to evaluate a model on: of a run, those that it was evaluated on and never those of its training.
+    streaming: bool | None = None,
+) -> Any:
+    """The images to evaluate a model on: those that its run was evaluated on, never those of its training.
 
-    A split that had to be held out of the training images is drawn as the run drew it. If it cannot be, because the
-    data have changed or the run is not known, a warning says that images may have been trained on.
+    A split that was held out of the training images is drawn again as in the run. If that is not possible, because
+    the data changed or the run is unknown, a warning says that images may have been trained on.
 
     Args:
-        model: The run's folder, or that of one of its checkpoints; any other model has no split of its own.
-        dataset_name: As ``load_image_dataset`` takes it; by default the run's.
-        config: The same; by default as the run was told.
+        model: The folder of a run or of one of its checkpoints; any other model has no split of its own.
+        dataset_name: As in ``load_image_dataset``; by default the run's.
+        config: The same; by default the run's.
         image_column: The same.
         label_column: The same.
         max_eval_samples: The same.
+        allow_outside_files: The same.
         seed: For every draw; by default the run's, else 0.
+        streaming: As ``load_image_dataset`` takes it; by default as the run was told.
 
     Raises:
         FileNotFoundError: There is no such data set.
@@ -74,14 +79,16 @@ def load_validation(
     if name is None:
         raise ValueError(f"dataset_name must be given: {os.fspath(model)} does not say what it was trained on")
     given: dict[str, Any] = {"config": config, "image_column": image_column, "label_column": label_column}
-    given |= {"max_eval_samples": max_eval_samples}
+    given |= {"max_eval_samples": max_eval_samples, "streaming": streaming}
+    given |= {"allow_outside_files": allow_outside_files or None}
     known = arguments | {"config": arguments.get("dataset_config")}
-    own = {key: known.get(key) for key in given} if name == arguments.get("dataset_name") else {}
+    own = {key: known[key] for key in given if known.get(key) is not None}
+    own = own if name == arguments.get("dataset_name") else {}
     chosen = {key: value for key, value in given.items() if value is not None}
     drawn = record.get("seed", 0) if seed is None else seed
     splits = load_image_dataset(name, seed=drawn, **own | {**chosen, "max_eval_samples": own.get("max_eval_samples")})
     expected = record.get("data", {}).get("validation", {}).get("fingerprint")
-    # The library's own name for where the images are from; what digits are is held out, too.
+    # The library's name for the images' source; that of digits is held out, too.
     held_out = str(splits["validation"].split) in ("train", "None")
     if held_out and _fingerprint(splits["validation"]) != expected and _is_ours(model, record):
         logger.warning(
@@ -95,13 +102,13 @@ def load_validation(
 
 
 def _is_ours(model: str | os.PathLike[str], record: Mapping[str, Any]) -> bool:
-    """Whether a model was trained by this package, on a data set of the user's, rather than published by others."""
+    """Whether a model was trained by this package, rather than published by others."""
     config = Path(model, "config.json")
     return bool(record) or (config.is_file() and "powergrad_alpha" in config.read_text(encoding="utf-8"))
 
 
 def _fingerprint(split: Any) -> str | None:
-    """Of the labels in their order, and of the sizes or file names of what they belong to; not of a stream."""
+    """A hash of the labels in order, and of the sizes or file names of their images; None for a stream."""
     if not isinstance(split, Dataset):
         return None
     indices = split._indices.column(0) if split._indices is not None else None

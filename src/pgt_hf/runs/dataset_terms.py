@@ -13,8 +13,8 @@ class Terms:
 
 
 _IMAGENET = (
-    "Terms of access of ImageNet: non-commercial research and education only, and the images may not be passed on. "
-    "Whoever uses a model trained on it has to judge what that means for the intended use."
+    "ImageNet's terms of access: non-commercial research and education only; the images must not be passed on. "
+    "Users of a model that was trained on it must judge what this means for their purpose."
 )
 
 
@@ -30,16 +30,11 @@ DATASETS = {
 
 
 def dataset_terms(name: str | None) -> Terms:
-    """The licence and terms of a data set, or where to find them.
-
-    Example:
-        >>> dataset_terms("digits").redistributable
-        True
-    """
+    """The licence and terms of a data set, or where to find them."""
     if name is None:
         return Terms("an unrecorded data set", "The run does not say which data it was trained on.")
     if name in DATASETS:
         return DATASETS[name]
     if "/" in name:
         return Terms(name, f"See the data set's own page, https://huggingface.co/datasets/{name}.")
-    return Terms(f"{name} (a local data set)", "A local data set: the terms of its owner hold.")
+    return Terms(f"{name} (a local data set)", "A local data set: its owner's terms apply.")

@@ -1,4 +1,4 @@
-"""Where a run comes from: command, code, data, packages, device."""
+"""Where a run comes from: command, code, packages, device."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ _SETTINGS = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES")  # of the environment
 
 
 def command_line(**changes: object) -> str:
-    """The command that started this program, on as many processes, to be pasted into a shell; without tokens.
+    """The command that started this program, for the same number of processes and without tokens, for a shell.
 
-    ``changes`` are flags to give in place of those that were given; None leaves a flag out.
+    ``changes`` are flags to replace or add; None leaves a flag out.
 
     Example:
         >>> print("resume with:", command_line(resume="auto"))
@@ -40,12 +41,7 @@ def command_line(**changes: object) -> str:
 
 
 def command(*words: str) -> str:
-    """A command for the shell; programs of this environment that the shell would not find get their path.
-
-    Example:
-        >>> command("pgt-hf", "predict", "runs/my photos", "new.jpg")
-        "pgt-hf predict 'runs/my photos' new.jpg"
-    """
+    """A command for a shell; a program of this environment that the shell would not find gets its path."""
     found = shutil.which(words[0])
     here = Path(sys.executable).with_name(words[0])
     program = words[0] if found and Path(found).parent == here.parent else str(here)
@@ -53,12 +49,12 @@ def command(*words: str) -> str:
 
 
 def recipe(name: str) -> str:
-    """The path of another recipe, beside the one that runs."""
+    """The path of another recipe, next to the running one."""
     return str(Path(sys.argv[0]).with_name(name))
 
 
 def _launcher() -> tuple[list[str], list[str]]:
-    """Settings of the environment; and ``accelerate launch`` with its options, another launcher, or python."""
+    """The environment's settings, and ``accelerate launch`` with its options, another launcher, or python."""
     import psutil  # comes with accelerate
 
     before: list[str] = []
@@ -79,12 +75,7 @@ def _launcher() -> tuple[list[str], list[str]]:
 
 
 def describe_code() -> dict[str, Any]:
-    """The commit that this package runs from and whether files differ from it; nothing outside a git checkout.
-
-    Example:
-        >>> describe_code()["modified"]
-        False
-    """
+    """The commit of this package's checkout, and whether files were modified; empty outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -98,26 +89,18 @@ def describe_code() -> dict[str, Any]:
 
 def describe_environment(processes: int) -> dict[str, Any]:
     """Interpreter, packages, device, and how many processes train together."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "python": platform.python_version(),
         "packages": package_versions(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "processes": processes,
     }
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of this package and of those that its results depend on, as far as they are installed.
-
-    Example:
-        >>> package_versions()["torch"]
-        '2.14.1'
-    """
+    """The versions of this package and of those that its results depend on, if they are installed."""
     versions = {}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,8 @@ from filelock import FileLock, Timeout
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..atomic import replacing, warn_on_failure
+from ..atomic import WriteError, replacing, warn_on_failure, why_not_written
+from ..limits import check_type, checked
 from .environment import describe_code, describe_environment
 from .record import CONFIG, CONTENTS, CURVE, EVALUATION, HISTORY, RECORD, RESULTS, read_record
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"  # in a run's folder: the runs that were in it before
 _LOCK = ".run.lock"
+_ENDING = 5.0  # seconds to wait for a process that is about to end, such as one whose launcher was killed
 _claimed: dict[Path, FileLock] = {}
 
 _TIMING = ("runtime", "per_second", "preparation_time", "epoch")
@@ -34,17 +37,16 @@ _TIMING = ("runtime", "per_second", "preparation_time", "epoch")
 class RunFolder(TrainerCallback):
     """Keeps the record of a run in its folder; only the first process writes.
 
-    ``run.json`` is written before the first step, ``history.jsonl`` and ``training_curve.png`` while it trains,
-    ``metrics.json`` by ``finish``. A resumed run goes on in the same ``history.jsonl``: what came after the checkpoint
-    is dropped from it. Where it is resumed with other arguments, or another number of processes, a warning names them;
-    other data is an error. A new run in a folder that has one moves the old one to ``previous/<when it started>``.
-    Two programs cannot run in one folder at once. A file that cannot be written in training is a warning.
+    It writes ``run.json`` before the first step, ``history.jsonl`` and ``training_curve.png`` during training, and
+    ``metrics.json`` in ``finish``. A resumed run continues ``history.jsonl`` from the checkpoint; other arguments, or
+    another number of processes, are a warning. A new run moves an old one in its folder to ``previous/<its start>``.
+    A file that cannot be written during training is a warning.
 
     Args:
         path: The folder, ``args.output_dir``.
-        description: What ``run.json`` says: JSON values, such as ``{"arguments": {...}, "data": {...}}``. Code and
-            environment are added, arguments that hold a token are left out.
-        title: Above the curve.
+        description: JSON values for ``run.json``, such as ``{"arguments": {...}, "data": {...}}``. Code and
+            environment are added; arguments that hold a token are left out.
+        title: The title of the curve.
 
     Raises:
         RuntimeError: When training starts: another program is running in the folder.
@@ -62,32 +64,32 @@ class RunFolder(TrainerCallback):
         self.description = dict(description) | {"arguments": public}
         self.title = title
         self._started = time.perf_counter()
-        self._written = 0  # entries of the log that are in history.jsonl
+        self._written = 0  # entries in history.jsonl
         self._checked = False
 
     def check_resume(self, checkpoint: str | None, allow_changed_data: bool = False) -> None:
-        """Compares the data with that of the run that is to be resumed; training does so too, but later.
+        """Raises ValueError if the data differs from that of the run to resume; training does this later.
 
         Args:
-            checkpoint: What will be resumed from; None, and there is nothing to compare.
-            allow_changed_data: Warn, and go on with the data as it is now.
-
-        Raises:
-            ValueError: The data has changed; the message says what.
+            checkpoint: The checkpoint to resume from; None compares nothing.
+            allow_changed_data: Only warn.
         """
         self._checked = True
         changes = self._changed_data() if checkpoint else []
         if changes and not allow_changed_data:
             raise ValueError(
                 f"the data is not that of the run in {self.path}: {'; '.join(changes)}. Resume with the data of that "
-                "run, or give --allow-changed-data to go on with this"
+                "run, or continue with the changed data by --allow-changed-data"
             )
         if changes:
             logger.warning("resumed with other data: %s", "; ".join(changes))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            with self._writing(RECORD):
+                self._begin(args, state)
+
+    def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         claim_folder(self.path)
         known = {"code": describe_code(), "environment": describe_environment(args.world_size)}
@@ -97,9 +99,7 @@ class RunFolder(TrainerCallback):
                 self.check_resume("from its state")
             before = read_record(self.path)
             if changes := self._changes(args.world_size):
-                logger.warning(
-                    "resumed with other settings, so this is not the run that was stopped: %s", "; ".join(changes)
-                )
+                logger.warning("resumed with other settings than the stopped run: %s", "; ".join(changes))
         else:
             self._move_previous()
         started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -108,25 +108,20 @@ class RunFolder(TrainerCallback):
         self._write_history(state)
 
     def _changes(self, processes: int) -> list[str]:
-        """What differs from the run.json that the stopped run has left."""
+        """Differences from the arguments in the stopped run's run.json."""
         before = read_record(self.path)
         now = json.loads(json.dumps(self.description["arguments"] | {"processes": processes}, default=str))
         old = before.get("arguments", {}) | {"processes": before.get("environment", {}).get("processes")}
-        return [f"{key} was {old[key]}, is {now[key]}" for key in now if key in old and old[key] != now[key]]
+        return _differences(old, now)
 
     def _changed_data(self) -> list[str]:
-        """What differs in the splits from what run.json says of them."""
+        """Differences between the splits and what run.json says about them."""
         before, now = read_record(self.path).get("data", {}), self.description.get("data", {})
-        return [
-            f"{split} {key} was {before[split][key]}, is {now[split][key]}"
-            for split in now
-            if isinstance(now[split], Mapping) and isinstance(before.get(split), Mapping)
-            for key in now[split]
-            if key in before[split] and before[split][key] != now[split][key]
-        ]
+        splits = [split for split in now if isinstance(now[split], Mapping) and isinstance(before.get(split), Mapping)]
+        return [f"{split} {change}" for split in splits for change in _differences(before[split], now[split])]
 
     def _move_previous(self) -> None:
-        """Makes room for a new run: what an earlier one left here is kept together elsewhere."""
+        """Moves the files of an earlier run to a folder of their own."""
         if not (self.path / RECORD).is_file():
             return
         started = re.sub(r"\D", "", str(read_record(self.path).get("started", ""))[:19]) or "unknown"
@@ -134,11 +129,11 @@ class RunFolder(TrainerCallback):
             path for n in count() if not (path := self.path / PREVIOUS / f"{started}-{n}".removesuffix("-0")).exists()
         )
         target.mkdir(parents=True)
-        # The record goes last: a kill in between leaves a folder whose rest is moved the next time.
+        # The record goes last: after a kill in between, the rest is moved the next time.
         for name in (*(name for name in CONTENTS if name != RECORD), EVALUATION, CONFIG, RECORD):
             for path in self.path.glob(name):
                 path.rename(target / path.name)
-        logger.warning("the run that was in %s is in %s now", self.path, target)
+        logger.warning("moved the earlier run in %s to %s", self.path, target)
 
     def on_log(
         self,
@@ -153,7 +148,7 @@ class RunFolder(TrainerCallback):
                 self._write_history(state)
 
     def _write_history(self, state: TrainerState) -> None:
-        """Adds what was logged since the last time; all of it, if the file is gone or new."""
+        """Appends the new log entries; writes all of them if there is no file."""
         path = self.path / HISTORY
         if self._written and path.is_file():
             with open(path, "a", encoding="utf-8") as history:
@@ -167,30 +162,32 @@ class RunFolder(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             with warn_on_failure(CURVE):
+                from ..analysis.figures import freed
                 from ..analysis.run_plots import plot_training_curve
 
-                plot_training_curve(state.log_history, self.path / CURVE, self.title)
+                with freed():
+                    plot_training_curve(state.log_history, self.path / CURVE, self.title)
 
     def finish(
         self, trainer: Any, metrics: Mapping[str, float], evaluation: "Evaluation | None" = None, **more: Any
     ) -> dict[str, Any]:
-        """Writes ``metrics.json``, and returns its content; call it on the first process, at the very end.
+        """Writes ``metrics.json`` and returns its content; call it on the first process, at the very end.
 
         Args:
-            trainer: Gives alpha, seed, steps, batch and processes.
-            metrics: As ``trainer.evaluate`` gives them; timings are left out.
-            evaluation: What ``examine`` found of the model to use, the averaged one if there is one; is written too,
-                and adds the fitted temperature.
+            trainer: The trainer, for alpha, seed, steps, batch and processes.
+            metrics: The result of ``trainer.evaluate``; timings are left out.
+            evaluation: The result of ``examine`` for the model to use, the averaged one if there is one. It is also
+                written, and adds the fitted temperature.
             **more: JSON values to add.
 
         Raises:
             RuntimeError: No step was taken, so there is no result.
+            WriteError: The files could not be written.
         """
         args, state = trainer.args, trainer.state
         if not state.global_step:
             raise RuntimeError("no step was taken, so nothing was trained; nothing is recorded")
         if evaluation is not None:
-            write_evaluation(self.path, evaluation)
             averaged = "ema_" if any(key.startswith("eval_ema_") for key in metrics) else ""
             more |= {key if key == "temperature" else averaged + key: v for key, v in evaluation.fitted().items()}
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -210,52 +207,59 @@ class RunFolder(TrainerCallback):
             "world_size": args.world_size,
             "seconds": round(time.perf_counter() - self._started, 1),
         }
-        _write_json(self.path / RESULTS, result | more)
+        with self._writing(RESULTS):
+            if evaluation is not None:
+                write_evaluation(self.path, evaluation)
+            _write_json(self.path / RESULTS, result | more)
         return result | more
 
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(
+                f"{name} could not be written to {self.path}: {why_not_written(error, self.path)}. Nothing that is "
+                "there is lost: once this is fixed, run the same command with --resume auto"
+            ) from error
 
-def claim_folder(path: str | os.PathLike[str], wait: float = 5.0) -> None:
-    """Makes this process the only one that may run in a folder that exists, until it ends, however it ends.
 
-    Args:
-        path: The run's folder.
-        wait: Seconds to wait for a process that is about to end, such as one whose launcher was killed.
-
-    Raises:
-        RuntimeError: Another process is running in it.
-
-    Example:
-        >>> claim_folder("runs/digits")
-    """
+def claim_folder(path: str | os.PathLike[str]) -> None:
+    """Locks an existing folder until this process ends, in whatever way; RuntimeError if another one holds it."""
     folder = Path(path).resolve()
     if folder in _claimed:
         return
     lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(timeout=wait)
+        lock.acquire(timeout=_ENDING)
     except Timeout:
         raise RuntimeError(
-            f"another run is going on in {path}: wait until it ends, stop it, or choose another --output-dir"
+            f"another run is active in {path}: wait until it ends, stop it, or choose another --output-dir"
         ) from None
     _claimed[folder] = lock
 
 
+@checked
 def add_to_record(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Adds JSON values to a run's ``run.json``, which is created if there is none; they replace older ones by name.
-
-    Example:
-        >>> add_to_record("runs/digits", {"hub_model_id": "alice/digits"})
-    """
+    """Adds JSON values to a run's ``run.json``, which is created if needed, or replaces them."""
     _write_json(Path(folder, RECORD), read_record(folder) | dict(content))
 
 
+@checked
 def write_evaluation(folder: str | os.PathLike[str], evaluation: "Evaluation") -> None:
-    """Writes ``evaluation.json``, from which ``read_evaluation`` reads it.
+    """Writes ``evaluation.json``, for ``read_evaluation``.
 
     Example:
         >>> write_evaluation("runs/digits", examine(model, validation))
     """
+    from ..analysis.predictions import Evaluation
+
+    check_type("evaluation", evaluation, Evaluation)
     _write_json(Path(folder, EVALUATION), evaluation.to_json(), indent=None)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
 
 
 def _write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

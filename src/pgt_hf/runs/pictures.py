@@ -31,9 +31,9 @@ _PICTURES = {
 
 @checked
 def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Draws everything in the runs' files, into a folder ``plots`` in each, and returns the pictures' paths.
+    """Draws everything that runs have recorded into their folders ``plots``, and returns the pictures' paths.
 
-    The final values of several runs are drawn against alpha, in the first one's folder.
+    With several runs, their final values are drawn against alpha, in the first one's folder.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -51,7 +51,7 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         recorded, history = folder / DIAGNOSTICS, read_history(folder)
         data = History.read(recorded) if recorded.is_file() else {}
         if not data and not history:
-            raise FileNotFoundError(f"{folder} holds no record of a run: no {DIAGNOSTICS}, no history, no checkpoint")
+            raise FileNotFoundError(f"{folder} has no record of a run: no {DIAGNOSTICS}, no history, no checkpoint")
         (folder / "plots").mkdir(exist_ok=True)
         title = folder.name + (f", alpha = {data['alpha'][-1]:g}" if data else "")
         for name, (draw, needed) in _PICTURES.items():
@@ -62,9 +62,10 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
             drawn.append(folder / "plots" / CURVE)
             plot_training_curve(history, drawn[-1], title)
         runs[str(folder)] = _final_values(data, history)
-    if len([run for run in runs.values() if "alpha" in run]) > 1:
+    runs = {name: run for name, run in runs.items() if "alpha" in run}
+    if len(runs) > 1:
         drawn.append(Path(folders[0], "plots", "against_alpha.png"))
-        plot_against_alpha({name: run for name, run in runs.items() if "alpha" in run}, drawn[-1])
+        plot_against_alpha(runs, drawn[-1])
     return drawn
 
 

@@ -7,26 +7,23 @@ from pathlib import Path
 import torch
 
 from ..images.classifiers import load_classifier, preprocessing
-from ..images.decoding import BadImageError
+from ..images.decoding import SUFFIXES, BadImageError
 from ..limits import Count, checked
 from .record import model_folder, read_run
-
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @checked
 def predict_images(
     folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]], *, top: Count = 3
 ) -> dict[Path, list[tuple[str, float]]]:
-    """The ``top`` likeliest classes of each image and their probabilities, the likeliest first.
+    """The ``top`` most probable classes of each image, with their probabilities, in descending order.
 
-    ``folder`` is a run, or another folder that holds a model; ``paths`` are image files, and folders of them. The
-    probabilities are ``softmax(alpha z)`` if the run's evaluation found these better calibrated than ``softmax(z)``.
+    ``folder`` is a run or another folder with a model; ``paths`` are image files or folders of them. The probabilities
+    are those that the run's evaluation found to be calibrated best: ``softmax(z)``, ``softmax(alpha z)`` or fitted.
 
     Raises:
         FileNotFoundError: There is no model, no such file, or no image at all.
         BadImageError: A file cannot be decoded; the message names it.
-        ValueError: ``top`` is below 1.
 
     Example:
         >>> predict_images("runs/digits", ["three.png"], top=1)
@@ -34,7 +31,7 @@ def predict_images(
     """
     files = [file for path in map(Path, paths) for file in (_images_in(path) if path.is_dir() else [path])]
     if not files:
-        raise FileNotFoundError(f"there is no image; a folder is searched for {', '.join(_IMAGES)}")
+        raise FileNotFoundError(f"there is no image; folders are searched for {', '.join(SUFFIXES)}")
     run, where = read_run(folder), model_folder(folder)
     model = load_classifier(where)
     transform = preprocessing(model, where)
@@ -53,4 +50,5 @@ def predict_images(
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))

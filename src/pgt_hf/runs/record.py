@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ EVALUATION, REPORT, DIAGNOSTICS = "evaluation.json", "report.html", "diagnostics
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "trainer_state.json"
 EMA = "ema"  # the subfolder where ImageTrainer keeps the averaged model, which is then the one to publish
 
-# What each of them holds, for people.
+# What each of them contains.
 CONTENTS = {
     RESULTS: "the results, and what they were made with",
     RECORD: "arguments, code, data, seed, environment",
@@ -60,7 +60,7 @@ _HYPERPARAMETERS = (
     "color_jitter", "norm_free", "small_images", "pretrained", "bf16", "fp16", "torch_compile", "seed",
 )  # fmt: skip
 
-# What was asked for says nothing beside what was done: the first is shown, the others are left out where it is known.
+# Settings that say what was done, and those that they replace: if the first is known, the others are not shown.
 _SUPERSEDED = {
     "schedule": ("lr_scheduler_type", "warmup_steps"),
     "epochs": ("num_train_epochs",),
@@ -70,7 +70,7 @@ _SUPERSEDED = {
 
 _OFF, _TELLING_AT_ZERO = ("0", "-1"), ("alpha", "weight_decay", "seed")
 
-_KEPT = ("packages", "card")  # sections of the settings that are read as such
+_KEPT = ("packages", "card")  # sections of the settings that stay nested
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,24 @@ class Run:
         return self.settings.get("alpha", self.config.get("powergrad_alpha"))
 
     @property
-    def scale(self) -> float:
-        """The factor to the logits whose probabilities had the lowest NLL on held-out images: 1, alpha or 1/T."""
-        if self.config.get("powergrad_folded"):
-            return 1.0
-        fitted = 1 / self.settings.get("temperature", 1.0)
-        factors = {"nll": 1.0, "nll_folded": self.alpha or 1.0, "nll_fitted": fitted}
-        return factors[min(factors, key=lambda key: self.metrics.get(key, math.inf))]
+    def nll_by_scale(self) -> dict[float, float]:
+        """The NLL of ``softmax(scale * z)`` on held-out images, for the scales that were measured: 1, alpha, 1/T."""
+        scales = {"nll": 1.0, "nll_folded": self.alpha, "nll_fitted": 1 / self.settings.get("temperature", 1.0)}
+        return {scale: self.metrics[key] for key, scale in scales.items() if scale and key in self.metrics}
 
     @property
-    def probabilities(self) -> str:
-        """Those that ``scale`` gives, as ``softmax(z)``, ``softmax(0.25 z)`` or ``softmax(z / 1.3)``."""
-        if self.scale == 1:
-            return "softmax(z)"
-        return f"softmax({self.scale:g} z)" if self.scale == self.alpha else f"softmax(z / {1 / self.scale:.3g})"
+    def scale(self) -> float:
+        """The factor to the logits whose probabilities had the lowest NLL; 1 where nothing was measured."""
+        return min(self.nll_by_scale, key=self.nll_by_scale.__getitem__, default=1.0)
+
+    def folded(self) -> "Run":
+        """The run as it is once alpha is multiplied into the head: what was folded are then the logits themselves."""
+        metrics = {key: value for key, value in self.metrics.items() if f"{key}_folded" not in self.metrics}
+        metrics = {key.removesuffix("_folded"): value for key, value in metrics.items()}
+        settings = dict(self.settings)
+        if "temperature" in settings and self.alpha:
+            settings["temperature"] *= self.alpha
+        return replace(self, config=self.config | {"powergrad_folded": True}, settings=settings, metrics=metrics)
 
     @property
     def dataset(self) -> str | None:
@@ -121,9 +125,8 @@ def read_run(
 
     Args:
         folder: The run's folder.
-        checkpoint: A checkpoint in it, to describe the run as it was then: metrics and history are the checkpoint's.
-        ema: Take the metrics of the moving average, where it was evaluated as well; by default where its weights are
-            there.
+        checkpoint: A checkpoint in it, to describe the run as it was then.
+        ema: Take the metrics of the moving average, if it was evaluated; by default if its weights are there.
 
     Raises:
         FileNotFoundError: There is no config.json, so there is no model.
@@ -143,7 +146,8 @@ def read_run(
     evaluated: dict[str, Any] = next(
         (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
     )
-    found = {key.removeprefix("eval_"): value for key, value in (evaluated | metrics).items()}
+    results = metrics if any(map(_is_metric, metrics)) else evaluated | metrics  # an older model's are not mixed in
+    found = {key.removeprefix("eval_"): value for key, value in results.items()}
     if ema or (ema is None and model_folder(model) != model):
         found = {key.removeprefix("ema_"): value for key, value in found.items() if key.startswith("ema_")} or found
     if "nll" in found:  # the same quantity
@@ -161,7 +165,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_history(
     folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The log entries of a checkpoint, if one is named; else of the run, else of its newest checkpoint."""
+    """The log entries of a checkpoint, if given; else of the run, else of its newest checkpoint."""
     run, lines = Path(folder), Path(folder, HISTORY)
     if checkpoint is None and lines.is_file():
         return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -171,6 +175,7 @@ def read_history(
     return state["log_history"] if state else []
 
 
+@checked
 def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
     """What ``write_evaluation`` wrote to a folder, or None.
 
@@ -186,18 +191,19 @@ def read_evaluation(folder: str | os.PathLike[str]) -> "Evaluation | None":
 
 @checked
 def model_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model to use: that of the averaged weights if there are any, else the run's own."""
+    """The folder of the model to use: that of the averaged weights, if there are any, else the run's."""
     averaged = Path(folder, EMA)
     return averaged if (averaged / CONFIG).is_file() else Path(folder)
 
 
+@checked
 def run_folder(model: str | os.PathLike[str]) -> Path | None:
-    """The run that a folder, a checkpoint or the averaged model in it belongs to, if any."""
+    """The run that a model's folder belongs to: the run itself, a checkpoint or the averaged model."""
     return next((place for place in (Path(model), Path(model).parent) if (place / RECORD).is_file()), None)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is that of something on the Hub rather than of a local file or folder."""
+    """Whether a name is a Hub id rather than a local file or folder."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -208,7 +214,7 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 
 def shown_settings(run: Run) -> list[tuple[str, str]]:
-    """The settings that a run was made with and that may be shown in public, as text."""
+    """A run's settings that may be shown in public, as text."""
     idle = {other for key, others in _SUPERSEDED.items() if run.settings.get(key) is not None for other in others}
     if run.settings.get("schedule") is None:
         idle |= {"warmup_epochs"}
@@ -216,8 +222,16 @@ def shown_settings(run: Run) -> list[tuple[str, str]]:
     return [(key, text) for key, text in shown if text is not None and (text not in _OFF or key in _TELLING_AT_ZERO)]
 
 
+def shown_metrics(run: Run) -> list[tuple[str, str, str]]:
+    """A run's metrics as key, name and text."""
+    return [
+        (key, METRICS[key][1], f"{value:.2%}" if METRICS[key][2] else f"{value:.4g}")
+        for key, value in run.metrics.items()
+    ]
+
+
 def _public(value: Any) -> str | None:
-    """A setting as the card may show it: numbers, flags that are on, and words that are no path."""
+    """The text of numbers, of flags that are on, and of words that are no path."""
     if value is None or value is False or isinstance(value, (dict, list)):
         return None
     if isinstance(value, float):
@@ -239,7 +253,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as one level; outer values win."""
+    """Nested settings on one level; outer values win."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _KEPT or not isinstance(value, Mapping):

@@ -16,13 +16,13 @@ class AlphaScheduleCallback(TrainerCallback):
     its number alone and on the first alpha, which is saved with the optimizer: a resumed run has the same alphas.
 
     Args:
-        shape: As in ``AlphaScheduler``.
-        end_alpha: The same.
+        shape: As for ``AlphaScheduler``.
+        end_alpha: As for ``AlphaScheduler``.
         warmup_steps: Length of the warm-up from 1 to the first alpha, in steps; below 1, a share of all steps, as in
             ``TrainingArguments``.
 
     Raises:
-        TypeError, ValueError: An argument is not allowed; or, when training begins, the optimizer has no alpha.
+        ValueError: When training begins: the optimizer has no alpha.
 
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd")
@@ -42,17 +42,13 @@ class AlphaScheduleCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         warmup = self.warmup_steps if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * state.max_steps)
+        last = state.global_step - 1
         self.scheduler = AlphaScheduler(
-            kwargs["optimizer"],
-            state.max_steps,
-            self.shape,
-            self.end_alpha,
-            int(warmup),
-            last_epoch=state.global_step - 1,
+            kwargs["optimizer"], state.max_steps, self.shape, self.end_alpha, int(warmup), last
         )
 
     def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says of the schedule."""
+        """The schedule as ``config.json`` records it."""
         scheduler = self.scheduler
         return {
             "shape": self.shape if isinstance(self.shape, str) else getattr(self.shape, "__name__", "function"),

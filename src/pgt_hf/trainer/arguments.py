@@ -1,21 +1,25 @@
 """``TrainingArguments`` and the few settings that PGT adds."""
 
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
-from transformers.training_args import TrainingArguments
+from accelerate.utils import DynamoBackend
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..clipping import CLIP_MODES, check_clipping
 from ..functional import check_alpha
-from ..limits import Needs, Number, OneOf, Positive, Share, Text, Whole, WritableFolder, check_fields
-from ..optim import DEFAULT_ALPHA, PREFIX
+from ..limits import Needs, Number, OneOf, Positive, RepoId, Share, Text, Whole, WritableFolder, check_fields
+from ..optim import DEFAULT_ALPHA, PREFIX, allowed_options
 from .registration import SET_ELSEWHERE, parse_optim_args
 
-_LOWER_IS_BETTER = re.compile(r"(eval_)?(ema_)?(nll|ece|brier)(_folded)?")  # Trainer knows it of losses alone
+_LOWER_IS_BETTER = re.compile(r"(eval_)?(ema_)?(nll|ece|brier)(_folded)?")  # Trainer assumes it of losses only
 _COUNT, _SEED = Whole("[1, inf)"), Whole("[0, 4294967295]")
-# What Trainer's own arguments may be. It takes what lies outside, and fails late, trains to nan, or does nothing.
+# What Trainer's own arguments may be. Trainer takes other values, and fails late, trains to nan, or does nothing.
 RULES: dict[str, Any] = {
     "output_dir": WritableFolder(),
     "learning_rate": Number("[0, 1e6]"),
@@ -44,6 +48,25 @@ RULES: dict[str, Any] = {
     "ddp_bucket_cap_mb": _COUNT,
     "torch_empty_cache_steps": _COUNT,
     "neftune_noise_alpha": Number("[0, inf)"),
+    "hub_model_id": RepoId(),
+    "torch_compile_backend": OneOf([backend.value.lower() for backend in DynamoBackend]),
+    "torch_compile_mode": OneOf(("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+}
+_PUSHED = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+_TARGETED = tuple(name.value for name in OptimizerNames if name.value.startswith(("galore", "apollo")))
+# Those that would do nothing.
+NEEDS = {
+    "eval_steps": Needs("eval_strategy", ("steps",)),
+    "save_steps": Needs("save_strategy", ("steps",)),
+    "logging_steps": Needs("logging_strategy", ("steps",)),
+    "dataloader_persistent_workers": Needs("dataloader_num_workers"),
+    "length_column_name": Needs("train_sampling_strategy", ("group_by_length",)),
+    "gradient_checkpointing_kwargs": Needs("gradient_checkpointing"),
+    "liger_kernel_config": Needs("use_liger_kernel"),
+    "optim_target_modules": Needs("optim", _TARGETED),
+    "trackio_space_id": Needs("report_to", ("trackio", "all")),
+    "project": Needs("report_to", ("trackio", "all")),
+    **dict.fromkeys(_PUSHED, Needs("push_to_hub")),
 }
 
 
@@ -62,14 +85,12 @@ class PowerGradTrainingArguments(TrainingArguments):
         hub_timeout: Seconds that the end of training waits for an upload to the Hub. The other processes wait as well,
             so keep it well below ``ddp_timeout``.
 
-    Raises:
-        TypeError, ValueError: One of these is not allowed; nothing has been built by then.
-
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
     """
 
     RULES: ClassVar[dict[str, Any]] = RULES
+    NEEDS: ClassVar[dict[str, Needs]] = NEEDS
 
     max_grad_norm: Annotated[float | None, Number("[0, inf)"), Needs("clip_mode", (None,))] = field(
         default=1.0, metadata={"help": "Clip gradients to this global norm; 0 is off."}
@@ -89,7 +110,7 @@ class PowerGradTrainingArguments(TrainingArguments):
     hub_fold: Annotated[bool, Needs("push_to_hub")] = field(
         default=False, metadata={"help": "Multiply alpha into the head of published weights."}
     )
-    hub_timeout: Positive = field(
+    hub_timeout: Annotated[Positive, Needs("push_to_hub")] = field(
         default=600.0, metadata={"help": "Seconds to wait for uploads at the end of training."}
     )
 
@@ -104,6 +125,8 @@ class PowerGradTrainingArguments(TrainingArguments):
             )
         if self.hub_fold and self.alpha == 0:
             raise ValueError("hub_fold needs an alpha above 0: 0 would make every probability 1/C")
+        if 1 <= self.max_steps < self.warmup_steps:
+            raise ValueError(f"warmup_steps must be at most max_steps, {self.max_steps}, got {self.warmup_steps}")
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 must not both be true, got true for both")
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
@@ -111,14 +134,53 @@ class PowerGradTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         if optim.startswith(PREFIX):
             parse_optim_args(optim, self.optim_args, SET_ELSEWHERE)
+            self._check_adam(optim)
         elif self.optim_args and optim in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(f"optim_args must be left out with {optim!r}, which takes none, got {self.optim_args!r}")
         lower_is_better = _LOWER_IS_BETTER.fullmatch(self.metric_for_best_model or "")
         if getattr(self, "greater_is_better", None) is None and lower_is_better:
             self.greater_is_better = False
+        for name in self.include_for_metrics:
+            OneOf(("inputs", "loss")).check("include_for_metrics", name)
+        self._check_report_to()
         super().__post_init__()
+        self._check_scheduler()
         if self.clip_mode is not None:
             self.max_grad_norm = 0.0
+
+    def _check_report_to(self) -> None:
+        wanted = {self.report_to} if isinstance(self.report_to, str) else set(self.report_to or ())
+        if not wanted - {"all", "none"}:
+            return
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        for name in wanted:
+            OneOf(("none", "all", *INTEGRATION_TO_CALLBACK)).check("report_to", name)
+        if missing := wanted - {"all", "none", *get_available_reporting_integrations()}:
+            raise ValueError(
+                f"report_to must name what is installed, got {', '.join(sorted(missing))!r}, which is not"
+            )
+
+    def _check_scheduler(self) -> None:
+        options = self.lr_scheduler_kwargs or {}
+        if not isinstance(options, dict):
+            raise TypeError(f"lr_scheduler_kwargs must be options as JSON, got {options!r}")
+        name = SchedulerType(self.lr_scheduler_type)
+        known = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters)
+        known -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+        if unknown := sorted(set(options) - known):
+            taken = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"lr_scheduler_kwargs must be options of {name.value!r}, {taken}, got {unknown[0]!r}")
+
+    def _check_adam(self, optim: str) -> None:
+        """Refuses Trainer's options of Adam for an optimizer that has no such options."""
+        options, defaults = allowed_options(optim), TrainingArguments.__dataclass_fields__
+        for name, option in (("adam_beta1", "betas"), ("adam_beta2", "betas"), ("adam_epsilon", "eps")):
+            if getattr(self, name) != defaults[name].default and option not in options:
+                raise ValueError(
+                    f"{name} must be left out with {optim!r}, which has no {option}, got {getattr(self, name)}"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: Trainer pickles its arguments into every checkpoint."""

@@ -1,7 +1,7 @@
-"""The checkpoints in a run's folder: which of them can be used, and how they come and go.
+"""The checkpoints in a run's folder: which of them can be used, and how old ones are deleted.
 
-A checkpoint is used only if its manifest agrees with its files. One that must not be resumed from by itself, because
-the run had diverged or was resumed from an earlier one, is set aside: it stays, with the reason in a file.
+A checkpoint is used only if its manifest agrees with its files. One that "auto" must not choose, because the run had
+diverged or was resumed from an earlier one, is set aside: it stays, with the reason in a file.
 """
 
 import logging
@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..limits import checked
 from ..manifest import MANIFEST, find_damage
 from ..runs.record import STATE
 
@@ -40,10 +41,11 @@ def list_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
 
 
 def usable_checkpoints(run: str | os.PathLike[str]) -> list[Path]:
-    """Those that were not set aside, the oldest step first; whether they are sound is another question."""
+    """Those that were not set aside, the oldest step first; they are not verified."""
     return [checkpoint for checkpoint in list_checkpoints(run) if _set_aside(checkpoint) is None]
 
 
+@checked
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest sound checkpoint of a run, or None if it has none yet; damaged ones are passed over with a warning.
 
@@ -64,8 +66,8 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         passed.append(f"{checkpoint.name}: {trouble}")
     if passed:
         raise ValueError(
-            f"no checkpoint in {folder} can be resumed from ({'; '.join(passed)}). Start again without resuming: what "
-            "is there is kept"
+            f"no checkpoint in {folder} can be resumed from ({'; '.join(passed)}). Start again without --resume: "
+            "nothing there is deleted"
         )
     return None
 
@@ -109,7 +111,7 @@ def set_aside(run: str | os.PathLike[str], after: int, reason: str) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint; whatever interrupts that, nothing half-deleted stands under its name."""
+    """Deletes a checkpoint, renamed first: what an interruption leaves is not taken for a checkpoint."""
     doomed = checkpoint.with_name(_REMOVING + checkpoint.name)
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
@@ -117,7 +119,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def rotate(run: Path, limit: int | None, keep: Callable[[Path], bool]) -> None:
-    """Deletes the oldest checkpoints but the newest ``limit``, those set aside first, and never one to ``keep``."""
+    """Deletes all but the newest ``limit`` checkpoints, those set aside first, and never one to ``keep``."""
     for leftover in run.glob(f"{_REMOVING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not limit or limit < 0:
@@ -130,14 +132,16 @@ def rotate(run: Path, limit: int | None, keep: Callable[[Path], bool]) -> None:
 
 def _check_given(name: str) -> str:
     checkpoint = Path(name)
-    if not (checkpoint / STATE).is_file() and not (checkpoint / MANIFEST).is_file():
+    verifiable = (checkpoint / MANIFEST).is_file()
+    if not verifiable and not (checkpoint / STATE).is_file():
         raise FileNotFoundError(f"--resume must be 'auto' or the folder of a checkpoint, got {name!r}")
-    trouble = _find_trouble(checkpoint)
-    if trouble and not (checkpoint / MANIFEST).is_file() and (checkpoint / STATE).is_file():
+    if not any(path.is_dir() or path.suffix in (".bin", ".safetensors") for path in checkpoint.iterdir()):
+        raise ValueError(f"--resume must be 'auto' or a checkpoint with its weights, got {name!r} without")
+    if not verifiable:
         logger.warning("%s has no %s, so damage to it cannot be noticed", name, MANIFEST)
-    elif trouble:
+    elif trouble := _find_trouble(checkpoint):
         raise ValueError(
-            f"{name} is damaged: {trouble}. --resume auto takes the newest checkpoint that is not, if there is one"
+            f"{name} is damaged: {trouble}. --resume auto takes the newest checkpoint that is not damaged, if any"
         )
     return name
 

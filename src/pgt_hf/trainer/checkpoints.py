@@ -1,4 +1,4 @@
-"""``AtomicCheckpoints``: for any Trainer, checkpoints that are complete, verified and of a sound model."""
+"""``AtomicCheckpoints``: for any Trainer, checkpoints that are complete, finite and verified."""
 
 import json
 import logging
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from ..atomic import WriteError, why_not_written
 from ..data.workers import guard_workers
 from ..guard import ALPHA_KEY
 from ..manifest import MANIFEST, read_manifest, write_manifest
@@ -32,12 +33,12 @@ _STAGED_MODEL = ".unfinished-model"
 _NOT_SETTINGS = ("params", "initial_lr", ALPHA_KEY)  # alpha has rules of its own, see ``keep_asked_alpha``
 
 
-class CheckpointError(OSError):
+class CheckpointError(WriteError):
     """A checkpoint could not be written; the message says which one is safe."""
 
 
 class AtomicCheckpoints(Trainer):
-    """Mixin for any Trainer: what is saved is complete and sound, and what is resumed from is what was saved.
+    """Mixin for any Trainer: only complete checkpoints of finite models are saved, and only undamaged ones resumed.
 
     - A ``checkpoint-<step>`` folder appears when all of it is on disk, with a manifest of sizes and checksums. A
       process that is killed while it saves leaves ``.unfinished-checkpoint``, which the next save replaces.
@@ -94,16 +95,13 @@ class AtomicCheckpoints(Trainer):
         if self.args.local_process_index == 0:
             shutil.rmtree(run / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staging, self._failure = True, None
-        try:
-            with self._noting_failure():
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
+        self._failure = None
+        with temporarily(self, _staging=True), self._noting_failure():
+            super()._save_checkpoint(model, trial)
         with self._noting_failure():
             self._name_best(run, name)
         self._stop_if_failed(run, name)
-        # Where nodes share the folder the first of them moves it; each of the others moves what it has of its own.
+        # Where nodes share the folder, the first one moves it; where they do not, each moves its own.
         for mine in (self.args.should_save, self.args.local_process_index == 0):
             if mine and (run / STAGING / name).is_dir():
                 with self._noting_failure():
@@ -136,7 +134,7 @@ class AtomicCheckpoints(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_more(self, folder: Path) -> None:
-        """What belongs to the model beside its weights, for a subclass to save."""
+        """For a subclass: saves what belongs to the model beside its weights."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._noting_failure():
@@ -163,11 +161,11 @@ class AtomicCheckpoints(Trainer):
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
-        """Remembers what could not be written: this process goes on, or the others would wait for it for ever."""
+        """Remembers an error of writing: this process must go on, or the others would wait for it for ever."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            self._failure = self._failure or " ".join(str(error).split())
+            self._failure = self._failure or why_not_written(error, str(self.args.output_dir))
 
     def _stop_if_failed(self, run: Path, what: str) -> None:
         failures = [failure for failure in gather_object([self._failure]) if failure]
@@ -182,7 +180,7 @@ class AtomicCheckpoints(Trainer):
             if safe
             else "No checkpoint was saved before: start again"
         )
-        raise CheckpointError(f"{what} could not be written to {run}: {failures[0]}. {safe_text} when this is mended")
+        raise CheckpointError(f"{what} could not be written to {run}: {failures[0]}. {safe_text} once this is fixed")
 
     def _saved_tensors(self) -> list[Tensor]:
         """What a checkpoint saves and must be finite."""
@@ -197,7 +195,7 @@ class AtomicCheckpoints(Trainer):
         return not finite or bool(torch.stack(finite).all())
 
     def _protected(self, run: Path, name: str) -> Any:
-        """Says of a checkpoint whether it must not be deleted: the one just saved, the best, the last known good."""
+        """A test for checkpoints that must not be deleted: the one just saved, the best, the last known good."""
         seen = [getattr(callback, "last_sound_step", None) for callback in self.callback_handler.callbacks]
         sound = max((step for step in seen if step is not None), default=None)
         good = [path.name for path in usable_checkpoints(run) if sound is not None and step_of(path) <= sound]
@@ -205,11 +203,8 @@ class AtomicCheckpoints(Trainer):
         return lambda checkpoint: checkpoint.name in protected
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer's own deleting is not atomic
-        try:
+        with temporarily(self.args, save_total_limit=None):  # Trainer's own deleting is not atomic
             return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
 
     # --- resuming
 
@@ -240,7 +235,7 @@ class AtomicCheckpoints(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads states; a setting of the optimizer that was asked to be another now, such as the rate, is kept."""
+        """Loads the states, but keeps the optimizer's settings, such as the rate, that were changed for this run."""
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -262,7 +257,7 @@ class AtomicCheckpoints(Trainer):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # a finished run: Trainer would take one step more
+        if self.state.global_step >= self.state.max_steps:  # a finished run, of which Trainer would take another step
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -307,7 +302,7 @@ class AtomicCheckpoints(Trainer):
 
 
 class _Resume(TrainerCallback):
-    """Where training begins: a resumed run takes up the sums of its loss, and an evaluation that was due."""
+    """When a run is resumed: restores the sums of its loss, and makes up for an evaluation that was due."""
 
     def __init__(self, trainer: AtomicCheckpoints) -> None:
         self.trainer = trainer
@@ -327,6 +322,19 @@ class _Resume(TrainerCallback):
         if trainer._evaluation_was_due():
             metrics = trainer._evaluate(None, None, skip_scheduler=True)
             trainer._determine_best_metric(metrics, None)
+
+
+@contextmanager
+def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
+    """Gives an object other attributes within a block."""
+    before = {name: getattr(target, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
 
 
 def _settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,9 +25,9 @@ from ..analysis.diagnostics import (
     zeroed_filters,
 )
 from ..atomic import warn_on_failure
-from ..limits import checked
+from ..limits import Count, checked
 from ..runs.record import DIAGNOSTICS
-from .logit_probe import LogitProbe, alpha_of, check_interval
+from .logit_probe import LogitProbe, alpha_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +36,25 @@ class DiagnosticsCallback(TrainerCallback):
     """Records logit statistics, filter norms, gradient norms and probabilities every ``interval`` optimizer steps.
 
     They go to ``diagnostics.npz`` in the output folder, with every checkpoint and at the end, for
-    ``pgt-hf plot FOLDER``; ``PowerGradTrainer`` also sends the scalars to its logs and trackers. What is
-    recorded is the first micro-batch of the main process, and the gradients as they are before the optimizer's step:
-    after ``max_grad_norm``, before ``clip_mode``.
+    ``pgt-hf plot FOLDER``; ``PowerGradTrainer`` also logs the scalars. What is recorded is the first micro-batch of
+    the main process, and the gradients before the optimizer's step: after ``max_grad_norm``, before ``clip_mode``.
 
     Args:
         interval: Optimizer steps from one snapshot to the next; by default 100, or fewer in a short run.
-        capacity: The most snapshots that the file holds, see ``History``.
         head: The module whose output are the logits, or its name, as for ``attach_powergrad``.
 
     Raises:
-        ValueError: ``interval`` or ``capacity`` is not allowed; at the start of training: the head is not found, or
-            the parameters are sharded (FSDP, DeepSpeed), so that no process sees a whole filter.
+        ValueError: At the start of training: the head is not found, or the parameters are sharded (FSDP, DeepSpeed),
+            so that no process sees a whole filter.
 
     Example:
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset, callbacks=[DiagnosticsCallback()])
     """
 
     @checked
-    def __init__(self, interval: int | None = None, capacity: int = 256, head: nn.Module | str | None = None) -> None:
-        self.interval = None if interval is None else check_interval(interval)
-        self.history = History(capacity)
+    def __init__(self, interval: Count | None = None, head: nn.Module | str | None = None) -> None:
+        self.interval = interval
+        self.history = History()
         self._head = head
         self._probe: LogitProbe | None = None
         self._logs: dict[str, float] = {}
@@ -67,11 +65,11 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.fsdp or args.deepspeed:
             raise ValueError(
-                "DiagnosticsCallback reads whole parameters, which FSDP and DeepSpeed shard; leave it out"
+                "DiagnosticsCallback needs whole parameters, which FSDP and DeepSpeed shard: leave it out"
             )
         if self.interval is None:
             self.interval = max(1, min(100, state.max_steps // 40))
-        self.history = History(self.history.capacity)
+        self.history = History()
         path = Path(args.output_dir, DIAGNOSTICS)
         if state.global_step > 0 and path.is_file():
             self.history.resume(path, state.global_step)

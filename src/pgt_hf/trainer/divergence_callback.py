@@ -4,7 +4,8 @@ import logging
 import math
 import statistics
 import sys
-from typing import Any
+from collections import deque
+from typing import Annotated, Any
 
 import torch
 from accelerate import PartialState
@@ -13,39 +14,36 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.diagnostics import recover_target
-from ..limits import Count, checked
+from ..limits import Count, Number, checked
 from ..runs.environment import command_line
 from .checkpoint_folders import set_aside, usable_checkpoints
-from .logit_probe import LogitProbe, alpha_of, check_interval
+from .logit_probe import LogitProbe, alpha_of
 
 logger = logging.getLogger(__name__)
+
+_USUAL = 1000  # logged gradient norms, of which the median is taken
 
 
 class DivergenceCallback(TrainerCallback):
     """Stops a run within ``interval`` steps of diverging, and says what to try.
 
     It checks the logits every ``interval`` steps and after each checkpoint, and every log entry. A run has diverged
-    when logits, loss or gradient norm are not finite; when the loss that is being minimised, the cross-entropy of
-    ``alpha * logits``, or ``alpha * logits`` themselves are beyond anything sensible twice in a row; or when the
-    logged gradient norm is 1,000 times its median. (Trainer's log alone may not show it: ``logging_nan_inf_filter``
-    replaces a loss that is not finite with an average.)
+    when logits, loss or gradient norm are not finite; when the loss of ``alpha * logits``, or ``alpha * logits``
+    themselves, are beyond anything sensible twice in a row; or when the logged gradient norm is 1,000 times its recent
+    median. (Trainer's log may hide it: ``logging_nan_inf_filter`` replaces a loss that is not finite with an average.)
 
-    In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is no
-    divergence, and common at the start; only ``max_skipped`` skipped steps in a row stop the run, with other advice.
+    In fp16 a gradient that overflows makes the gradient scaler skip the step and halve its scale. That is normal, most
+    of all at the start; only ``max_skipped`` skipped steps in a row stop the run, with other advice.
 
-    When it stops a run, ``verdict`` says why ("divergence" or "overflow"), ``message`` is the advice, which is also
-    logged as an error, and ``trainer.state.log_history`` gets an entry with both. No checkpoint is saved from the
-    first suspicion on, and those that were saved after the last check that found nothing (``last_sound_step``) are set
-    aside, so that resuming with "auto" takes an earlier one.
+    When it stops a run, ``verdict`` says why ("divergence" or "overflow"), and ``message`` holds the advice, which is
+    also logged. No checkpoint is saved from the first suspicion on, and those saved after the last check that found
+    nothing wrong (``last_sound_step``) are set aside, so that resuming with "auto" takes an earlier one.
 
     Args:
         interval: Optimizer steps between two checks of the logits.
         factor: The run has diverged when the loss exceeds this many times the larger of log(C) and the first loss.
         max_skipped: Steps that the gradient scaler may skip in a row.
         head: As for ``attach_powergrad``.
-
-    Raises:
-        ValueError: An argument is not allowed.
 
     Example:
         >>> guard = DivergenceCallback()
@@ -57,14 +55,12 @@ class DivergenceCallback(TrainerCallback):
     @checked
     def __init__(
         self,
-        interval: int = 10,
-        factor: float = 5.0,
+        interval: Count = 10,
+        factor: Annotated[float, Number("(1, inf)")] = 5.0,
         max_skipped: Count = 12,
         head: nn.Module | str | None = None,
     ) -> None:
-        self.interval = check_interval(interval)
-        if not factor > 1:
-            raise ValueError(f"factor must be above 1, got {factor}")
+        self.interval = interval
         self.factor = factor
         self.max_skipped = max_skipped
         self.verdict: str | None = None
@@ -79,7 +75,7 @@ class DivergenceCallback(TrainerCallback):
         self._saved = False
         self.last_sound_step = state.global_step
         self._first_loss: float | None = None
-        self._gradient_norms: list[float] = []
+        self._gradient_norms: deque[float] = deque(maxlen=_USUAL)
         self._probe = LogitProbe(kwargs["model"], self._head)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -93,7 +89,7 @@ class DivergenceCallback(TrainerCallback):
         self.skipped += skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row == self.max_skipped:
-            self._stop("overflow", f"the last {self.max_skipped} steps overflowed", state, control, kwargs)
+            self._stop("overflow", f"the last {self.max_skipped} steps overflowed", state, control, optimizer)
         if not self._probe.listening:
             self._forbid_saving(control)
             return
@@ -105,7 +101,7 @@ class DivergenceCallback(TrainerCallback):
             trouble = ""
         trouble, self._doubtful = _agree(trouble, self._suspicions > 0, args.device)
         if trouble:
-            self._stop("divergence", trouble, state, control, kwargs)
+            self._stop("divergence", trouble, state, control, optimizer)
         elif not self._doubtful:
             self.last_sound_step = state.global_step - 1  # the logits were those before this step's update
         self._forbid_saving(control)
@@ -117,32 +113,29 @@ class DivergenceCallback(TrainerCallback):
         self._forbid_saving(control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        scaled = getattr(kwargs.get("optimizer"), "scaler", None) is not None
+        logs, optimizer = kwargs.get("logs") or {}, kwargs.get("optimizer")
+        scaled = getattr(optimizer, "scaler", None) is not None
         for key in ("loss", "grad_norm", "logit_norm"):
             if key in logs and not math.isfinite(logs[key]) and not (scaled and key == "grad_norm"):
-                self._stop("divergence", f"{key} is {logs[key]}", state, control, kwargs)
+                self._stop("divergence", f"{key} is {logs[key]}", state, control, optimizer)
         norm = logs.get("grad_norm", math.inf)
         if not math.isfinite(norm):
             return
         usual = statistics.median(self._gradient_norms) if len(self._gradient_norms) >= 5 else math.inf
         if norm > 1000 * usual > 0:
             what = f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median"
-            self._stop("divergence", what, state, control, kwargs)
+            self._stop("divergence", what, state, control, optimizer)
         self._gradient_norms.append(norm)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe.remove()
         if self.verdict is None and not all(weight.isfinite().all() for weight in kwargs["model"].parameters()):
-            self._stop("divergence", "the weights are not finite", state, control, kwargs)
+            self._stop("divergence", "the weights are not finite", state, control, kwargs.get("optimizer"))
         if self.verdict == "divergence" and state.is_world_process_zero:
             set_aside(str(args.output_dir), self.last_sound_step or 0, "the run had diverged")
 
     def leave(self, trainer: Trainer) -> None:
-        """If the run was stopped, says why and how to go on from the last good checkpoint, and exits with 1.
-
-        For a program that takes ``--resume`` and ``--learning-rate``.
-        """
+        """If the run was stopped, says how to go on with ``--resume`` and ``--learning-rate``, and exits with 1."""
         if self.verdict is None:
             return
         good = usable_checkpoints(trainer.args.output_dir)
@@ -153,9 +146,7 @@ class DivergenceCallback(TrainerCallback):
         else:
             again = f"There is no good checkpoint. Start again with: {command_line(learning_rate=rate)}"
         trainer.end()
-        if not trainer.is_world_process_zero():
-            sys.exit(1)
-        sys.exit(f"error: {self.message} {again}")
+        sys.exit(f"error: {self.message} {again}" if trainer.is_world_process_zero() else 1)
 
     def _forbid_saving(self, control: TrainerControl) -> None:
         if self.verdict or self._doubtful:
@@ -167,7 +158,7 @@ class DivergenceCallback(TrainerCallback):
         if not logits.isfinite().all():
             return "the logits are not finite"
         target, found = recover_target(logits, grad, alpha)
-        # Rows without a gradient have no loss to speak of.
+        # Rows without a gradient, such as those of ignored labels, count as a loss of 0.
         losses = torch.nn.functional.cross_entropy(alpha * logits[found].float(), target, reduction="sum")
         loss = losses.item() / len(logits)
         largest = alpha * logits.abs().amax().item()
@@ -182,19 +173,15 @@ class DivergenceCallback(TrainerCallback):
         self._suspicions = self._suspicions + 1 if suspicion else 0
         return suspicion if self._suspicions == 2 else ""
 
-    def _stop(
-        self, verdict: str, what: str, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
-    ) -> None:
+    def _stop(self, verdict: str, what: str, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         if self.verdict is not None:
             return
-        alpha, optimizer = alpha_of(kwargs.get("optimizer")), kwargs.get("optimizer")
         rate = max((group["lr"] for group in getattr(optimizer, "param_groups", [])), default=math.nan)
         self.verdict = verdict
-        self.message = _ADVICE[verdict].format(step=state.global_step, what=what, rate=rate, alpha=alpha)
+        self.message = _ADVICE[verdict].format(step=state.global_step, what=what, rate=rate, alpha=alpha_of(optimizer))
         logger.error(self.message)
-        state.log_history.append(
-            {"step": state.global_step, "epoch": state.epoch, "verdict": verdict, "message": self.message}
-        )
+        entry = {"step": state.global_step, "epoch": state.epoch, "verdict": verdict, "message": self.message}
+        state.log_history.append(entry)
         control.should_training_stop, control.should_save = True, False
 
 
@@ -212,7 +199,7 @@ _ADVICE = {
 
 
 def _agree(trouble: str, suspicion: bool, device: torch.device) -> tuple[str, bool]:
-    """All processes stop at the same step, and doubt at the same step, or the others would wait for ever."""
+    """All processes stop at the same step, and suspect at the same step: else some would wait for ever."""
     if PartialState().num_processes == 1:
         return trouble, suspicion
     lost, doubtful = gather(torch.tensor([[bool(trouble), suspicion]], device=device)).any(dim=0).tolist()

@@ -21,9 +21,6 @@ def powergrad_hp_space(
     Both are (lowest, highest); the learning rate is searched on a logarithmic scale. With an alpha of (1, 1) it is the
     baseline's space. ``PowerGradTrainer.hyperparameter_search`` uses it by default, around its own learning rate.
 
-    Raises:
-        ValueError: A range is empty or lies outside what is allowed.
-
     Example:
         >>> space = powergrad_hp_space(learning_rate=(0.01, 1.0))
         >>> trainer.hyperparameter_search(space, n_trials=20, direction="maximize", backend="optuna")

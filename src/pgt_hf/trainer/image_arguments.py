@@ -1,12 +1,12 @@
 """The settings that training image classifiers adds to ``PowerGradTrainingArguments``."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from transformers import SchedulerType
 
 from ..limits import Count, Needs, Number, OneOf, Share
-from .arguments import PowerGradTrainingArguments
+from .arguments import NEEDS, PowerGradTrainingArguments
 
 SCHEDULES = ("cosine", "step")
 
@@ -15,12 +15,13 @@ SCHEDULES = ("cosine", "step")
 class ImageTrainingArguments(PowerGradTrainingArguments):
     """Arguments of ``ImageTrainer``; ``recipes/imagenet.py --help`` describes each.
 
-    Raises:
-        TypeError, ValueError: An argument is not allowed; nothing has been built by then.
-
     Example:
         >>> args = ImageTrainingArguments("out", schedule="cosine", warmup_epochs=5, mixup=0.2, ema_decay=0.9998)
     """
+
+    NEEDS: ClassVar[dict[str, Needs]] = NEEDS | dict.fromkeys(
+        ("warmup_steps", "lr_scheduler_kwargs"), Needs("schedule", (None,))
+    )
 
     lr_scheduler_type: Annotated[SchedulerType | str, Needs("schedule", (None,))] = field(
         default="linear", metadata={"help": "transformers' schedule, in place of timm's."}
@@ -43,10 +44,10 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
     decay_rate: Annotated[float, Number("[0, 1]"), Needs("schedule", ("step",))] = field(
         default=0.1, metadata={"help": "What the step schedule multiplies the rate by."}
     )
-    mixup: Annotated[float, Number("[0, inf)")] = field(
+    mixup: Annotated[float, Number("[0, 100]")] = field(
         default=0.0, metadata={"help": "Mixup's Beta parameter; 0 is off."}
     )
-    cutmix: Annotated[float, Number("[0, inf)")] = field(
+    cutmix: Annotated[float, Number("[0, 100]")] = field(
         default=0.0, metadata={"help": "CutMix's Beta parameter; 0 is off."}
     )
     random_erasing: Share = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
@@ -60,5 +61,13 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.schedule is not None and self.max_steps < 1 and self.warmup_epochs > self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs must be at most num_train_epochs, {self.num_train_epochs}, got {self.warmup_epochs}"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(f"neftune_noise_alpha must be left out for images, got {self.neftune_noise_alpha}")
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(f"label_names must be left out, or labels, got {self.label_names}")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr must be at most learning_rate, {self.learning_rate}, got {self.min_lr}")

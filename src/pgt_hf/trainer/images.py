@@ -7,8 +7,8 @@ stopped.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState
 
 from ..data.workers import guard_workers, use_worker_server
 from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
+from ..images.seeding import seed_step
 from ..images.transforms import normalize
+from ..limits import check_type
 from ..runs.record import EMA, WEIGHTS
-from .checkpoints import AtomicCheckpoints
+from .checkpoints import AtomicCheckpoints, temporarily
 from .image_arguments import ImageTrainingArguments
 from .powergrad import PowerGradTrainer
 
@@ -39,11 +41,10 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     """Trains image classifiers whose data sets yield ``pixel_values``, (3, H, W), uint8 or float, and ``labels``.
 
     Beside what ``PowerGradTrainer`` does: checkpoints are atomic (``AtomicCheckpoints``); uint8 images are normalised
-    on the device, where flips and colour jitter can be left to it too (``ImageTransform(..., on_device=True)``);
-    Mixup, CutMix and random erasing are timm's, and PGT is exact with their soft targets;
-    ``label_smoothing_factor`` smooths the training targets and leaves the evaluation loss the true cross-entropy;
-    with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the final model hold the
-    averaged model in the folder ``ema``.
+    on the device, which can also do flips and colour jitter (``ImageTransform(..., on_device=True)``); Mixup, CutMix
+    and random erasing are timm's, and PGT is exact with their soft targets; ``label_smoothing_factor`` smooths the
+    training targets alone; with ``ema_decay`` each evaluation also reports ``eval_ema_*``, and each checkpoint and the
+    final model hold the averaged model in the folder ``ema``.
 
     Args:
         model: Any classifier of transformers, with ``config.num_labels``; ``pgt_hf.images.create_model`` makes them of
@@ -51,15 +52,10 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         args: ``ImageTrainingArguments``.
         mean: What uint8 images are normalised with, for pixels in [0, 1]; by default the model's own
             (``config.pretrained_cfg``), or ImageNet's.
-        std: The same.
+        std: As ``mean``.
         class_weights: A factor for each class in the training loss, (C); the loss is divided by the number of images,
-            so let their mean over the images be 1.
+            so their mean over the images should be 1.
         **kwargs: As Trainer takes them.
-
-    Raises:
-        TypeError: ``args`` is not an ``ImageTrainingArguments``.
-        ValueError: Mixup or CutMix with an odd batch; weights for another number of classes; EMA with sharded
-            parameters (FSDP).
 
     Example:
         >>> args = ImageTrainingArguments("out", optim="powergrad_sgd", schedule="cosine", mixup=0.2)
@@ -84,7 +80,13 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     ) -> None:
         if not isinstance(args, ImageTrainingArguments):
             raise TypeError(f"args must be an ImageTrainingArguments, got a {type(args).__name__}")
-        classes = model.config.num_labels
+        check_type("model", model, nn.Module)
+        classes = getattr(getattr(model, "config", None), "num_labels", None)
+        if classes is None:
+            raise TypeError(
+                f"model must be a classifier of transformers, got a {type(model).__name__}; see create_model"
+            )
+        check_type("class_weights", class_weights, Tensor, NoneType)
         if class_weights is not None and class_weights.shape != (classes,):
             raise ValueError(f"class_weights must have shape ({classes},), got {tuple(class_weights.shape)}")
         mixing = args.mixup > 0 or args.cutmix > 0
@@ -142,12 +144,9 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         )
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training  # Trainer would leave out images of the evaluation
-        try:
+        drop_last = self.args.dataloader_drop_last and is_training  # Trainer would leave out images of the evaluation
+        with temporarily(self.args, dataloader_drop_last=drop_last):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -193,14 +192,14 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         weight = self._class_weights if self.model.training else None
         if labels.is_floating_point():
-            # An unreadable image has a row of zeros, in which nothing may be spread: hence not torch's own smoothing.
+            # Not torch's own smoothing: it would spread mass over the row of zeros of an unreadable image.
             labels = labels * (1 - smoothing) + labels.sum(-1, keepdim=True) * (smoothing / labels.size(-1))
             loss = F.cross_entropy(logits, labels, weight, reduction="sum")
         else:
             loss = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = labels.sum() if labels.is_floating_point() else (labels != IGNORED).sum()
-        # Of a batch whose images are all unreadable the loss is 0.
+        # A batch whose images are all unreadable has a loss of 0.
         return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=torch.finfo(loss.dtype).tiny)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> Any:
@@ -234,7 +233,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     ) -> Any:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.ema is not None and description == "Evaluation":
-            with self._evaluating(self.ema.module):
+            with temporarily(self, model=self.ema.module, model_wrapped=self.ema.module):
                 prefix = f"{metric_key_prefix}_{EMA}"
                 again = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
             output.metrics.update(again.metrics)
@@ -242,15 +241,6 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         for key in [key for key in output.metrics if key.endswith("_nll")]:
             output.metrics[key.removesuffix("nll") + "loss"] = output.metrics[key]
         return output
-
-    @contextmanager
-    def _evaluating(self, model: nn.Module) -> Iterator[None]:
-        before = self.model, self.model_wrapped
-        self.model = self.model_wrapped = model
-        try:
-            yield
-        finally:
-            self.model, self.model_wrapped = before
 
     def _save_more(self, folder: Path) -> None:
         if self.ema is not None and self.args.should_save:
@@ -269,7 +259,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Around the steps: the data set learns the epoch, steps are seeded, the average is updated."""
+    """Tells the data set the epoch, seeds each step, updates the averaged model."""
 
     def __init__(self, trainer: ImageTrainer) -> None:
         self.trainer = trainer
@@ -279,7 +269,7 @@ class _Steps(TrainerCallback):
             self.trainer._start_ema()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # Accelerate's loader tells the data set only where it does not tell a sampler.
+        # Accelerate's loader tells the epoch to the data set only if there is no sampler to tell.
         dataset, epoch = self.trainer.train_dataset, int(state.epoch or 0)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
@@ -288,8 +278,7 @@ class _Steps(TrainerCallback):
             dataset.fast_forward(epoch, done)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        key = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
-        set_seed(int(key.generate_state(1)[0]))
+        seed_step(args.seed, state.global_step, args.process_index, args.device)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:

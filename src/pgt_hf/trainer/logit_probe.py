@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ..guard import ALPHA_KEY
 from ..heads import find_heads, last_linear
-from ..limits import Whole
+from ..logits import elem_of
 
 _MOST_ROWS = 1024  # a language model has more logits in a batch than are worth looking at
 
 
 class LogitProbe:
-    """Keeps the logits of one forward pass and their gradient; costs a comparison while it is not listening."""
+    """Keeps the logits of one forward pass and their gradient; while it is not listening it costs one comparison."""
 
     def __init__(self, model: nn.Module, head: nn.Module | str | None, features: bool = False) -> None:
         self.listening = False
@@ -50,13 +50,13 @@ class LogitProbe:
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None or not logits.requires_grad or logits.dim() < 2:
             return
+        self._logits = elem_of(logits).detach()
         with torch._C.DisableTorchFunctionSubclass():
-            self._logits = logits.detach().view_as(logits)
             logits.register_hook(self._see_grad)
 
     def _see_grad(self, grad: Tensor) -> None:
         if self.listening and self._grad is None:
-            self._grad = grad.detach().clone()
+            self._grad = elem_of(grad).detach().clone()
 
     def _see_features(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self.listening and self.features is None and args:
@@ -67,9 +67,3 @@ def alpha_of(optimizer: Any) -> float:
     """The alpha in use; 1, plain training, if the optimizer's groups have none."""
     groups = getattr(optimizer, "param_groups", [])
     return float(groups[0].get(ALPHA_KEY, 1.0)) if groups else 1.0
-
-
-def check_interval(interval: int) -> int:
-    """Returns the interval, or raises TypeError or ValueError unless it is a whole number of at least 1."""
-    Whole("[1, inf)").check("interval", interval)
-    return interval

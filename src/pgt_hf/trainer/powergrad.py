@@ -1,6 +1,8 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Sized
+from contextlib import suppress
+from functools import wraps
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy
 
 from ..attach import PowerGradHandle
 from ..heads import find_heads
+from ..limits import check_type
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -26,10 +30,6 @@ class PowerGradTrainer(Trainer):
     ``logit_norm`` (mean L2 norm of the training logits since the last log); ``loss`` is the true training loss. When
     ``train()`` ends the model is plain again. ``push_to_hub`` publishes by way of ``pgt_hf.hub.PublishCallback``.
 
-    Raises:
-        TypeError: ``args`` is not a ``PowerGradTrainingArguments``.
-        ValueError: There are fewer training examples than a batch, and ``dataloader_drop_last`` would leave out all.
-
     Example:
         >>> args = PowerGradTrainingArguments("out", alpha=0.25, optim="powergrad_sgd", learning_rate=0.1)
         >>> trainer = PowerGradTrainer(model, args, train_dataset=dataset)
@@ -37,58 +37,41 @@ class PowerGradTrainer(Trainer):
 
     args: PowerGradTrainingArguments
 
+    @wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(
         self,
         model: Any = None,
-        args: PowerGradTrainingArguments | None = None,
+        args: Any = None,
         data_collator: Any = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., Any] | None = None,
-        compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *others: Any,
+        **named: Any,
     ) -> None:
-        if args is not None and not isinstance(args, PowerGradTrainingArguments):
+        args = PowerGradTrainingArguments("trainer_output") if args is None else args
+        if not isinstance(args, PowerGradTrainingArguments):
             raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
-        if args is not None and args.powergrad_head is not None and isinstance(model, nn.Module):
+        if model is not None or (named.get("model_init") is None and len(others) < 3):
+            check_type("model", model, nn.Module)
+        if args.powergrad_head is not None and model is not None:
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
-        arguments = args or PowerGradTrainingArguments("trainer_output")
-        if (
-            arguments.dataloader_drop_last
-            and isinstance(train_dataset, Sized)
-            and not isinstance(train_dataset, IterableDataset)
-        ):
-            each = len(train_dataset) // arguments.world_size
-            if each < arguments.train_batch_size:
+        counted = isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset)
+        if args.dataloader_drop_last and counted:
+            each = len(train_dataset) // args.world_size
+            if each < args.train_batch_size:
                 raise ValueError(
                     f"per_device_train_batch_size must be at most {each}, the training examples of one process, got "
-                    f"{arguments.train_batch_size}: dataloader_drop_last would leave out all of them"
+                    f"{args.train_batch_size}: dataloader_drop_last would leave out all of them"
                 )
         self._handle: PowerGradHandle | None = None
         self._logit_norm: Tensor | None = None
         self._logit_rows = 0
-        super().__init__(
-            model,
-            arguments,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            model_init,
-            compute_loss_func,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics,
-        )
+        self._operations_per_value: int | None = None
+        super().__init__(model, args, data_collator, train_dataset, *others, **named)
         if self.args.world_size > 1:
             end_group_at_exit(self)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            with suppress(AttributeError, ValueError):  # what needs the model is said when the optimizer is made
+                self.get_optimizer_cls_and_kwargs(self.args)  # one that is not installed is an error now
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -109,6 +92,7 @@ class PowerGradTrainer(Trainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._operations_per_value = None  # a model_init may have made another model
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -121,7 +105,7 @@ class PowerGradTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _record_alpha(self) -> None:
-        """Records the alpha that the model was last trained with: its probabilities cannot be read without."""
+        """Records the alpha that the model was last trained with, which its probabilities depend on."""
         config = getattr(self.model, "config", None)
         if config is None or self._handle is None or not self._handle.attached:  # after training: it may be folded
             return
@@ -131,10 +115,9 @@ class PowerGradTrainer(Trainer):
                 config.powergrad_schedule = callback.settings()
 
     def hyperparameter_search(self, hp_space: Any = None, *args: Any, backend: Any = "optuna", **kwargs: Any) -> Any:
-        """As ``Trainer.hyperparameter_search``, with a space of its own for Optuna: alpha and the learning rate.
+        """As ``Trainer.hyperparameter_search``; with Optuna, ``hp_space`` is by default ``powergrad_hp_space``.
 
-        Without ``hp_space``, alpha is searched from 0.05 to 1 and the learning rate from a tenth to ten times that of
-        the arguments, together; see ``powergrad_hp_space``.
+        The learning rate is then searched from a tenth to ten times that of the arguments.
         """
         if hp_space is None and backend == "optuna":
             rate = self.args.learning_rate
@@ -159,6 +142,29 @@ class PowerGradTrainer(Trainer):
             self._measure(outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Trainer counts the parameters anew for every batch, which takes longer than our whole transform.
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or not (values := inputs[name].numel()):
+            return 0
+        if self._operations_per_value is None:
+            self._operations_per_value = super().floating_point_ops(inputs) // values
+        return self._operations_per_value * values
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Where nothing is clipped, Trainer computes the norm at every step, for a few log entries. In fp16 it must:
+        # that also takes the scale off the gradients, before any callback looks at them.
+        if grad_norm is None and self.accelerator.scaler is None and not self._logs_next():
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is being taken will be logged."""
+        step, strategy = self.state.global_step + 1, self.args.logging_strategy
+        if strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0:
+            return True
+        return strategy == IntervalStrategy.EPOCH or (step == 1 and self.args.logging_first_step)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Since the last step each process has batch norm statistics of its own; rank 0's are the ones that are saved.
         if self.args.world_size > 1:
@@ -180,10 +186,8 @@ class PowerGradTrainer(Trainer):
 
     def _measure(self, outputs: Any) -> None:
         """Adds up the norms on the device, without waiting for them before the next log."""
-        logits = (
-            outputs.get("logits") if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else None
-        )
-        if logits is None:
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs
+        if not isinstance(logits, Tensor):
             return
         norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()

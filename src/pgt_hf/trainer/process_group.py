@@ -20,9 +20,7 @@ def end_group_at_exit(trainer: Any) -> None:
 
 
 def _end_group(reference: "weakref.ref[Any]") -> None:
-    if hasattr(
-        sys, "last_value"
-    ):  # a crash: other processes may be inside a collective, and waiting for it could hang
+    if hasattr(sys, "last_value"):  # a crash: the other processes may wait in a collective, and this one would hang
         return
     if (trainer := reference()) is not None:
         trainer.model_wrapped = trainer.model

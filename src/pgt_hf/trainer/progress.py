@@ -14,7 +14,7 @@ _SECONDS, _SHARE = 60, 0.05  # where there is no terminal: a line each minute, o
 
 
 class Progress(ProgressCallback):
-    """In place of transformers' callback of that kind, which writes everything that is logged as one dict.
+    """In place of transformers' ``ProgressCallback``, which writes each log entry as one dict.
 
     Where standard error is no terminal, lines take the place of the bar.
 
@@ -48,7 +48,8 @@ class Progress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if (evaluated := _in_words(logs)) and state.global_step != self._evaluated:  # at the very end once more
+        # The last evaluation is logged again at the end.
+        if (evaluated := _in_words(logs)) and state.global_step != self._evaluated:
             self._evaluated = state.global_step
             tqdm.write(f"epoch {state.epoch or 0:<6.4g} {evaluated}")
         if "loss" in logs and self.training_bar is not None:

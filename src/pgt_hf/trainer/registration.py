@@ -60,8 +60,7 @@ def parse_optim_args(
         elsewhere: Options that arguments of their own set, by those arguments.
 
     Raises:
-        ValueError: It is not ``key=value,...``, a key is unknown for this optimizer, or a value is not allowed;
-            the message names them.
+        ValueError: It is not ``key=value,...``, a key is unknown for this optimizer, or a value is not allowed.
     """
     allowed = allowed_options(opt)
     values: dict[str, Any] = {}
@@ -78,6 +77,10 @@ def parse_optim_args(
             check_option(key, value, allowed[key].default)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optim_args: {error}") from error
+    if values.get("nesterov") and (values.get("momentum") == 0 or values.get("dampening")):
+        raise ValueError(
+            f"optim_args: nesterov must be false without momentum, and with dampening, got {optim_args!r}"
+        )
     return values
 
 
@@ -104,7 +107,7 @@ def _powergrad(name: str, context: Any) -> tuple[Callable[[], Callable[..., Any]
 
 
 def _create_asked(model: Any, **options: Any) -> Any:
-    """A resumed run uses the alpha that the user gave, whatever the checkpoint was trained with."""
+    """For an alpha that the user gave: a resumed run uses it, whatever the checkpoint was trained with."""
     optimizer = create_optimizer(model, **options)
     keep_asked_alpha(optimizer)
     return optimizer

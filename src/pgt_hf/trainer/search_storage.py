@@ -1,4 +1,4 @@
-"""Where a search keeps its trials: storages of Optuna's that wait for a database, or a disk, that comes back."""
+"""Where a search keeps its trials: Optuna's storages, made to wait for a database or a disk that is away or full."""
 
 import functools
 import json
@@ -7,21 +7,22 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from ..limits import WritableFile, check_type
+from ..limits import WritableFile, check_type, checked
 
 _log = logging.getLogger("pgt_hf.search")
-_OPENING_SECONDS = 5.0  # how long a storage is waited for while it is opened
-_AWAY_SECONDS = 600.0  # and once a search has begun in it
+_JOURNAL = "journal:"
+_AWAY_SECONDS = 600.0  # how long a storage that could be opened is waited for
 
 
 class Storage:
@@ -30,67 +31,59 @@ class Storage:
     def check(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError unless it is one; a file is tried for writing."""
         check_type(name, value, str)
-        shown = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)  # without a password
-        message = f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {shown!r}"
-        if value.startswith("journal:"):
-            if not value.removeprefix("journal:"):
-                raise ValueError(message)
-            WritableFile().check(name, value.removeprefix("journal:"))
-            return
-        try:
-            url = make_url(value)
-            if url.drivername == "postgresql":
-                url = url.set(drivername="postgresql+psycopg")
-            url.get_dialect().import_dbapi()
-        except (ArgumentError, ImportError) as error:
-            raise ValueError(f"{message}: {error}") from error
-        if url.get_backend_name() == "sqlite" and url.database:
-            file = Path(url.database)
+        message = (
+            f"{name} must be the URL of a database, such as sqlite:///FILE, or journal:FILE, got {_shown(value)!r}"
+        )
+        file: str | None = value.removeprefix(_JOURNAL)
+        if not value.startswith(_JOURNAL):
+            try:
+                url = _database_url(value)
+                url.get_dialect().import_dbapi()
+            except (ArgumentError, ImportError) as error:
+                raise ValueError(f"{message}: {error}") from error
+            file = url.database if url.get_backend_name() == "sqlite" else None
+        elif not file:
+            raise ValueError(message)
+        if file:
             WritableFile().check(name, file)
-            if file.exists() and file.stat().st_size and not file.read_bytes()[:16].startswith(b"SQLite format 3"):
-                raise ValueError(f"{message}: the file is no SQLite database")
 
 
-def open_storage(name: str | None, output_dir: str | os.PathLike[str]) -> Any:
+@checked
+def open_storage(
+    storage: Annotated[str | None, Storage()], output_dir: str | os.PathLike[str]
+) -> RDBStorage | JournalStorage:
     """The storage of a search: any RDB URL, ``journal:FILE``, or by default an SQLite file in ``output_dir``.
 
-    Once ``be_patient`` was called, it is waited for, up to ten minutes, whenever it is away or full.
-
-    Raises:
-        ValueError: It cannot be opened.
+    Once it is open, it is waited for, up to ten minutes, whenever it is away or full.
     """
-    if name is None:
+    if storage is None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        name = f"sqlite:///{Path(output_dir, 'search.db').resolve()}"
-    shown = name
+        storage = f"sqlite:///{Path(output_dir, 'search.db').resolve()}"
     try:
-        if name.startswith("journal:"):
-            return JournalStorage(_Journal(name.removeprefix("journal:")))
-        url = make_url(name)
-        shown = str(url)  # without its password
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")  # the driver that pgt_hf[search] installs
-        return _open_database(url.render_as_string(hide_password=False))
-    except ImportError as error:
-        missing = error.__cause__ or error
-        raise ImportError(f"--storage {shown}: {missing}; pgt_hf[search] has PostgreSQL's driver alone") from error
+        if storage.startswith(_JOURNAL):
+            return JournalStorage(_Journal(storage.removeprefix(_JOURNAL)))
+        return _open_database(_database_url(storage).render_as_string(hide_password=False))
     except (OSError, SQLAlchemyError, ValueError) as error:
-        raise ValueError(f"--storage {shown} cannot be opened: {_reason(error)}") from error
+        raise ValueError(f"storage {_shown(storage)} cannot be opened: {_reason(error)}") from error
 
 
-def be_patient(storage: Any) -> None:
-    """What could be used once may come back when it fails later."""
-    getattr(storage, "_backend", storage).patience = _AWAY_SECONDS
+def _database_url(name: str) -> URL:
+    url = make_url(name)
+    driver = "postgresql+psycopg" if url.drivername == "postgresql" else url.drivername  # what pgt_hf[search] installs
+    return url.set(drivername=driver)
 
 
-def _open_database(url: str) -> Any:
-    for attempt in range(5):
-        try:
+def _shown(name: str) -> str:
+    """The name of a storage without a password."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", name)
+
+
+def _open_database(url: str) -> "_Database":
+    for _ in range(4):
+        with suppress(DBAPIError):  # another worker may be making the very same tables
             return _Database(url)
-        except DBAPIError:  # another worker may be making the very same tables
-            if attempt == 4:
-                raise
-            time.sleep(1)
+        time.sleep(1)
+    return _Database(url)
 
 
 def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,18 +117,18 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What a driver has to say, without the statement that it was about."""
+    """The first line of a driver's message, without the SQL statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error).strip().split("\n")[0]
 
 
 class _Database(RDBStorage):
     """A database that may be away for a while."""
 
-    patience, told = _OPENING_SECONDS, float("-inf")
+    patience, told = _AWAY_SECONDS, float("-inf")
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
-        if self.engine.name == "sqlite":  # it knows no SELECT FOR UPDATE, without which two workers take one trial
+        if self.engine.name == "sqlite":  # it has no SELECT FOR UPDATE, without which two workers may take one trial
             event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
@@ -146,7 +139,7 @@ for _name in (*BaseStorage.__abstractmethods__, "_create_new_trial", "_get_trial
 class _Journal(JournalFileBackend):
     """A journal that a full disk does not ruin: the next writer cuts off a line that was not written to its end."""
 
-    patience, told = _OPENING_SECONDS, float("-inf")
+    patience, told = _AWAY_SECONDS, float("-inf")
 
     def __init__(self, path: str) -> None:
         self.path, self.lock = path, JournalFileSymlinkLock(path)

@@ -1,8 +1,7 @@
 """Optuna studies that several workers share, each a process of its own, on one machine or many.
 
 If a worker dies, the others take over its setting, and a search that is started again continues: the storage knows
-what is done. Optuna's own heartbeat is not used: it has none for journals, and it ends at the first error of the
-database.
+what is done. Optuna's own heartbeat does not do: journals have none, and it ends at the first error of the database.
 """
 
 import logging
@@ -21,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..analysis.comparison import Point
-from .search_storage import be_patient
 
 _log = logging.getLogger("pgt_hf.search")
 _WORKER = uuid.uuid4().hex  # host names and process numbers are not unique: containers share them
@@ -46,7 +44,6 @@ def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Map
 
     Raises:
         ValueError: The storage holds a study of that name with another identity.
-        ConnectionError: The storage does not answer, or cannot be written.
     """
     study = optuna.create_study(
         storage=storage, study_name=name, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
@@ -56,7 +53,6 @@ def open_study(storage: Any, name: str, sampler: Any, pruner: Any, identity: Map
         was = ", ".join(f"{key}={found.get(key)!r}" for key in changed)
         raise ValueError(f"the storage holds another search, with {was}; give another --output-dir or --storage")
     study.set_user_attr("search", dict(identity))
-    be_patient(storage)
     return study
 
 
@@ -68,11 +64,11 @@ def run_trials(
     name: str,
     grid: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Trains until this worker and the others have done ``budget`` trials, and waits for the last ones.
+    """Trains until all workers together have done ``budget`` trials, and waits for the last ones.
 
     With a ``grid`` of ``budget`` settings, each is trained once. ``objective`` must keep a ``ReportToStudy`` open.
     """
-    silence = _Silence(study)
+    beats = _Beats(study)
     with tqdm(total=budget, desc=name, disable=rank > 0) as bar:
         while True:
             trials = study.get_trials(deepcopy=False)
@@ -88,7 +84,7 @@ def run_trials(
                         study.enqueue_trial(dict(setting))
             elif len(counted) == budget and not any(trial.state == TrialState.WAITING for trial in counted):
                 bar.set_postfix_str("waiting for the trials of other workers")
-                silence.fail_dead([trial for trial in counted if trial.state == TrialState.RUNNING])
+                beats.fail_dead([trial for trial in counted if trial.state == TrialState.RUNNING])
                 time.sleep(_POLL_SECONDS)
                 continue
             bar.set_postfix_str("")
@@ -133,8 +129,8 @@ def _tell(study: optuna.Study, number: int, value: float | None = None, state: A
         study.tell(number, value, state, skip_if_finished=True)
 
 
-class _Silence:
-    """Finds dead workers: those whose trials' beats have not changed, by this worker's own clock."""
+class _Beats:
+    """Finds dead workers: their trials' beats no longer change, by this worker's own clock."""
 
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
@@ -158,8 +154,8 @@ class _Silence:
 class ReportToStudy(TrainerCallback):
     """Reports a trial's score, seed after seed, and prunes it if it is behind the others.
 
-    While it is open, a thread says that this worker is alive; if the trial was given to another worker all the same,
-    the training is stopped by Optuna's ``UpdateFinishedTrialError``, and ``run_trials`` goes on with the next trial.
+    While it is open, a thread says that this worker is alive. If the trial is given to another worker all the same,
+    Optuna's ``UpdateFinishedTrialError`` ends the training, and ``run_trials`` goes on with the next trial.
 
     Example:
         >>> with ReportToStudy(trial, prune=False) as watch:
@@ -192,7 +188,7 @@ class ReportToStudy(TrainerCallback):
         except UpdateFinishedTrialError:
             self.lost = True
         except ConnectionError:
-            pass  # the training will meet it too, and say so
+            pass  # the training will raise it too
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.lost:

@@ -18,7 +18,7 @@ from .checkpoint_folders import list_checkpoints
 _STATUS = 128 + signal.SIGTERM  # a scheduler sees that the run was stopped and is not finished
 _SIGTERM, _ORPHANED = "SIGTERM", "the end of its launcher"
 _REASONS = (None, _SIGTERM, _ORPHANED)  # numbered, for the processes to agree on one
-_PATIENCE = 60.0  # seconds that a process may go on without its launcher: its peers may be gone, and it wait for them
+_PATIENCE = 60.0  # seconds that a process may go on without its launcher: it may wait for peers that are gone
 
 
 class EvaluationStopped(SystemExit):
@@ -29,8 +29,8 @@ class StopOnSigterm(TrainerCallback):
     """On SIGTERM (a pre-empted machine, ``scancel``), or if its launcher dies, a run saves a checkpoint and stops.
 
     All processes stop at the same step, whichever got the signal; an evaluation is cut short. ``stopped`` says
-    afterwards that it happened. Call ``listen`` when the program starts, and the signal also counts before training
-    (nothing is lost: the program says so and exits) and after it (the last checkpoint stands). The status is 143.
+    afterwards that it happened. Call ``listen`` when the program starts, and the signal is handled before training too
+    (the program exits, nothing is lost) and after it (the last checkpoint stays). The exit status is 143.
 
     Example:
         >>> stop = StopOnSigterm().listen()
@@ -45,12 +45,12 @@ class StopOnSigterm(TrainerCallback):
         self._training = False
         self._run: str | None = None  # the run's folder, once training has ended
         self._group: Any = None
-        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._commands = "", ""
         self._before: Any = None  # the handler to put back after training, unless listen() was called
 
     def listen(self) -> "StopOnSigterm":
-        """Counts the signal from now on, to the end of the program. Only the main thread can start this."""
+        """Handles the signal from now on, to the end of the program. Only the main thread can start this."""
         self._start()
         self._before = None
         return self
@@ -83,7 +83,7 @@ class StopOnSigterm(TrainerCallback):
         if self._before is not None:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._before)
-            self._ears = self._before = None
+            self._sockets = self._before = None
 
     def leave(self, trainer: Trainer) -> None:
         """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
@@ -95,25 +95,27 @@ class StopOnSigterm(TrainerCallback):
         sys.exit(_STATUS)
 
     def _start(self) -> None:
-        if self._ears is not None or threading.current_thread() is not threading.main_thread():
+        if self._sockets is not None or threading.current_thread() is not threading.main_thread():
             return
         self._commands = command_line(), command_line(resume="auto")  # while the launcher can be asked
-        ears, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        self._ears = ears, mouth
+        receiver, sender = self._sockets = socket.socketpair()
+        sender.setblocking(False)
         # The interpreter writes to the socket at once, even while the main thread waits for another process.
-        signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         self._before = signal.signal(signal.SIGTERM, _heard) or signal.SIG_DFL
-        threading.Thread(target=self._watch, args=(ears,), name="sigterm", daemon=True).start()
+        threading.Thread(target=self._watch, args=(receiver,), name="sigterm", daemon=True).start()
 
-    def _watch(self, ears: socket.socket) -> None:
+    def _watch(self, receiver: socket.socket) -> None:
         """Waits for the signal, and for the end of the launcher, in a thread of its own."""
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         parent = os.getppid()
         while True:
-            heard, _, _ = select.select([ears], [], [], 1.0 if launched else None)
+            heard, _, _ = select.select([receiver], [], [], 1.0 if launched else None)
             if heard:
-                if signal.SIGTERM in ears.recv(64):
+                signals = receiver.recv(64)
+                if not signals:  # the sender is closed: training is over, and nobody listens any more
+                    return
+                if signal.SIGTERM in signals:
                     self._stop(_SIGTERM)
             elif os.getppid() != parent:
                 self._stop(_ORPHANED)
@@ -145,11 +147,11 @@ class StopOnSigterm(TrainerCallback):
 
 
 def _heard(signum: int, frame: Any) -> None:
-    """In place of the default, which would end the process at once; ``_watch`` reads the signal."""
+    """In place of the default, which would end the process at once; ``_watch`` learns of the signal by its socket."""
 
 
 def _forget() -> None:
-    """In a forked child (a data worker), SIGTERM means what it always means."""
+    """In a forked child, such as a data worker, SIGTERM has its default effect."""
     if signal.getsignal(signal.SIGTERM) is _heard:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
