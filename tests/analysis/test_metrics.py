@@ -217,3 +217,7 @@ def test_trainer_reports_what_a_loop_by_hand_counts(tmp_path):
 def test_what_cannot_be_scored_is_an_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_scores_of_a_diverged_model_are_nan():
+    assert all(np.isnan(value) for value in probability_scores([[np.nan] * 3], [0]).values())

@@ -74,7 +74,7 @@ def probability_scores(scores: ArrayLike, hits: ArrayLike, bins: Count = BINS) -
     log_prob, confidence, squares = rows.T
     return {
         "nll": float(0.0 - log_prob.mean()),  # not -0.0, which is printed with its sign
-        "ece": reliability(confidence, right, bins).ece,
+        "ece": reliability(confidence, right, bins).ece if np.isfinite(confidence).all() else np.nan,  # it diverged
         "brier": float((squares - 2 * np.exp(log_prob) + 1).mean()),
     }
 
