@@ -15,7 +15,16 @@ from datasets import Dataset, Image
 from launch import ONE, PYTHON, ROOT, TWO, environment, run
 from safetensors.torch import load_file
 
-from pgt_hf.images import PRESETS, ImageDataset, ImageTransform, collate, load_classifier, load_image_dataset, sources
+from pgt_hf.images import (
+    PRESETS,
+    BadImageError,
+    ImageDataset,
+    ImageTransform,
+    collate,
+    load_classifier,
+    load_image_dataset,
+    sources,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -267,7 +276,7 @@ def test_smoke_run_goes_to_its_end_and_an_unreadable_image_is_counted(here, tmp_
     assert "the report was not written: IsADirectoryError" in caplog.text
     metrics = read(tmp_path / "run" / "metrics.json")
     assert (metrics["steps"], metrics["bad_images"], metrics["skipped"]) == (4, 2, 1)
-    with pytest.raises(SystemExit, match="^error: image 3: the image cannot be decoded: the PNG file is truncated"):
+    with pytest.raises(BadImageError, match="image 3: the image cannot be decoded: the PNG file is truncated"):
         here(*options.replace("skip", "error").split(), "--dataset-name", str(folder))
 
 

@@ -114,6 +114,7 @@ class _Parser(HfArgumentParser):
         self.shown: Mapping[str, Any] = {}
         self.rules: dict[str, Any] = {"metric_for_best_model": _SCORES}
         super().__init__(kinds, **options)
+        _flags.clear()
         _flags.update({name: self.flag(name) for kind in kinds for name in _fields(kind)})
         for action in self._actions:
             if action.type is not None:
