@@ -228,7 +228,7 @@ def test_everything_at_once_trains(tmp_path, settings, device):
     ("settings", "message"),
     [
         ({"schedule": "cosin"}, "schedule must be one of cosine, step, got 'cosin'"),
-        ({"mixup": -1.0}, "mixup must be a number of at least 0, got -1.0"),
+        ({"mixup": -1.0}, r"mixup must be a number in \[0, 100\], got -1.0"),
         ({"random_erasing": 1.5}, r"random_erasing must be a number in \[0, 1\], got 1.5"),
         ({"ema_decay": 1.0}, r"ema_decay must be a number in \[0, 1\), got 1.0"),
         ({"mixup": 0.2, "per_device_train_batch_size": 7}, "per_device_train_batch_size must be even, got 7"),
