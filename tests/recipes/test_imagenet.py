@@ -167,7 +167,7 @@ def test_run_that_is_killed_and_resumed_ends_with_the_bits_of_the_one_that_was_n
 ):
     data = parquet_digits(tmp_path / "data")
     options = f"--dataset-name {data} --model-name resnet10t --image-size 32 --global-batch 16 --num-train-epochs 3 "
-    options += f"{STRONG} --save-strategy steps --save-steps 7 --logging-steps 1 --dataloader-num-workers 2 --hflip 0 "
+    options += f"{STRONG} --save-strategy steps --save-steps 7 --logging-steps 1 --dataloader-num-workers 1 --hflip 0 "
     options += "--streaming --train-images 160" if streaming else ""
     command = [*launcher, RECIPE, *options.split()]
     run(*command, "--output-dir", "whole", cwd=tmp_path)
