@@ -16,7 +16,7 @@ from functools import cache, partial
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
-__all__ = ["guard_workers", "start_worker_server", "use_worker_server", "worker_options"]
+__all__ = ["guard_workers", "release_remote_files", "start_worker_server", "use_worker_server", "worker_options"]
 
 _HEAVY = ("torch", "torchvision", "accelerate", "timm", "datasets", "transformers.trainer")
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -65,6 +65,16 @@ def guard_workers(loader: Any) -> Any:
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one inside
         part.worker_init_fn = initialize
     return loader
+
+
+def release_remote_files() -> None:
+    """In a forked data worker, remote files may hang without this; ``datasets`` does the same in its own loaders."""
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info():
+        import fsspec.asyn  # type: ignore[import-untyped]
+
+        fsspec.asyn.reset_lock()
 
 
 @cache

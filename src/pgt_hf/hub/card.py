@@ -32,13 +32,15 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def check_license(license: str) -> None:
-    """Raises ValueError unless it is one of the Hub's licences."""
-    if license not in LICENSES:
+def check_claims(license: str | None = None, base_model: str | None = None, **others: Any) -> None:
+    """Raises an error unless the licence, if any, is one of the Hub's, and the base model, if any, a Hub id."""
+    if license is not None and license not in LICENSES:
         raise ValueError(
             f"license must be one of the Hub's {len(LICENSES)}, such as apache-2.0, mit, cc-by-4.0 or other, got "
             f"{license!r}{near(license, LICENSES)}"
         )
+    if base_model is not None:
+        RepoId().check("base_model", base_model)
 
 
 @checked
@@ -70,8 +72,7 @@ def model_card(
         >>> print(model_card(read_run("runs/digits"), "alice/digits"))
     """
     RepoId().check("repo_id", repo_id)
-    if license is not None:
-        check_license(license)
+    check_claims(license)
     task, terms = _task(run.config), dataset_terms(run.dataset)
     is_timm = run.config.get("model_type") == "timm_wrapper"
     libraries = ["timm", "transformers"] if is_timm else ["transformers"]

@@ -19,10 +19,10 @@ from typing import Any
 from huggingface_hub import CommitInfo, snapshot_download
 
 from ..extras import require
-from ..limits import RepoId, WritableFolder, checked
+from ..limits import WritableFolder, checked
 from ..runs.dataset_terms import dataset_terms
 from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_evaluation, read_run
-from .card import check_license, model_card
+from .card import check_claims, model_card
 from .checkpoint_files import unpack_checkpoint
 from .safetensors_layout import rewrite_safetensors
 from .upload import check_push_access, check_repo_id, push_release, refuse_leaks
@@ -77,10 +77,7 @@ def prepare_release(
     """
     run_folder, target = Path(folder), Path(target)
     check_repo_id(repo_id)
-    if license is not None:
-        check_license(license)
-    if base_model is not None:
-        RepoId().check("base_model", base_model)
+    check_claims(license, base_model)
     WritableFolder().check("target", target)
     if target.resolve() in {place.resolve() for place in (run_folder, Path(checkpoint or folder))}:
         raise ValueError(f"target must be another folder than the run's own, got {os.fspath(target)!r}")
@@ -159,10 +156,7 @@ def push_run(
     settings = read_run(folder).settings
     wanted = repo_id or settings.get("hub_model_id") or Path(folder).resolve().name
     check_repo_id(wanted)
-    if release.get("license") is not None:
-        check_license(release["license"])
-    if release.get("base_model") is not None:
-        RepoId().check("base_model", release["base_model"])
+    check_claims(**release)  # before the repository is created
     full = check_push_access(wanted, token, private=private)
     with tempfile.TemporaryDirectory() as release_folder:
         prepare_release(folder, release_folder, full, **release)

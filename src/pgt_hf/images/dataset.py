@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..data.workers import release_remote_files
 from ..functional import IGNORED
 from ..limits import Count, Seed, Whole, checked
 from .decoding import BadImageError, read_upright
@@ -184,10 +185,7 @@ class ImageStream(_Epochs, IterableDataset[dict[str, Any]]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if workers > _MOST_WORKERS:
             raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {workers}")
-        if info:
-            import fsspec.asyn  # type: ignore[import-untyped]
-
-            fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise, as datasets says of its own
+        release_remote_files()
         epoch = self.epoch
         passed = int(self._passed[1]) if self._passed[0] == epoch else 0
         share = range(worker, self.batches, workers)  # DataLoader takes a batch from each worker in turn

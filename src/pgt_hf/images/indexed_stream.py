@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch.utils.data import get_worker_info
+from ..data.workers import release_remote_files
 
 __all__ = ["IndexedStream"]
 
@@ -43,10 +43,7 @@ class IndexedStream:
         """The row as an Arrow table."""
         number = bisect_right(self._starts, index) - 1
         if number != self._shard[0]:
-            if get_worker_info():
-                import fsspec.asyn  # type: ignore[import-untyped]
-
-                fsspec.asyn.reset_lock()  # remote files may hang in a forked worker otherwise
+            release_remote_files()
             shard = self._stream.shard(len(self._starts), number).with_format("arrow")
             self._shard = number, next(iter(shard.iter(batch_size=self._shard_rows[number])))
         return self._shard[1].slice(index - self._starts[number], 1)

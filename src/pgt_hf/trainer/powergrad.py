@@ -143,7 +143,7 @@ class PowerGradTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Trainer counts the parameters anew for every batch, which takes longer than our whole transform.
+        # Trainer counts the parameters anew for every batch.
         name = getattr(self.model, "main_input_name", "input_ids")
         if name not in inputs or not (values := inputs[name].numel()):
             return 0
