@@ -1,19 +1,22 @@
 """What a trainer adds to a training step: a plain loop, Trainer, and ours, on a network that takes next to nothing.
 
     python -m benchmarks.step              # test_resnet, 32 pixels, batch 8, one thread
-    python -m benchmarks.step --rounds 9
+    python -m benchmarks.step --rounds 21
 
-The trainers run in turns in one process; a figure is the median over the rounds of a step's CPU time, which other work
-on the machine does not stretch much.
+The sides run in turns in one process. A side's figure in a round is the median CPU time of its steps, which other work
+on the machine does not stretch much; what it adds is compared with Trainer in the same round.
 """
 
 import argparse
 import cProfile
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,12 +48,18 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Clock(TrainerCallback):
-    """Times the steps after the first few."""
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == WARM_UP:
-            self.started = time.process_time()
-        self.seconds = (time.process_time() - getattr(self, "started", 0)) / max(state.global_step - WARM_UP, 1)
+        self.ends.append(time.process_time())
+
+    def step(self) -> float:
+        """The seconds of a step after the first few."""
+        ends = self.ends[WARM_UP:]
+        return statistics.median(later - earlier for earlier, later in pairwise(ends))
 
 
 def network() -> Any:
@@ -63,16 +72,14 @@ def plain_loop(steps: int, optim: str) -> float:
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
     if optim != "sgd":
         optimizer = create_optimizer(model, optim, lr=1e-3, alpha=0.25)
-    batches = iter(torch.utils.data.DataLoader(Images(), BATCH))
-    started = 0.0
-    for step in range(steps):
-        if step == WARM_UP:
-            started = time.process_time()
+    batches, clock = iter(torch.utils.data.DataLoader(Images(), BATCH)), Clock()
+    for _ in range(steps):
         batch = next(batches)
         F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (time.process_time() - started) / (steps - WARM_UP)
+        clock.ends.append(time.process_time())
+    return clock.step()
 
 
 def trained(steps: int, trainer: Any, arguments: Any, optim: str, callbacks: tuple[type, ...] = ()) -> float:
@@ -80,8 +87,9 @@ def trained(steps: int, trainer: Any, arguments: Any, optim: str, callbacks: tup
         args = arguments(folder, max_steps=steps, optim=optim, **COMMON)
         clock = Clock()
         made = [callback() for callback in callbacks]
-        trainer(network(), args, train_dataset=Images(), callbacks=[*made, clock]).train()
-    return clock.seconds
+        with redirect_stdout(sys.stderr):
+            trainer(network(), args, train_dataset=Images(), callbacks=[*made, clock]).train()
+    return clock.step()
 
 
 SIDES: dict[str, Callable[[int], float]] = {
@@ -98,8 +106,8 @@ SIDES: dict[str, Callable[[int], float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--profile", choices=SIDES, help="print where the time of one side goes, and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,11 +120,12 @@ def main() -> None:
     for _ in range(given.rounds):
         for name, side in SIDES.items():
             found[name].append(side(given.steps))
-    base = statistics.median(found["Trainer"])
+    print(f"{given.rounds} rounds of {given.steps} steps; in brackets the quartiles of the rounds\n")
     print("| | microseconds a step | over Trainer |\n|---|---|---|")
     for name, seconds in found.items():
-        middle = statistics.median(seconds)
-        print(f"| {name} | {middle * 1e6:,.0f} | {(middle - base) * 1e6:+,.0f} |")
+        more = [(mine - base) * 1e6 for mine, base in zip(seconds, found["Trainer"], strict=True)]
+        low, middle, high = statistics.quantiles(more, n=4)
+        print(f"| {name} | {statistics.median(seconds) * 1e6:,.0f} | {middle:+,.0f} ({low:+,.0f} to {high:+,.0f}) |")
 
 
 if __name__ == "__main__":

@@ -342,8 +342,9 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("language_modeling.py", "--dataset-name stdlibs", "--dataset-name.*near: stdlib"),
     ]
     for program, text, named in rows:
-        words = text.replace("{bad}", str(bad)).split()
-        yield Command(program, (*SMALL.get(program, ()), *words), (named,), "", "broken" in words[-1])
+        words, small = text.replace("{bad}", str(bad)).split(), SMALL.get(program, ())
+        small = small[1:] if words[0] == "--model" else small  # given before the flags as a rule
+        yield Command(program, (*small, *words), (named,), "", "broken" in words[-1])
     diverges = {  # which training alone can show
         "calibration.py": "--smoke --max-train-samples 128 --learning-rate 1e6 --epochs 3",
         "finetune.py": "--smoke --learning-rate 1e6 --optim powergrad_sgd",

@@ -85,18 +85,20 @@ def prepare_release(
     model = model_folder(source) if ema else source
     averaged = model != source
     run = read_run(run_folder, checkpoint, ema=averaged)
-    target.mkdir(parents=True, exist_ok=True)
-
     settings = run.settings.get("card") or {}
     config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
     fold = fold and not config.get("powergrad_folded")  # as fine-tuning with --fold saves it
+    if fold and run.alpha is None:
+        raise ValueError(f"fold needs the training's alpha, which neither {CONFIG} nor the run's settings contain")
     if run.alpha is not None:
         config |= {"powergrad_alpha": run.alpha, "powergrad_folded": fold or bool(config.get("powergrad_folded"))}
     if not any(model.glob("*.safetensors")):
         raise FileNotFoundError(f"there is no {WEIGHTS} in {model}; only safetensors are published")
+
+    target.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if config.get("model_type") == "timm_wrapper" else ""
     with tempfile.TemporaryDirectory(dir=target) as folded:
-        origin = _fold(model, Path(folded), run.alpha) if fold else model
+        origin = _fold(model, Path(folded), run.alpha) if fold and run.alpha is not None else model
         for path in origin.glob("*.safetensors"):
             rewrite_safetensors(path, target / path.name, remove_prefix=prefix)
         for path in origin.glob("*.safetensors.index.json"):
@@ -210,15 +212,13 @@ def _add_report(folder: Path, target: Path, run: Run, fold: bool, pictures: bool
     write_report(folder, target / REPORT, run=run, evaluation=evaluation, pictures=allowed)
 
 
-def _fold(model: Path, target: Path, alpha: float | None) -> Path:
+def _fold(model: Path, target: Path, alpha: float) -> Path:
     """The model with alpha in its head; it is loaded to find the head as in training."""
     import transformers
 
     from ..heads import fold_powergrad
     from ..images import models  # noqa: F401  registers this package's timm variants
 
-    if alpha is None:
-        raise ValueError(f"fold needs the training's alpha, which neither {CONFIG} nor the run's settings contain")
     config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
     network = getattr(transformers, config["architectures"][0]).from_pretrained(model, dtype="auto")
     fold_powergrad(network, alpha)

@@ -156,7 +156,8 @@ class _Parser(HfArgumentParser):
                 f"--resume-from-checkpoint must be given as --resume, a checkpoint or 'auto', got {value!r}"
             )
         if idle := sorted(given & {"do_train", "do_eval", "do_predict", "parallelism_config"}):
-            raise ValueError(f"{idle[0]} must be left out of a command line, where it has no effect")
+            value = values[idle[0]]
+            raise ValueError(f"{idle[0]} must be left out of a command line, where it has no effect, got {value!r}")
         for name in sorted(given):
             if isinstance(values[name], str) and not values[name].strip():
                 raise ValueError(f"{name} must not be empty, got {values[name]!r}")

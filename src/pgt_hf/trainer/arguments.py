@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -145,6 +146,8 @@ class PowerGradTrainingArguments(TrainingArguments):
         self._check_report_to()
         super().__post_init__()
         self._check_scheduler()
+        if not optim.startswith(PREFIX):
+            self._check_installed(optim)
         if self.clip_mode is not None:
             self.max_grad_norm = 0.0
 
@@ -172,6 +175,15 @@ class PowerGradTrainingArguments(TrainingArguments):
         if unknown := sorted(set(options) - known):
             taken = ", ".join(sorted(known)) or "none"
             raise ValueError(f"lr_scheduler_kwargs must be options of {name.value!r}, {taken}, got {unknown[0]!r}")
+
+    def _check_installed(self, optim: str) -> None:
+        from transformers import Trainer
+
+        try:
+            with suppress(ValueError):  # for some it takes a model
+                Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            raise ValueError(f"optim must name what is installed, got {optim!r}: {error}") from error
 
     def _check_adam(self, optim: str) -> None:
         """Refuses Trainer's options of Adam for an optimizer that has no such options."""
