@@ -8,9 +8,10 @@ import ast
 import importlib.util
 import itertools
 import logging
+import os
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 @checked
 def load_labelled_text(
-    name: str,
+    name: str | os.PathLike[str],
     config: str | None = None,
     *,
     text_column: str | None = None,
@@ -81,7 +82,8 @@ def load_labelled_text(
         >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
         'numpy'
     """
-    splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
+    name = os.fspath(name)
+    splits = _embedded(_docstrings, seed, config) if name == DOCSTRINGS else _load(name, config)
     for key, split in splits.items():
         where, columns = f"{name!r}, split {key!r}", {}
         unlabelled = key != "train" and "train" in splits  # as test sets are often published
@@ -95,7 +97,7 @@ def load_labelled_text(
 
 @checked
 def load_plain_text(
-    name: str, config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
+    name: str | os.PathLike[str], config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
 ) -> DatasetDict:
     """Loads documents for language modeling: ``train`` and ``validation``, with the column ``text``.
 
@@ -110,7 +112,8 @@ def load_plain_text(
         >>> load_plain_text("stdlib")["train"].column_names
         ['text']
     """
-    splits = _stdlib(seed) if name == STDLIB else _load(name, config)
+    name = os.fspath(name)
+    splits = _embedded(_stdlib, seed, config) if name == STDLIB else _load(name, config)
     for key, split in splits.items():
         splits[key] = _of_text(split, f"{name!r}, split {key!r}", text_column, {})
     if "train" in splits and not splits.keys() & set(EVALUATION_SPLITS) and splits["train"].num_rows < _FEW:
@@ -146,10 +149,19 @@ def train_tokenizer(
     )
 
 
+def _embedded(read: Callable[[int], DatasetDict], seed: int, config: str | None) -> DatasetDict:
+    _refuse_config(config)
+    return read(seed)
+
+
+def _refuse_config(config: str | None) -> None:
+    if config is not None:
+        raise ValueError(f"dataset_config must be left out unless the data set is on the Hub, got {config!r}")
+
+
 def _load(name: str, config: str | None) -> DatasetDict:
     if (local := _local(Path(name))) is not None:
-        if config is not None:
-            raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+        _refuse_config(config)
         return local
     try:
         return datasets.load_dataset(name, config)

@@ -98,6 +98,7 @@ def load_image_dataset(
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
+    name = os.fspath(name)
     cache = Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
     if name == DEFAULT_DATASET and get_token() is None and not Path(name).is_dir() and not cache.is_dir():
         raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
