@@ -79,7 +79,7 @@ def plain_loop(make: Callable[[], Any], steps: int, optim: str) -> float:
     model = make().train()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
     if optim != "sgd":
-        optimizer = create_optimizer(model, optim, lr=1e-3, alpha=0.25)
+        optimizer = create_optimizer(model, optim, lr=1e-3, alpha=0.25, momentum=0, nesterov=False)
     batches, clock = iter(torch.utils.data.DataLoader(Images(), BATCH)), Clock()
     for _ in range(steps):
         batch = next(batches)
@@ -94,7 +94,8 @@ def trained(
     make: Callable[[], Any], steps: int, trainer: Any, arguments: Any, optim: str, callbacks: tuple[type, ...] = ()
 ) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, max_steps=steps, optim=optim, **COMMON)
+        options = None if optim == "sgd" else "momentum=0,nesterov=false"  # as torch's SGD, which Trainer uses
+        args = arguments(folder, max_steps=steps, optim=optim, optim_args=options, **COMMON)
         clock = Clock()
         made = [callback() for callback in callbacks]
         with redirect_stdout(sys.stderr):
