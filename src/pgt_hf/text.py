@@ -23,11 +23,10 @@ from .extras import missing
 from .limits import Count, Seed, Whole, checked
 
 try:
-    import datasets
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-    from datasets.exceptions import DatasetsError
     from tokenizers import ByteLevelBPETokenizer, processors
 
+    from .data.loading import load_dataset
     from .data.splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
     from .data.tables import TABLES, by_split, in_words, read_tables, visible_files
 except ModuleNotFoundError as error:
@@ -75,8 +74,8 @@ def load_labelled_text(
         out, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data set, a file is damaged, a column is missing, or a row has
-            no label; the message names it.
+        FileNotFoundError, ConnectionError: There is no such data set, or the Hub could not be reached.
+        ValueError: A file is damaged, a column is missing, or a row has no label; the message names it.
 
     Example:
         >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
@@ -88,7 +87,7 @@ def load_labelled_text(
         where, columns = f"{name!r}, split {key!r}", {}
         unlabelled = key != "train" and "train" in splits  # as test sets are often published
         with suppress(ValueError) if unlabelled else nullcontext():
-            columns = {_column(split, where, "label", label_column, _LABEL_COLUMNS): "label"}
+            columns = {find_column(split.column_names, where, "label", label_column, _LABEL_COLUMNS): "label"}
         splits[key] = _without_blanks(_of_text(split, where, text_column, columns), where)
     splits = train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
@@ -106,7 +105,8 @@ def load_plain_text(
     held out, or the last tenth of each document if there are fewer than 10.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data set, a file is damaged, or there is no column of text.
+        FileNotFoundError, ConnectionError: There is no such data set, or the Hub could not be reached.
+        ValueError: A file is damaged, or there is no column of text.
 
     Example:
         >>> load_plain_text("stdlib")["train"].column_names
@@ -163,14 +163,7 @@ def _load(name: str, config: str | None) -> DatasetDict:
     if (local := _local(Path(name))) is not None:
         _refuse_config(config)
         return local
-    try:
-        return datasets.load_dataset(name, config)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a file nor a folder nor in the cache, and was not found on the Hub: {error}"
-        ) from error
-    except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
+    return load_dataset(name, config)
 
 
 def _local(path: Path) -> DatasetDict | None:
@@ -218,19 +211,12 @@ def _documents(files: dict[str, list[Path]]) -> DatasetDict:
 
 def _of_text(split: Dataset, where: str, text_column: str | None, columns: dict[str, str]) -> Dataset:
     """The column of text, renamed to ``text``, and others under new names."""
-    column = _column(split, where, "text", text_column, _TEXT_COLUMNS)
+    column = find_column(split.column_names, where, "text", text_column, _TEXT_COLUMNS)
     if column in columns:
         raise ValueError(f"{where}: text_column and label_column must be two columns, got {column!r} for both")
     if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"{where}: column {column!r} must hold text, it holds {split.features[column]}")
     return split.select_columns([column, *columns]).rename_columns({column: "text"} | columns)
-
-
-def _column(split: Dataset, where: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> str:
-    try:
-        return find_column(split.column_names, what, wanted, usual)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _without_blanks(split: Dataset, where: str) -> Dataset:
