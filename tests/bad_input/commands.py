@@ -383,6 +383,7 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("export {bad}/brokenmodel t", "brokenmodel|config"),
         ("export {bad}/run t --license not-a-licence", "license"),
         ("export {bad}/run t --repo-id a/b/c", "repo"), ("export {bad}/run {bad}/run", "target|run"),
+        ("export {bad}/run {bad}/oneclass", "target"),
         ("export {bad}/nowhere t", "nowhere"), ("export {bad}/run {bad}/afile", "afile"), ("export", "RUN"),
         ("report {bad}/nowhere", "nowhere"), ("report {bad}/run --mistakes -1", "mistakes"),
         ("report {bad}/run --mistakes x", "mistakes"), ("report {bad}/run --max-images 0", "max"),

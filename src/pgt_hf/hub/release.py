@@ -81,8 +81,6 @@ def prepare_release(
     WritableFolder().check("target", target)
     if target.resolve() in {place.resolve() for place in (run_folder, Path(checkpoint or folder))}:
         raise ValueError(f"target must be another folder than the run's own, got {os.fspath(target)!r}")
-    if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
-        raise ValueError(f"target must be a new or empty folder, or an earlier release, got {os.fspath(target)!r}")
     source = Path(checkpoint or folder)
     model = model_folder(source) if ema else source
     averaged = model != source
