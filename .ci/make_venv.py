@@ -35,7 +35,10 @@ def lowest_versions() -> list[str]:
     tools = ("dev", "docs", "test")  # any version of these will do
     extras = project["optional-dependencies"].items()
     needed = [package for extra, some in extras if extra not in tools for package in some]
-    found = (re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in [*project["dependencies"], *needed])
+    found = (
+        re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", requirement)
+        for requirement in [*project["dependencies"], *needed]
+    )
     return [f"{match[1]}=={match[2]}" for match in found if match]
 
 
