@@ -115,6 +115,8 @@ def transform(**options: Any) -> images.ImageTransform:
 
 
 def config(**wrong: Any) -> images.ImageTransform:
+    """Of a transform; numpy's arrays are taken, as ``mean`` here."""
+    wrong = {"mean": np.full(3, 0.5)} | wrong
     return images.ImageTransform({"input_size": (3, 32, 32)} | wrong, training=False)
 
 

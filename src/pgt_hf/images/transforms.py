@@ -108,6 +108,7 @@ class ImageTransform:
         for name in _OF_CHANNELS:
             if config.get(name) is not None:
                 check_channels(name, config[name])
+                config = {**config, name: np.asarray(config[name]).tolist()}
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize and not on_device
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
