@@ -8,8 +8,7 @@
 
 Two studies get the same number of trials: PGT, over alpha and the learning rate, and the baseline (alpha = 1), over
 the learning rate alone. A trial is trained once for each of --seeds. The best of each is then trained on
---confirm-seeds new seeds, and only those decide the verdict. Start it again, anywhere, and it goes on: the storage
-knows what is done.
+--confirm-seeds new seeds, and only those decide the verdict. Start it again, anywhere, and it goes on.
 """
 
 import csv
@@ -30,8 +29,8 @@ from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics, Point, plot_heat_map, verdict
 from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
 from pgt_hf.images.rules import TimmModel
-from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Whole
-from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse
+from pgt_hf.limits import Count, Epochs, Folder, Needs, Number, OneOf, Rate, Whole
+from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse, refuse_large_batch, refuse_other_run
 from pgt_hf.runs import describe_data
 from pgt_hf.trainer import (
     PAPER_ALPHAS,
@@ -50,6 +49,7 @@ SIDES = ("baseline", "pgt")
 FIRST_CONFIRM_SEED = 1000
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
+Several = Annotated[int, Whole("[1, 10000]")]
 SAMPLERS, PRUNERS = ("grid", "random", "tpe"), ("median", "none")
 SMOKE: dict[str, Any] = {
     "dataset_name": DIGITS, "alphas": [0.1, 0.5], "lr_low": 0.05, "lr_high": 0.2, "lr_points": 1, "seeds": 1,
@@ -71,7 +71,7 @@ class SearchArguments(ImageDataArguments):
         default=None, metadata={"help": "Any RDB URL, or journal:FILE; else sqlite here."}
     )
     sampler: Annotated[str, OneOf(SAMPLERS)] = field(default="grid", metadata={"help": "grid, random or tpe."})
-    trials: Annotated[Count | None, Needs("sampler", ("random", "tpe"))] = field(
+    trials: Annotated[Several | None, Needs("sampler", ("random", "tpe"))] = field(
         default=None, metadata={"help": "Settings per side, for random and tpe."}
     )
     alphas: list[Annotated[float, Number("[0, 1)")]] = field(
@@ -79,13 +79,13 @@ class SearchArguments(ImageDataArguments):
     )
     lr_low: Rate = field(default=0.003, metadata={"help": "Lowest learning rate."})
     lr_high: Rate = field(default=1.0, metadata={"help": "Highest learning rate."})
-    lr_points: Annotated[Count, Needs("sampler", ("grid",))] = field(
+    lr_points: Annotated[Several, Needs("sampler", ("grid",))] = field(
         default=6, metadata={"help": "Learning rates of the grid; the baseline has a finer one."}
     )
-    seeds: Count = field(default=2, metadata={"help": "Trainings of each setting in the search."})
-    confirm_seeds: Annotated[int, Whole("[2, inf)")] = field(default=5, metadata={"help": "New seeds, for the best."})
+    seeds: Several = field(default=2, metadata={"help": "Trainings of each setting in the search."})
+    confirm_seeds: Annotated[int, Whole("[2, 10000]")] = field(default=5, metadata={"help": "New seeds for the best."})
     pruner: Annotated[str, OneOf(PRUNERS)] = field(default="none", metadata={"help": "Or 'median'; see the docs."})
-    epochs: Positive = field(default=4, metadata={"help": "Length of a training."})
+    epochs: Epochs = field(default=4, metadata={"help": "Length of a training."})
     batch_size: Count = field(default=64, metadata={"help": "Images per step."})
     smoke: bool = field(default=False, metadata={"help": "A tiny search on digits, to see that everything works."})
 
@@ -100,12 +100,12 @@ class SearchArguments(ImageDataArguments):
 
 
 def main() -> None:
-    rank = become_worker()
-    args = read_arguments()
+    rank, args = become_worker(), read_arguments()
     quieten()
     with errors_in_one_line():
+        refuse_other_run(args.output_dir)
         data = args.load()
-        Whole(f"[1, {len(data['train'])}]").check("batch_size", args.batch_size)  # a step takes no more than there are
+        refuse_large_batch("batch_size", args.batch_size, len(data["train"]))
         create_model(args.model_name, class_names(data["validation"]), image_size=args.image_size)
         storage = open_storage(args.storage, args.output_dir)
         studies = {side: open_side(storage, side, data, args) for side in SIDES}
@@ -179,8 +179,8 @@ def search_objective(trial: Any, side: str, data: Any, args: SearchArguments) ->
 def confirm_objective(trial: Any, best: dict[str, Point], data: Any, args: SearchArguments) -> float:
     point = best[trial.suggest_categorical("side", SIDES)]
     seed = trial.suggest_int("seed", FIRST_CONFIRM_SEED, FIRST_CONFIRM_SEED + args.confirm_seeds - 1)
-    setting = {"alpha": point.alpha, "learning_rate": point.learning_rate}
-    return train_seeds(trial, setting, [seed], data, args, prune=False)
+    chosen = {"alpha": point.alpha, "learning_rate": point.learning_rate}
+    return train_seeds(trial, chosen, [seed], data, args, prune=False)
 
 
 def train_seeds(trial: Any, setting: Any, seeds: Any, data: Any, args: SearchArguments, prune: bool) -> float:

@@ -33,8 +33,8 @@ from pgt_hf.analysis import (
 )
 from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
 from pgt_hf.images.rules import TimmModel
-from pgt_hf.limits import Count, Folder, Positive, Rate, Seed, Share, Whole, Workers
-from pgt_hf.programs import errors_in_one_line, parse
+from pgt_hf.limits import Count, Epochs, Folder, Rate, Seed, Share, Whole, Workers
+from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run
 from pgt_hf.runs import describe_data
 
 KINDS = ("raw", "folded", "fitted")
@@ -57,10 +57,10 @@ class CalibrationArguments:
     )
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A training for each."})
     model_name: TimmModel = field(default="resnet10t", metadata={"help": "A timm network."})
-    epochs: Positive = field(default=8.0, metadata={"help": "Length of each training."})
+    epochs: Epochs = field(default=8.0, metadata={"help": "Length of each training."})
     learning_rate: Rate = field(default=0.05, metadata={"help": "The same at every alpha."})
     batch_size: Count = field(default=64, metadata={"help": "Images per process and step."})
-    bins: Count = field(default=15, metadata={"help": "Bins of the ECE."})
+    bins: Annotated[int, Whole("[1, 10000]")] = field(default=15, metadata={"help": "Bins of the ECE."})
     num_workers: Workers = field(default=0, metadata={"help": "Processes that decode, per process."})
     smoke: bool = field(default=False, metadata={"help": f"A minute on a laptop: {SMOKE}"})
 
@@ -72,9 +72,12 @@ def main() -> None:
     state = PartialState()
     folder = Path(args.output_dir)
     with errors_in_one_line():
+        refuse_other_run(folder)
         require_matplotlib()
         with state.main_process_first():
             dataset = data_args.load()
+        refuse_large_batch("batch_size", args.batch_size, len(dataset["train"]), state.num_processes)
+        create_model(args.model_name, class_names(dataset["train"]), image_size=data_args.image_size)
 
     rows, predicted = [], {}
     for alpha in args.alphas:

@@ -25,14 +25,13 @@ from argparse import Namespace
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import plot_adaptation, require_matplotlib
@@ -47,6 +46,8 @@ from pgt_hf.images import (
     ImageTransform,
     class_names,
 )
+from pgt_hf.images.adaptation import check_methods
+from pgt_hf.images.models import timm_network
 from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import (
     Count,
@@ -63,7 +64,14 @@ from pgt_hf.limits import (
     Workers,
     near,
 )
-from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
+from pgt_hf.programs import (
+    errors_in_one_line,
+    parse,
+    quiet_other_processes,
+    refuse_large_batch,
+    refuse_other_run,
+    workers_per_process,
+)
 from pgt_hf.runs import describe_code, describe_environment
 
 DEFAULTS: dict[str, Any] = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "color_jitter": 0.0}
@@ -137,20 +145,20 @@ def main() -> None:
     accelerator = Accelerator()
     quiet_other_processes(accelerator.process_index)
     with errors_in_one_line():
+        refuse_other_run(args.output_dir, "targets")
         require_matplotlib()
         if args.target_config and all(name.partition(":")[0] in CORRUPTIONS for name in args.targets):
             raise ValueError(f"target_config must be left out, no target is a data set, got {args.target_config!r}")
+        if data_args.dataset_name in args.targets:
+            raise ValueError(f"targets must be other data than dataset_name, got {data_args.dataset_name!r} for both")
         with accelerator.main_process_first():
             source, names = load(data_args)
             targets = {name: load(data_args, name, names, args.target_config)[0] for name in args.targets}
-        needed = args.batch * accelerator.num_processes
         for name, domain in {data_args.dataset_name: source, **targets}.items():
-            if len(domain["train"]) < needed:
-                raise ValueError(
-                    f"batch must be at most {len(domain['train']) // accelerator.num_processes}, the training images "
-                    f"of {name} for each process, got {args.batch}"
-                )
-        build_network(args, len(names))
+            refuse_large_batch("batch", args.batch, len(domain["train"]), accelerator.num_processes, f" of {name}")
+        side = data_args.image_size or 224
+        fresh = partial(timm_network, args.model_name, len(names), side, pretrained=args.pretrained)
+        check_methods(args.methods, fresh())
 
     folder, rows = Path(args.output_dir), []
     grid = list(product(args.seeds, args.alphas))
@@ -158,10 +166,10 @@ def main() -> None:
     for seed, alpha in grid:
         set_seed(seed)
         run = AdaptationRun(accelerator, args, alpha, source)
-        network = run.train(build_network(args, len(names)))
+        network = run.train(fresh())
         for name, method in product(targets, args.methods):
             set_seed(seed)
-            adapted = run.adapt(method, deepcopy(network), targets[name], lambda: build_network(args, len(names)))
+            adapted = run.adapt(method, deepcopy(network), targets[name], fresh)
             accuracies = [run.accuracy(adapted, domain["validation"]) for domain in (source, targets[name])]
             rows.append([alpha, seed, name, method, *accuracies])
             bar.update()
@@ -186,7 +194,7 @@ def load(
     splits = (replace(data_args, dataset_name=target, dataset_config=config) if other else data_args).load()
     found, source = class_names(splits["train"]), data_args.dataset_name
     if names is not None and sorted(found) != sorted(names):
-        raise ValueError(f"--targets: {target} has other classes than {source}: {found[:5]}, {names[:5]}")
+        raise ValueError(f"targets must have the classes of {source}, {names[:5]}, got {target!r} with {found[:5]}")
     if names is not None and found != names:
         splits = splits.map(lambda label: {"label": names.index(found[label])}, input_columns="label")
     size = {"input_size": (3, data_args.image_size, data_args.image_size), "crop_pct": 1.0}
@@ -199,13 +207,6 @@ def load(
         seen: Any = Corrupted(transform, kind, int(level)) if kind in CORRUPTIONS else transform
         domain[split] = ImageDataset(splits[split], seen, on_bad_image=data_args.on_bad_image)
     return domain, found if names is None else names
-
-
-def build_network(args: AdaptationArguments, classes: int) -> nn.Module:
-    try:
-        return timm.create_model(args.model_name, pretrained=args.pretrained, num_classes=classes)
-    except OSError as error:
-        raise OSError(f"pretrained: timm's weights of {args.model_name!r} are not available: {error}") from error
 
 
 def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments, config: dict[str, Any]) -> None:

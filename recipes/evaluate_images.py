@@ -75,7 +75,7 @@ class EvaluationArguments:
     seed: Seed | None = field(
         default=None, metadata={"help": "Draws images; default: the run's, so that none is known."}
     )
-    output: Annotated[str | None, WritableFile()] = field(
+    output: Annotated[str | None, WritableFile(".json")] = field(
         default=None, metadata={"help": "File to write all figures to, as JSON."}
     )
 
@@ -121,7 +121,8 @@ def main() -> None:
     if accelerator.is_main_process:
         logits, labels = predicted
         labels = torch.where(labels == IGNORED, labels, torch.tensor(to_class)[labels.clamp(min=0)])
-        calibration = compare_calibration(logits, labels, alpha, bins=args.bins)
+        with errors_in_one_line():
+            calibration = compare_calibration(logits, labels, alpha, bins=args.bins)
         report = {
             "model": args.model,
             "weights": args.weights,

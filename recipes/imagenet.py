@@ -68,7 +68,7 @@ DEFAULTS |= {
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     DIGITS: {  # hflip: a mirrored 2 is no 2
         "output_dir": "runs/digits", "model_name": "resnet10t", "image_size": 32, "min_crop": 0.7, "hflip": 0.0,
-        "base_lr": 0.8, "global_batch": 64, "warmup_epochs": 0.6, "num_train_epochs": 12, "logging_steps": 5,
+        "base_lr": 0.8, "global_batch": 64, "warmup_epochs": 0.6, "num_train_epochs": 12,
         "dataloader_num_workers": 0,
     },
 }  # fmt: skip

@@ -133,7 +133,7 @@ def main() -> None:
                 name = language_args.tokenizer_name
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(name)
-                except (OSError, ValueError) as error:
+                except Exception as error:  # a damaged file raises anything
                     raise OSError(f"tokenizer_name must be one that can be read, got {name!r}: {error}") from error
             else:
                 tokenizer = train_tokenizer(dataset["train"]["text"], language_args.vocab_size)

@@ -32,11 +32,12 @@ from pgt_hf.programs import errors_in_one_line, parse
 
 MANIFEST, LOCK, ROW_GROUP = "manifest.json", ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
-WRITING = ("size", "format", "quality", "images_per_shard", "num_proc", "seed")
+SOURCE = tuple(ImageSourceArguments.__dataclass_fields__)
+WRITING = ("size", "format", "quality", "images_per_shard", "num_proc", "seed", *SOURCE)
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(ImageSourceArguments):
     output_dir: Folder = field(default="data/prepared", metadata={"help": "The folder to write."})
     size: Annotated[int, Whole("[1, 65500]")] = field(
         default=400, metadata={"help": "Most pixels of the shorter side."}
@@ -56,28 +57,27 @@ class PrepareArguments:
 
 
 def main() -> None:
-    source, args, _ = parse(
-        ImageSourceArguments, PrepareArguments,
-        description=__doc__, defaults={"dataset_name": DEFAULT_DATASET}, smoke=SMOKE,
-    )  # fmt: skip
+    args, _ = parse(PrepareArguments, description=__doc__, defaults={"dataset_name": DEFAULT_DATASET}, smoke=SMOKE)
     with errors_in_one_line():
         if args.verify:
             check(Path(args.output_dir), "delete it and prepare it again")
         else:
-            prepare(source, args, Path(args.output_dir))
+            prepare(args, Path(args.output_dir))
     tell(Path(args.output_dir))
 
 
-def prepare(source: ImageSourceArguments, args: PrepareArguments, output: Path) -> None:
+def prepare(args: PrepareArguments, output: Path) -> None:
     """Writes every shard that is missing or damaged, and gives the folder its name when all of them are right."""
     if output.exists() and not (output / MANIFEST).is_file():
-        raise FileExistsError(f"{output} is there already, without a {MANIFEST}: choose another --output-dir")
-    splits = source.load(args.seed)
+        raise FileExistsError(f"output_dir must be a new folder, {str(output)!r} is there, without a {MANIFEST}")
+    if output.resolve().is_relative_to(Path(str(args.dataset_name)).resolve()):
+        raise ValueError(f"output_dir must be outside the data set, {args.dataset_name!r}, got {str(output)!r}")
+    splits = args.load(args.seed)
     if splits["train"] is splits["validation"]:  # one split that serves as both is written once
         splits = {"validation": splits["validation"]}
-    settings = {key: getattr(args, key) for key in ("size", "quality", "images_per_shard", "seed")}
-    settings["quality"] = None if args.format == "raw" else args.quality
-    settings |= vars(source) | {"rows": {key: split.num_rows for key, split in splits.items()}}
+    settings = {key: getattr(args, key) for key in ("size", "images_per_shard", "seed", *SOURCE)}
+    rows = {key: split.num_rows for key, split in splits.items()}
+    settings |= {"quality": None if args.format == "raw" else args.quality, "rows": rows}
     if output.exists():
         same_settings(output, read_json(output / MANIFEST), settings)
         check(output, "delete it and prepare it again")

@@ -158,7 +158,7 @@ def build(model_name: str, names: list[str], texts: Any) -> tuple[Any, Any]:
             model = AutoModelForSequenceClassification.from_pretrained(
                 model_name, num_labels=len(names), ignore_mismatched_sizes=True, **labels
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file raises anything
             raise OSError(f"model_name must be an encoder that can be read, got {model_name!r}: {error}") from error
         return model, tokenizer
     tokenizer = train_tokenizer(texts, vocab_size=4096)

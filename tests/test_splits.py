@@ -113,11 +113,11 @@ def test_what_cannot_be_split_is_an_error_that_says_why(splits, message):
 
 
 def test_column_is_the_one_asked_for_or_the_usual_or_the_only_one_of_its_type():
-    assert find_column(["a", "text"], "text", "a", ("text",)) == "a"
-    assert find_column(["a", "text"], "text", None, ("body", "text")) == "text"
-    assert find_column(["a", "b"], "image", None, ("img",), typed=["b"]) == "b"
+    assert find_column(["a", "text"], "here", "text", "a", ("text",)) == "a"
+    assert find_column(["a", "text"], "here", "text", None, ("body", "text")) == "text"
+    assert find_column(["a", "b"], "here", "image", None, ("img",), typed=["b"]) == "b"
     with pytest.raises(ValueError, match=r"no image column among \['a', 'b'\]; name it with image_column"):
-        find_column(["a", "b"], "image", None, ("img",), typed=["a", "b"])
+        find_column(["a", "b"], "here", "image", None, ("img",), typed=["a", "b"])
 
 
 def test_draws_are_those_of_the_seed():

@@ -84,7 +84,7 @@ def test_bad_columns_and_numbers_are_named(tmp_path, options, message):
 
 
 def test_what_is_nowhere_and_what_is_no_text_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'no/such' is neither a file nor a folder"):
+    with pytest.raises(ConnectionError, match="'no/such' is neither a local folder"):
         load_labelled_text("no/such")
     (tmp_path / "a.xlsx").touch()
     with pytest.raises(ValueError, match=r"must be one of .csv, .tsv, .json, .jsonl, .parquet, .txt, got .*a.xlsx"):

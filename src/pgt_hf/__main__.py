@@ -79,6 +79,8 @@ def export(
     """Write what push would upload to a folder, for review."""
     from .hub import prepare_release
 
+    if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
+        raise ValueError(f"target must be a new or empty folder, or an earlier release, got {str(target)!r}")
     release = _release(fold, ema, license, base_model, pictures)
     name = re.sub(r"[^\w.]+", "-", run.resolve().name).strip("-.") or "model"
     print(prepare_release(run, target, repo_id or f"you/{name}", **release))

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
-    "HUB_ID", "Count", "DataSet", "ExistingPath", "Folder", "ModelName", "Needs", "NonNegative", "Number", "OneOf",
-    "Positive", "Rate", "RepoId", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile",
+    "HUB_ID", "Count", "DataSet", "Epochs", "ExistingPath", "Folder", "ModelName", "Needs", "NonNegative", "Number",
+    "OneOf", "Positive", "Rate", "RepoId", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile",
     "WritableFolder", "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class Rule:
@@ -114,6 +114,9 @@ class Whole(Number):
         super().read(value)  # refuses what is too large for a float
         return operator.index(value)
 
+    def fault(self, value: Any) -> str | None:
+        return super().fault(value) if abs(operator.index(value)) < 2**63 else "; no counter goes that far"
+
 
 @dataclass(frozen=True)
 class OneOf(Rule):
@@ -184,10 +187,10 @@ class ExistingPath(Rule):
     types = (str, os.PathLike)
 
     def fault(self, value: Any) -> str | None:
-        path = Path(value)
-        if value in self.names or (str(value) and (path.is_file() if self.what == "file" else path.is_dir())):
+        place = os.fspath(value)
+        if value in self.names or (os.path.isfile(place) if self.what == "file" else os.path.isdir(place)):
             return None
-        return "" if path.exists() else near(str(path), _beside(path))
+        return "" if os.path.exists(place) else near(place, _beside(Path(place)))
 
     def __str__(self) -> str:
         return f"{''.join(f'{name!r} or ' for name in self.names)}a {self.what} that exists"
@@ -210,20 +213,30 @@ class WritableFolder(Rule):
 
     def probe(self, path: Path) -> None:
         """Writes into the folder, or into the nearest existing one above it."""
+        if "\0" in str(path):
+            raise ValueError("a name cannot hold the character NUL")
         longest = max((len(part.encode()) for part in path.parts), default=0)
         if longest > 255:
             raise ValueError(f"a name of {longest} bytes is too long")
-        folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        folder = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError("it is a link that leads nowhere")
         with tempfile.TemporaryFile(dir=folder) as file:  # has no name on Linux, so that a kill leaves nothing either
             file.write(b"0")
 
 
+@dataclass(frozen=True)
 class WritableFile(WritableFolder):
     """A file that can be written; an existing one stays as it is."""
 
-    words = "a file that can be written"
+    suffix: str = ""
+
+    def __str__(self) -> str:
+        return f"a {self.suffix and f'{self.suffix} '}file that can be written"
 
     def probe(self, path: Path) -> None:
+        if self.suffix and path.suffix != self.suffix:
+            raise ValueError(f"its name must end in {self.suffix}")
         if path.is_dir():
             raise ValueError("it is a folder")
         if path.exists():
@@ -267,10 +280,10 @@ class ModelName(Rule):
 
     def fault(self, value: Any) -> str | None:
         place, folder = os.fspath(value), Path(value)
-        if place in self.names or (place and any(folder.glob("*config.json"))):
+        if place in self.names or (os.path.isdir(place) and any(folder.glob("*config.json"))):
             return None
         close = near(place, self.names)
-        return close if not place or folder.exists() or not HUB_ID.fullmatch(place) or close else None
+        return close if not place or os.path.exists(place) or not HUB_ID.fullmatch(place) or close else None
 
     def __str__(self) -> str:
         words = "".join(f"{name!r}, " for name in self.names)
@@ -278,6 +291,7 @@ class ModelName(Rule):
 
 
 Count = Annotated[int, Whole("[1, inf)")]
+Epochs = Annotated[float, Number("(0, 1e9]")]
 Folder = Annotated[str, WritableFolder()]
 NonNegative = Annotated[float, Number("[0, inf)")]
 Positive = Annotated[float, Number("(0, inf)")]

@@ -172,6 +172,8 @@ def allowed_options(opt: str) -> dict[str, inspect.Parameter]:
         options |= inspect.signature(function).parameters
     for name in ("self", "params", "model", "model_or_params", "opt", "kwargs", "args", "param_group_fn"):
         options.pop(name, None)
+    if "momentum" not in inspect.signature(optimizer_class.__init__).parameters:
+        del options["momentum"]  # timm's factory takes it for every optimizer, in vain for most
     return options
 
 
@@ -181,6 +183,8 @@ def check_option(name: str, value: Any, default: Any) -> None:
         rule_for(bool).check(name, value)
     elif value is not None and (name in _RULES or isinstance(default, (int, float))):
         _RULES.get(name, Number()).check(name, value)
+        if isinstance(default, tuple) and len(value) != len(default):
+            raise ValueError(f"{name} must be {len(default)} numbers, got {value!r}")
 
 
 class AlphaGroup(dict[str, Any]):

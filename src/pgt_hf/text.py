@@ -8,9 +8,10 @@ import ast
 import importlib.util
 import itertools
 import logging
+import os
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,10 @@ from .extras import missing
 from .limits import Count, Seed, Whole, checked
 
 try:
-    import datasets
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-    from datasets.exceptions import DatasetsError
     from tokenizers import ByteLevelBPETokenizer, processors
 
+    from .data.loading import load_dataset
     from .data.splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
     from .data.tables import TABLES, by_split, in_words, read_tables, visible_files
 except ModuleNotFoundError as error:
@@ -49,7 +49,7 @@ _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 @checked
 def load_labelled_text(
-    name: str,
+    name: str | os.PathLike[str],
     config: str | None = None,
     *,
     text_column: str | None = None,
@@ -74,19 +74,20 @@ def load_labelled_text(
         out, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data set, a file is damaged, a column is missing, or a row has
-            no label; the message names it.
+        FileNotFoundError, ConnectionError: There is no such data set, or the Hub could not be reached.
+        ValueError: A file is damaged, a column is missing, or a row has no label; the message names it.
 
     Example:
         >>> load_labelled_text("docstrings")["validation"].features["label"].names[3]
         'numpy'
     """
-    splits = _docstrings(seed) if name == DOCSTRINGS else _load(name, config)
+    name = os.fspath(name)
+    splits = _embedded(_docstrings, seed, config) if name == DOCSTRINGS else _load(name, config)
     for key, split in splits.items():
         where, columns = f"{name!r}, split {key!r}", {}
         unlabelled = key != "train" and "train" in splits  # as test sets are often published
         with suppress(ValueError) if unlabelled else nullcontext():
-            columns = {_column(split, where, "label", label_column, _LABEL_COLUMNS): "label"}
+            columns = {find_column(split.column_names, where, "label", label_column, _LABEL_COLUMNS): "label"}
         splits[key] = _without_blanks(_of_text(split, where, text_column, columns), where)
     splits = train_and_validation(splits, name, seed)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
@@ -95,7 +96,7 @@ def load_labelled_text(
 
 @checked
 def load_plain_text(
-    name: str, config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
+    name: str | os.PathLike[str], config: str | None = None, *, text_column: str | None = None, seed: Seed = 0
 ) -> DatasetDict:
     """Loads documents for language modeling: ``train`` and ``validation``, with the column ``text``.
 
@@ -104,13 +105,15 @@ def load_plain_text(
     held out, or the last tenth of each document if there are fewer than 10.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such data set, a file is damaged, or there is no column of text.
+        FileNotFoundError, ConnectionError: There is no such data set, or the Hub could not be reached.
+        ValueError: A file is damaged, or there is no column of text.
 
     Example:
         >>> load_plain_text("stdlib")["train"].column_names
         ['text']
     """
-    splits = _stdlib(seed) if name == STDLIB else _load(name, config)
+    name = os.fspath(name)
+    splits = _embedded(_stdlib, seed, config) if name == STDLIB else _load(name, config)
     for key, split in splits.items():
         splits[key] = _of_text(split, f"{name!r}, split {key!r}", text_column, {})
     if "train" in splits and not splits.keys() & set(EVALUATION_SPLITS) and splits["train"].num_rows < _FEW:
@@ -146,19 +149,21 @@ def train_tokenizer(
     )
 
 
+def _embedded(read: Callable[[int], DatasetDict], seed: int, config: str | None) -> DatasetDict:
+    _refuse_config(config)
+    return read(seed)
+
+
+def _refuse_config(config: str | None) -> None:
+    if config is not None:
+        raise ValueError(f"dataset_config must be left out unless the data set is on the Hub, got {config!r}")
+
+
 def _load(name: str, config: str | None) -> DatasetDict:
     if (local := _local(Path(name))) is not None:
-        if config is not None:
-            raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+        _refuse_config(config)
         return local
-    try:
-        return datasets.load_dataset(name, config)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a file nor a folder nor in the cache, and was not found on the Hub: {error}"
-        ) from error
-    except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
+    return load_dataset(name, config)
 
 
 def _local(path: Path) -> DatasetDict | None:
@@ -206,19 +211,12 @@ def _documents(files: dict[str, list[Path]]) -> DatasetDict:
 
 def _of_text(split: Dataset, where: str, text_column: str | None, columns: dict[str, str]) -> Dataset:
     """The column of text, renamed to ``text``, and others under new names."""
-    column = _column(split, where, "text", text_column, _TEXT_COLUMNS)
+    column = find_column(split.column_names, where, "text", text_column, _TEXT_COLUMNS)
     if column in columns:
         raise ValueError(f"{where}: text_column and label_column must be two columns, got {column!r} for both")
     if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"{where}: column {column!r} must hold text, it holds {split.features[column]}")
     return split.select_columns([column, *columns]).rename_columns({column: "text"} | columns)
-
-
-def _column(split: Dataset, where: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> str:
-    try:
-        return find_column(split.column_names, what, wanted, usual)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _without_blanks(split: Dataset, where: str) -> Dataset:

@@ -23,6 +23,7 @@ NAN, INF = float("nan"), float("inf")
 NOT_NUMBERS = ["0.5", True, [0.5], {}, 1j, torch.tensor([0.5, 0.5]), np.array([0.5, 0.5]), object]
 # By kind: values of the wrong type, and of the right type but out of range.
 WRONG: dict[str, list[Any]] = {
+    "data": [None, 5, ["a"], {}, 0.5],
     "alpha": [
         *NOT_NUMBERS, None, NAN, INF, -0.1, torch.tensor(NAN), torch.tensor(-1.0), torch.tensor(True), torch.tensor(1j)
     ],
@@ -56,6 +57,7 @@ WRONG: dict[str, list[Any]] = {
 }  # fmt: skip
 # Values that are right although their types are unusual.
 FINE: dict[str, list[Any]] = {
+    "data": [Path("digits")],
     "alpha": [1, np.float32(0.5), np.float64(0.5), np.int64(1), np.array(0.5), Decimal("0.5"), torch.tensor(0.5)],
     "share": [0, 1, np.float32(0.5), np.int64(1)],
     "fraction": [0, np.float32(0.5)],
@@ -113,6 +115,8 @@ def transform(**options: Any) -> images.ImageTransform:
 
 
 def config(**wrong: Any) -> images.ImageTransform:
+    """Of a transform; numpy's arrays are taken, as ``mean`` here."""
+    wrong = {"mean": np.full(3, 0.5)} | wrong
     return images.ImageTransform({"input_size": (3, 32, 32)} | wrong, training=False)
 
 
@@ -223,14 +227,14 @@ def _rows() -> Iterator[Row]:
         "auto_augment": "name_or_none", "interpolation": "name", "scale": "pair_or_none",
     }  # fmt: skip
     yield "load_image_dataset", images.load_image_dataset, lambda: {"name": "digits"}, {
-        "name": "path", "image_column": "column", "label_column": "column", "max_train_samples": "count",
+        "name": "data", "image_column": "column", "label_column": "column", "max_train_samples": "count",
         "max_eval_samples": "count", "seed": "seed", "streaming": "flag",
     }  # fmt: skip
     yield "ImageDataset", images.ImageDataset, lambda: {"split": digits()["train"], "transform": transform()}, {
         "split": "mapping", "transform": "mapping", "seed": "seed", "on_bad_image": "name",
     }  # fmt: skip
     yield "set_epoch", images.ImageDataset(digits()["train"], transform()).set_epoch, lambda: {"epoch": 1}, {
-        "epoch": "integer",
+        "epoch": "index",
     }  # fmt: skip
     yield "ImageStream", _stream, dict, {
         "batch_size": "count", "num_samples": "many", "rank": "index", "world_size": "count", "seed": "seed",
@@ -436,7 +440,7 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
     yield "fold_powergrad", pgt_hf.fold_powergrad, lambda: {"model": _alpha_in_config()}, [("alpha", 0.5)]
     yield "ImageTransform", config, dict, [
         ("crop_pct", 0.0), ("crop_pct", 5), ("mean", (0.5,)), ("std", (0.5,)), ("interpolation", "cubicc"),
-        ("input_size", (32, 32)),
+        ("input_size", (32, 32)), ("input_size", (1, 32, 32)), ("std", (0.0, 1.0, 1.0)), ("mean", (NAN, 0.0, 0.0)),
     ]  # fmt: skip
     yield "create_model", images.create_model, lambda: {
         "name": "vit_tiny_patch16_224", "label_names": ["a", "b"],
@@ -480,8 +484,14 @@ def _special() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str,
         ("decay_epochs", []), ("decay_epochs", [-1]), ("decay_epochs", 5), ("decay_epochs", "30"),
         ("optim_args", "lr=5"),
         ("lr_scheduler_type", "cosin"), ("clip_value", 1.0), ("clip_mode", "norm"), ("fp16", True), ("max_steps", 0),
-        ("optim_args", "momentum"),
+        ("optim_args", "momentum"), ("decay_epochs", [60, 30]), ("optim_args", {"momentum": 0.9}), ("report_to", 5),
+        ("metric_for_best_model", 5), ("output_dir", "a\0b"),
     ]  # fmt: skip
+    yield "ImageTrainer", _image_trainer, dict, [
+        ("mean", 0.5), ("mean", (0.5,)), ("std", (0.0,) * 3), ("class_weights", torch.tensor([1.0, NAN, 1.0])),
+    ]  # fmt: skip
+    yield "create_optimizer", sgd, lambda: {"opt": "powergrad_adamw"}, [("betas", (0.9,)), ("momentum", 0.9)]
+    yield "collate", images.collate, lambda: {"examples": []}, [("examples", [])]
 
 
 def _plain() -> dict[str, Any]:

@@ -336,6 +336,31 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("domain_adaptation.py", "--targets contrast:3 contrast:3", "--targets"),
         ("domain_adaptation.py", "--methods bn bn", "--methods"),
         ("domain_adaptation.py", "--alphas 0.5 0.5", "--alphas"),
+        # right one by one, wrong together or for this data
+        ("calibration.py", "--model-name vit_tiny_patch16_224 --image-size 33", "--image-size"),
+        ("calibration.py", "--model-name vgg11 --image-size 8", "--image-size"),
+        ("calibration.py", "--batch-size 65", "--batch-size"),
+        ("calibration.py", "--bins 1000000000", "--bins"),
+        ("calibration.py", "--num-workers 100000000000000000000", "--num-workers"),
+        ("calibration.py", "--output-dir {bad}/run", "--output-dir.*another program's run"),
+        ("calibration.py", "--output-dir {bad}/nowhere-link", "--output-dir.*link"),
+        ("calibration.py", "--dataset-name " + "n" * 300, "--dataset-name"),
+        ("alpha_search.py", "--seeds 0 1 2", "--seeds"),
+        ("alpha_search.py", "--lr-points 100000000", "--lr-points"),
+        ("alpha_search.py", "--storage sqlite://", "--storage"),
+        ("alpha_search.py", "--storage journal:{bad}/afile", "--storage.*no journal"),
+        ("domain_adaptation.py", "--targets digits", "--targets"),
+        ("domain_adaptation.py", "--model-name vit_tiny_patch16_224", "--image-size"),
+        ("domain_adaptation.py", "--model-name vgg11 --image-size 32", "--methods.*bn"),
+        ("domain_adaptation.py", "--output-dir {bad}/run", "--output-dir.*another program's run"),
+        ("prepare.py", "--verify --label-column x", "--label-column"),
+        ("prepare.py", "--dataset-name {bad}/oneclass --output-dir {bad}/oneclass/out", "--output-dir"),
+        ("text_classification.py", "--dataset-config x", "--dataset-config"),
+        ("language_modeling.py", "--dataset-config x", "--dataset-config"),
+        ("language_modeling.py", "--optim adafactor --optim-args x=1", "--optim-args"),
+        ("imagenet.py", "--optim powergrad_adamw --optim-args momentum=0.9", "--optim-args.*momentum"),
+        ("imagenet.py", "--schedule step --decay-epochs 60 30", "--decay-epochs"),
+        ("evaluate_images.py", "--output {bad}/notes.docx", "--output.*json"),
         # near what is meant
         ("imagenet.py", "--dataset-name Digits", "--dataset-name.*near: digits"),
         ("text_classification.py", "--dataset-name docstring", "--dataset-name.*near: docstrings"),
@@ -358,6 +383,7 @@ def _typed(bad: Path) -> Iterator[Command]:
         ("export {bad}/brokenmodel t", "brokenmodel|config"),
         ("export {bad}/run t --license not-a-licence", "license"),
         ("export {bad}/run t --repo-id a/b/c", "repo"), ("export {bad}/run {bad}/run", "target|run"),
+        ("export {bad}/run {bad}/oneclass", "target"),
         ("export {bad}/nowhere t", "nowhere"), ("export {bad}/run {bad}/afile", "afile"), ("export", "RUN"),
         ("report {bad}/nowhere", "nowhere"), ("report {bad}/run --mistakes -1", "mistakes"),
         ("report {bad}/run --mistakes x", "mistakes"), ("report {bad}/run --max-images 0", "max"),
@@ -413,6 +439,8 @@ def _bad_files(folder: Path) -> Path:
         Image.new("L", (8, 8), 10 * i).save(folder / "oneclass" / "only" / f"{i}.png")
         for kind in ("a", "b"):
             (folder / "broken" / kind / f"{i}.png").write_bytes(b"no image")
+    if not (folder / "nowhere-link").is_symlink():
+        (folder / "nowhere-link").symlink_to("nowhere")
     (folder / "run" / "run.json").write_text(json.dumps({"arguments": {"dataset_name": "digits"}}), encoding="utf-8")
     if not (folder / "run" / "model.safetensors").exists():
         from pgt_hf.images import create_model

@@ -234,7 +234,7 @@ def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path
     domain, names = recipe["load"](args, str(tmp_path), [str(number) for number in range(10)])
     assert names == [str(number) for number in range(10)]
     assert [row["labels"] for row in domain["validation"]] == digits["validation"]["label"][:]
-    with pytest.raises(ValueError, match="has other classes than digits"):
+    with pytest.raises(ValueError, match="must have the classes of digits"):
         recipe["load"](args, str(tmp_path), ["cat", "dog"])
 
 

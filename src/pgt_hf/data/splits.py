@@ -55,19 +55,19 @@ def split_of(name: str, *, alone: bool = False) -> str | None:
 
 
 def find_column(
-    columns: Sequence[str], what: str, wanted: str | None, usual: Sequence[str], typed: Sequence[str] = ()
+    columns: Sequence[str], where: str, what: str, wanted: str | None, usual: Sequence[str], typed: Sequence[str] = ()
 ) -> str:
     """The column that the user named, else the first with a usual name, else the only one of the right type.
 
     Raises:
-        ValueError: There is none, or several could be meant; the message calls it ``what``.
+        ValueError: There is none, or several could be meant; the message says ``where`` and calls it ``what``.
     """
     if wanted is not None and wanted not in columns:
-        raise ValueError(f"{what}_column must be one of {list(columns)}, got {wanted!r}")
+        raise ValueError(f"{where}: {what}_column must be one of {list(columns)}, got {wanted!r}")
     known = {column.casefold(): column for column in reversed(columns)}
     found = [wanted] if wanted else [known[name] for name in usual if name in known]
     if not found and len(typed) != 1:
-        raise ValueError(f"no {what} column among {list(columns)}; name it with {what}_column")
+        raise ValueError(f"{where}: no {what} column among {list(columns)}; name it with {what}_column")
     return (found or list(typed))[0]
 
 

@@ -24,7 +24,7 @@ from ..runs.dataset_terms import dataset_terms
 from ..runs.record import CONFIG, CURVE, REPORT, WEIGHTS, Run, is_hub_id, model_folder, read_evaluation, read_run
 from .card import check_claims, model_card
 from .checkpoint_files import unpack_checkpoint
-from .safetensors_layout import rewrite_safetensors
+from .safetensors_layout import read_header, rewrite_safetensors
 from .upload import check_push_access, check_repo_id, push_release, refuse_leaks
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,10 @@ def prepare_release(
         config |= {"powergrad_alpha": run.alpha, "powergrad_folded": fold or bool(config.get("powergrad_folded"))}
     if not any(model.glob("*.safetensors")):
         raise FileNotFoundError(f"there is no {WEIGHTS} in {model}; only safetensors are published")
+    for path in model.glob("*.safetensors"):
+        read_header(path)  # raises for a damaged file, before anything is written
+    if "model_type" not in config:
+        raise ValueError(f"{os.fspath(model / CONFIG)!r} must be the config of a model, it names no model_type")
 
     target.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if config.get("model_type") == "timm_wrapper" else ""

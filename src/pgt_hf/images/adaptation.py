@@ -5,7 +5,7 @@ a threshold) takes those of ``alpha * logits``: PGT trains ``softmax(alpha z)``.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -195,6 +195,17 @@ def confident_labels(logits: Tensor, threshold: float) -> Tensor:
     """The best class where ``softmax(logits)`` gives it at least ``threshold``, else ``IGNORED``."""
     confidence, labels = torch.softmax(logits.detach(), dim=-1).max(dim=-1)
     return torch.where(confidence >= threshold, labels, IGNORED)
+
+
+def check_methods(methods: Iterable[str], network: nn.Module) -> None:
+    """Raises ValueError for a method that would change nothing in a network with other layers."""
+    layers = {"bn": (nn.modules.batchnorm._BatchNorm,), "tent": _NORMS}
+    for method, kinds in layers.items():
+        if method in methods and not any(isinstance(module, kinds) for module in network.modules()):
+            raise ValueError(
+                f"methods must leave out {method!r} for a {type(network).__name__}, which has no layers to adapt, "
+                f"got {method!r}"
+            )
 
 
 def train_norms_alone(network: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def load_classifier(name: str | os.PathLike[str], weights: str | os.PathLike[str
     else:
         try:
             model = AutoModelForImageClassification.from_pretrained(place)
-        except (KeyError, OSError, ValueError) as error:
+        except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             reason = " ".join(str(error).split())
             if Path(place).is_dir():
                 kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason)
@@ -213,7 +214,7 @@ def _read_state(file: str) -> dict[str, Tensor]:
     try:
         state = load_state_dict(file, use_ema=False, weights_only=True)
     except Exception as error:  # torch and safetensors have no one class for "this is no such file"
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"weights {file!r} could not be read as tensors alone: {reason}") from error
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights {file!r} hold no state dict")

@@ -48,7 +48,7 @@ class _Epochs:
         return int(self._epoch)
 
     @checked
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: Annotated[int, Whole("[0, inf)")]) -> None:
         """Counts from the next batch on, in running workers too; in a stream from the next iteration on."""
         self._epoch.fill_(epoch)
 

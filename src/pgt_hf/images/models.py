@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, load_pretrained, register_model
 from torch import nn
@@ -54,9 +55,7 @@ def create_model(
         model_args |= {"base": name, "norm_free": norm_free, "small_images": small_images}
 
     try:
-        network = timm.create_model(architecture, pretrained=pretrained, num_classes=len(label_names), **model_args)
-    except OSError as error:
-        raise OSError(f"pretrained: timm's weights of {name!r} are not available: {error}") from error
+        network = _with_weights(name, architecture, pretrained, num_classes=len(label_names), **model_args)
     except TypeError as error:
         wanted = ", ".join(timm_kwargs)
         raise ValueError(f"name must be a timm model that takes {wanted}, got {name!r}: {error}") from error
@@ -70,8 +69,25 @@ def create_model(
         label2id={label: number for number, label in names.items()},
     )
     model = TimmWrapperForImageClassification(config)
-    model.timm_model.load_state_dict(network.state_dict())  # the wrapper draws its head anew
+    try:
+        model.timm_model.load_state_dict(network.state_dict())  # the wrapper draws its head anew
+    except RuntimeError as error:  # of windows that shrink with the image
+        raise ValueError(f"image_size must be one that {name} can be adapted to, got {image_size}: {error}") from error
     return model
+
+
+def timm_network(name: str, classes: int, side: int, *, pretrained: bool = False) -> nn.Module:
+    """A timm network as it is, without the wrapper, for images of this side."""
+    network: nn.Module = _with_weights(name, name, pretrained, num_classes=classes)
+    fit_image_size(network, side)
+    return network
+
+
+def _with_weights(name: str, architecture: str, pretrained: bool, **options: Any) -> Any:
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, **options)
+    except OSError as error:
+        raise OSError(f"pretrained: timm's weights of {name!r} are not available: {error}") from error
 
 
 def check_names(label_names: Sequence[str]) -> None:
@@ -87,13 +103,29 @@ def fit_image_size(network: nn.Module, side: int) -> dict[str, int]:
         The options with which ``timm.create_model`` builds it at that size; most networks take any size and need none.
     """
     set_input_size = getattr(network, "set_input_size", None)
-    if set_input_size is None:
-        return {}
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))
-    if side % max(patch):
-        raise ValueError(f"image_size must be a multiple of {max(patch)}, the side of a patch, got {side}")
-    set_input_size(img_size=side)
-    return {"img_size": side}
+    if set_input_size is not None:
+        if side % max(patch):
+            raise ValueError(f"image_size must be a multiple of {max(patch)}, the side of a patch, got {side}")
+        set_input_size(img_size=side)
+    _try_image_size(network, side)
+    return {} if set_input_size is None else {"img_size": side}
+
+
+def _try_image_size(network: nn.Module, side: int) -> None:
+    """Raises ValueError if an image is too small for the network's layers, or not of the one size that it takes."""
+    if side == getattr(network, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-1]:
+        return
+    training, parameter = network.training, next(network.parameters())
+    try:
+        with torch.no_grad():
+            network.eval()(parameter.new_zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"image_size must be one that a {type(network).__name__} can process, got {side}: {error}"
+        ) from error
+    finally:
+        network.train(training)
 
 
 @register_model

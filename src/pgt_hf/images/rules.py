@@ -33,7 +33,7 @@ class TimmName:
         architecture, _, tag = place.partition(".")
         if timm.is_model(architecture) and (not tag or place in timm.list_pretrained(f"{architecture}.*")):
             return
-        if self.folder and place and Path(place).is_dir():
+        if self.folder and os.path.isdir(place):
             if Path(place, "config.json").is_file():
                 return
             raise ValueError(f"{name}: the folder {place!r} holds no config.json; one of a model or checkpoint does")

@@ -6,7 +6,6 @@ is an error that says what to do.
 
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -20,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
+from ..data.loading import how_to_get, load_dataset
 from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, train_and_validation
 from ..data.tables import in_words
 from ..extras import require
@@ -98,9 +97,10 @@ def load_image_dataset(
         >>> load_image_dataset("digits")["validation"].num_rows
         360
     """
+    name = os.fspath(name)
     cache = Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
     if name == DEFAULT_DATASET and get_token() is None and not Path(name).is_dir() and not cache.is_dir():
-        raise PermissionError(_how_to_get(name, "no Hugging Face token was found on this machine"))
+        raise PermissionError(how_to_get(name, "no Hugging Face token was found on this machine"))
     local = (_digits(seed), {}) if name == DIGITS else read_local(name)
     if local is not None and config is not None:
         raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
@@ -114,7 +114,10 @@ def load_image_dataset(
     limits = {"train": max_train_samples, "validation": max_eval_samples}
     if local is None and streaming:
         return _stream(name, config, select, limits, seed)
-    splits, folders = (_load(name, config), {}) if local is None else local
+    if local is None:
+        is_arrow = any(Path(name).glob("*.arrow")) and not Path(name, "state.json").is_file()
+        local = (map_arrow(Path(name)) if is_arrow else load_dataset(name, config)), {}  # which would copy it
+    splits, folders = local
     optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
     splits = DatasetDict(
         {key: select(split, folder=folders.get(key), optional=optional[key]) for key, split in splits.items()}
@@ -143,53 +146,10 @@ def num_images(dataset: Dataset | IterableDataset | IndexedStream) -> int | None
     return splits["train"].num_examples if "train" in splits else None
 
 
-def _how_to_get(name: str, reason: str) -> str:
-    return (
-        f"{name!r} is a gated data set, and {reason}. To get it:\n"
-        f"  1. log in and accept its terms at https://huggingface.co/datasets/{name}\n"
-        "  2. make a token with read access at https://huggingface.co/settings/tokens\n"
-        "  3. run `hf auth login`, or set HF_TOKEN to the token\n"
-        "Or use other data: --dataset-name digits, a local folder of Parquet files or images, or another Hub id."
-    )
-
-
-def _load(name: str, config: str | None, **options: Any) -> Any:
-    """From the Hub, or a folder as ``datasets`` writes it."""
-    if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
-        found = datasets.load_from_disk(name)
-        return found if isinstance(found, DatasetDict) else DatasetDict({"train": found})
-    if not options and any(Path(name).glob("*.arrow")):  # load_dataset would copy them
-        return map_arrow(Path(name))
-    try:
-        return datasets.load_dataset(name, config, **options)
-    except FileNotFoundError as error:
-        if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
-            reason = "the present token has no access to it" if get_token() else "no token was found"
-            raise PermissionError(_how_to_get(name, reason)) from error
-        raise FileNotFoundError(
-            f"{name!r} is neither a local file or folder of images nor a data set on the Hub that can be read: "
-            f"{in_words(error)}"
-        ) from error
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{name!r} is neither a local folder nor in the cache, and the Hub could not be reached: {error}"
-        ) from error
-    except (DatasetsError, EOFError, ValueError, tarfile.TarError) as error:
-        if "onfig name is missing" in str(error):
-            choices = datasets.get_dataset_config_names(name)
-            raise ValueError(f"dataset_config must be one of {choices} for {name!r}, got None") from error
-        for file in sorted(Path(name).rglob("*.parquet")):
-            try:
-                pq.read_metadata(file)
-            except (OSError, pa.ArrowException) as damage:
-                raise ValueError(f"{str(file)!r} cannot be read: {damage}") from error
-        raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
-
-
 def _stream(
     name: str, config: str | None, select: Callable[..., Any], limits: Mapping[str, int | None], seed: int
 ) -> dict[str, Any]:
-    splits = _load(name, config, streaming=True)
+    splits = load_dataset(name, config, streaming=True)
     held_out = next((key for key in EVALUATION_SPLITS if key in splits and _begins_labelled(splits[key])), None)
     if "train" not in splits or held_out is None:
         raise ValueError(
@@ -206,7 +166,7 @@ def _stream(
     else:  # asked for the split alone, load_dataset would still download every file of the data set
         alone = {held_out: list(files[held_out])}
         options = {"features": splits["train"].features, "verification_mode": "no_checks"}
-        validation = select(_load(name, config, data_files=alone, split=held_out, **options))
+        validation = select(load_dataset(name, config, data_files=alone, split=held_out, **options))
         validation = draw(labelled_rows(validation, f"{name!r}, split {held_out!r}"), limits["validation"], seed)
     _check_readable(validation, name)
 
@@ -273,18 +233,16 @@ def _image_and_label(
     of_images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
     of_classes = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
     among = split.column_names if image_column else of_images or split.column_names
+    where = repr(name)
+    columns = {find_column(among, where, "image", image_column, _IMAGE_COLUMNS, of_images): "image"}
     try:
-        columns = {find_column(among, "image", image_column, _IMAGE_COLUMNS, of_images): "image"}
-        try:
-            label = find_column(split.column_names, "label", label_column, _LABEL_COLUMNS, of_classes)
-            if label in columns:
-                raise ValueError(f"image_column and label_column must be two columns, got {label!r} for both")
-            columns[label] = "label"
-        except ValueError:
-            if not optional:
-                raise
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from error
+        label = find_column(split.column_names, where, "label", label_column, _LABEL_COLUMNS, of_classes)
+        if label in columns:
+            raise ValueError(f"{where}: image_column and label_column must be two columns, got {label!r} for both")
+        columns[label] = "label"
+    except ValueError:
+        if not optional:
+            raise
     split = split.select_columns(list(columns))
     for old, new in columns.items():
         if old != new:

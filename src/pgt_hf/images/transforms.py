@@ -19,7 +19,7 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torch import Tensor
 from torchvision import transforms
 
-from ..limits import Number, OneOf, checked
+from ..limits import Number, OneOf, Positive, Whole, checked
 from .decoding import Box, Size, check_pixels, decode
 from .device_transforms import LUMA
 from .rules import AutoAugment
@@ -48,6 +48,17 @@ _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 _ON_TENSORS = (MaybePILToTensor, transforms.CenterCrop, *_FLIPS)
 _STACKED = ("pixel_values", "augmentation")
 _IN_TORCH = (transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC)
+
+
+_OF_CHANNELS: dict[str, Number] = {"mean": Number(), "std": Number("(0, inf)"), "input_size": Whole("[1, 8192]")}
+
+
+def check_channels(name: str, values: Any) -> None:
+    """Raises TypeError or ValueError unless a ``mean``, ``std`` or ``input_size`` has its three numbers."""
+    if not hasattr(values, "__len__") or len(values) != 3 or (name == "input_size" and values[0] != 3):
+        raise ValueError(f"{name} must have 3 numbers, for RGB, got {values!r}")
+    for value in values:
+        _OF_CHANNELS[name].check(name, value)
 
 
 class ImageTransform:
@@ -94,9 +105,10 @@ class ImageTransform:
                 raise ValueError(f"augmentation must be that of one image, got {name}: {_ELSEWHERE[name]}")
         own = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation") or "bicubic"}
         check_augmentation(own | augmentation)
-        for name in ("mean", "std", "input_size"):
-            if config.get(name) is not None and len(config[name]) != 3:
-                raise ValueError(f"config: {name} must have 3 numbers, got {config[name]!r}")
+        for name in _OF_CHANNELS:
+            if config.get(name) is not None:
+                check_channels(name, config[name])
+                config = {**config, name: np.asarray(config[name]).tolist()}
         options = resolve_data_config(pretrained_cfg=dict(config))
         self.normalize = normalize and not on_device
         self.mean, self.std = tuple(options["mean"]), tuple(options["std"])
@@ -237,7 +249,7 @@ def _draw(steps: Sequence[Any]) -> Tensor:
 
 
 @checked
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[Positive]) -> Tensor:
     """Images of 0..255, shape (N, 3, H, W), to float32 of zero mean and unit deviation, on their own device.
 
     Example:
@@ -264,6 +276,8 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         >>> collate([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}] * 2)["labels"]
         tensor([1, 1])
     """
+    if not len(examples) or any("labels" not in example for example in examples):
+        raise ValueError(f"examples must be at least one, each with labels, got {str(examples)[:80]}")
     stacked = {name: torch.stack([example[name] for example in examples]) for name in _STACKED if name in examples[0]}
     return stacked | {"labels": torch.tensor([example["labels"] for example in examples], dtype=torch.long)}
 

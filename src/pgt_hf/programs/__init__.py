@@ -15,7 +15,7 @@ from ..data.workers import use_worker_server
 from ..limits import ExistingPath
 from ..runs import environment
 from ..runs.folder import claim_folder
-from ..runs.record import CONTENTS, METRICS
+from ..runs.record import CONTENTS, METRICS, read_record
 from ..trainer.checkpoint_folders import find_checkpoint
 from ..trainer.stopping import StopOnSigterm
 from .command_line import errors_in_one_line, parse, quiet_libraries, read_config
@@ -32,6 +32,8 @@ __all__ = [
     "quiet_libraries",
     "quiet_other_processes",
     "read_config",
+    "refuse_large_batch",
+    "refuse_other_run",
     "tell",
     "workers_per_process",
 ]
@@ -95,6 +97,21 @@ def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, s
         if args.process_index == 0 and folder.is_dir():
             claim_folder(folder)
         return stop, find_checkpoint(resume, folder)
+
+
+def refuse_large_batch(name: str, batch: int, images: int, processes: int = 1, whose: str = "") -> None:
+    """Raises ValueError if a batch takes more images than there are for each process."""
+    if batch > images // processes:
+        raise ValueError(
+            f"{name} must be at most {images // processes}, the training images{whose} for each process, got {batch}"
+        )
+
+
+def refuse_other_run(folder: str | os.PathLike[str], argument: str | None = None) -> None:
+    """Raises ValueError if the folder holds the run of another program: one whose record lacks ``argument``."""
+    record = read_record(folder)
+    if record and argument not in record.get("arguments", {}):
+        raise ValueError(f"output_dir must not be the folder of another program's run, got {os.fspath(folder)!r}")
 
 
 def quiet_other_processes(process_index: int) -> None:

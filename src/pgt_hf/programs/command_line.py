@@ -185,9 +185,13 @@ class _Parser(HfArgumentParser):
         if required := re.match(r"the following arguments are required: (.*)", message):
             message = f"{required[1]} must be given, got none"
         elif unknown:
-            word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1])
+            word = next((word for word in unknown[1].split() if word.startswith("-")), unknown[1].split()[0])
+            place = next((i for i, other in enumerate(self.words) if other.split()[:1] == [word]), 0)
+            before = next((other for other in reversed(self.words[:place]) if other.startswith("--")), "")
             close = near(word.partition("=")[0].replace("_", "-"), _flags.values())
             message = f"{word.partition('=')[0]} is no argument of this program{close or '; see --help'}"
+            if before and not word.startswith("-"):
+                message = f"{before} must be followed by one value, got also {word!r}; quote a value that has blanks"
         elif flags:
             flag = flags[1].split("/")[-1]
             after = [self.words[i + 1] for i, word in enumerate(self.words[:-1]) if word in flags[1].split("/")]

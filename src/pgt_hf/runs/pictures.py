@@ -47,11 +47,7 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         raise ValueError("folders must name at least one run, got none")
     drawn: list[Path] = []
     runs: dict[str, dict[str, float]] = {}
-    for folder in map(Path, folders):
-        recorded, history = folder / DIAGNOSTICS, read_history(folder)
-        data = History.read(recorded) if recorded.is_file() else {}
-        if not data and not history:
-            raise FileNotFoundError(f"{folder} has no record of a run: no {DIAGNOSTICS}, no history, no checkpoint")
+    for folder, (data, history) in {Path(folder): _recorded(Path(folder)) for folder in folders}.items():
         (folder / "plots").mkdir(exist_ok=True)
         title = folder.name + (f", alpha = {data['alpha'][-1]:g}" if data else "")
         for name, (draw, needed) in _PICTURES.items():
@@ -67,6 +63,15 @@ def draw_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         drawn.append(Path(folders[0], "plots", "against_alpha.png"))
         plot_against_alpha(runs, drawn[-1])
     return drawn
+
+
+def _recorded(folder: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """What was recorded for the pictures, and what was logged."""
+    recorded, history = folder / DIAGNOSTICS, read_history(folder)
+    data = History.read(recorded) if recorded.is_file() else {}
+    if not data and not history:
+        raise FileNotFoundError(f"{folder} has no record of a run: no {DIAGNOSTICS}, no history, no checkpoint")
+    return data, history
 
 
 def _final_values(data: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str, float]:

@@ -29,7 +29,7 @@ def predict_images(
         >>> predict_images("runs/digits", ["three.png"], top=1)
         {PosixPath('three.png'): [('3', 0.998)]}
     """
-    files = [file for path in map(Path, paths) for file in (_images_in(path) if path.is_dir() else [path])]
+    files = [file for path in map(Path, paths) for file in (_images_in(path) if os.path.isdir(path) else [path])]
     if not files:
         raise FileNotFoundError(f"there is no image; folders are searched for {', '.join(SUFFIXES)}")
     run, where = read_run(folder), model_folder(folder)

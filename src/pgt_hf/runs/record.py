@@ -168,7 +168,12 @@ def read_history(
     """The log entries of a checkpoint, if given; else of the run, else of its newest checkpoint."""
     run, lines = Path(folder), Path(folder, HISTORY)
     if checkpoint is None and lines.is_file():
-        return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(
+                f"{os.fspath(lines)!r} must hold JSON in every line, but cannot be read: {error}"
+            ) from error
     newest = sorted(run.glob(f"checkpoint-*/{STATE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     states = [run / STATE, *newest] if checkpoint is None else [Path(checkpoint, STATE)]
     state = next(filter(None, map(_json, states)), None)
@@ -249,6 +254,9 @@ def _json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{os.fspath(path)!r} must hold JSON, but cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{os.fspath(path)!r} must hold an object of JSON, got a {type(found).__name__}")
+    for key in ("arguments", "data"):
+        if not isinstance(found.get(key, {}), dict):
+            raise ValueError(f"{os.fspath(path)!r} must hold an object in {key!r}, got {str(found[key])[:60]}")
     return found
 
 

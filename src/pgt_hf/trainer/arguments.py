@@ -3,7 +3,9 @@
 import inspect
 import re
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -14,7 +16,19 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..clipping import CLIP_MODES, check_clipping
 from ..functional import check_alpha
-from ..limits import Needs, Number, OneOf, Positive, RepoId, Share, Text, Whole, WritableFolder, check_fields
+from ..limits import (
+    Needs,
+    Number,
+    OneOf,
+    Positive,
+    RepoId,
+    Share,
+    Text,
+    Whole,
+    WritableFolder,
+    check_fields,
+    check_type,
+)
 from ..optim import DEFAULT_ALPHA, PREFIX, allowed_options
 from .registration import SET_ELSEWHERE, parse_optim_args
 
@@ -117,6 +131,9 @@ class PowerGradTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self), RULES)
+        check_type("optim_args", self.optim_args, str, NoneType)
+        check_type("metric_for_best_model", self.metric_for_best_model, str, NoneType)
+        check_type("report_to", self.report_to, str, list, tuple, NoneType)
         self.alpha_given = self.alpha is not None
         self.alpha = DEFAULT_ALPHA if self.alpha is None else float(check_alpha(self.alpha))
         check_clipping(self.clip_mode, self.clip_value)
@@ -136,8 +153,6 @@ class PowerGradTrainingArguments(TrainingArguments):
         if optim.startswith(PREFIX):
             parse_optim_args(optim, self.optim_args, SET_ELSEWHERE)
             self._check_adam(optim)
-        elif self.optim_args and optim in ("adamw_torch", "adamw_torch_fused"):
-            raise ValueError(f"optim_args must be left out with {optim!r}, which takes none, got {self.optim_args!r}")
         lower_is_better = _LOWER_IS_BETTER.fullmatch(self.metric_for_best_model or "")
         if getattr(self, "greater_is_better", None) is None and lower_is_better:
             self.greater_is_better = False
@@ -179,11 +194,16 @@ class PowerGradTrainingArguments(TrainingArguments):
     def _check_installed(self, optim: str) -> None:
         from transformers import Trainer
 
+        without, idle = copy(self), False
+        without.optim_args = None
         try:
             with suppress(ValueError):  # for some it takes a model
-                Trainer.get_optimizer_cls_and_kwargs(self)
+                chosen = Trainer.get_optimizer_cls_and_kwargs(self)
+                idle = bool(self.optim_args) and Trainer.get_optimizer_cls_and_kwargs(without) == chosen
         except ImportError as error:
             raise ValueError(f"optim must name what is installed, got {optim!r}: {error}") from error
+        if idle:
+            raise ValueError(f"optim_args must be left out with {optim!r}, which takes none, got {self.optim_args!r}")
 
     def _check_adam(self, optim: str) -> None:
         """Refuses Trainer's options of Adam for an optimizer that has no such options."""

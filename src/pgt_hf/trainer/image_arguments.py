@@ -65,6 +65,8 @@ class ImageTrainingArguments(PowerGradTrainingArguments):
             raise ValueError(
                 f"warmup_epochs must be at most num_train_epochs, {self.num_train_epochs}, got {self.warmup_epochs}"
             )
+        if sorted(set(self.decay_epochs)) != list(self.decay_epochs):
+            raise ValueError(f"decay_epochs must be in ascending order, each once, got {self.decay_epochs}")
         if self.neftune_noise_alpha is not None:
             raise ValueError(f"neftune_noise_alpha must be left out for images, got {self.neftune_noise_alpha}")
         if self.label_names not in (None, ["labels"]):

@@ -29,7 +29,7 @@ from ..functional import IGNORED
 from ..images.dataset import ImageStream
 from ..images.device_transforms import augment
 from ..images.seeding import seed_step
-from ..images.transforms import normalize
+from ..images.transforms import check_channels, normalize
 from ..limits import check_type
 from ..runs.record import EMA, WEIGHTS
 from .checkpoints import AtomicCheckpoints, temporarily
@@ -89,6 +89,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         check_type("class_weights", class_weights, Tensor, NoneType)
         if class_weights is not None and class_weights.shape != (classes,):
             raise ValueError(f"class_weights must have shape ({classes},), got {tuple(class_weights.shape)}")
+        if class_weights is not None and not bool((class_weights >= 0).all() & class_weights.isfinite().all()):
+            raise ValueError(f"class_weights must be finite and at least 0, got {class_weights.tolist()}")
         mixing = args.mixup > 0 or args.cutmix > 0
         if mixing and args.per_device_train_batch_size % 2:
             raise ValueError(
@@ -97,6 +99,9 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             )
         if mixing and not args.dataloader_drop_last:
             raise ValueError("mixup and cutmix need dataloader_drop_last=True: a last, odd batch cannot be paired")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None:
+                check_channels(name, values)
         use_worker_server(args)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -105,8 +110,8 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             raise ValueError("ema_decay needs whole parameters on each process, and FSDP shards them: set it to None")
         self.ema: ModelEmaV3 | None = None
         preprocessing = getattr(model.config, "pretrained_cfg", None) or {}
-        self._mean = tuple(mean or preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN)
-        self._std = tuple(std or preprocessing.get("std") or IMAGENET_DEFAULT_STD)
+        self._mean = tuple(preprocessing.get("mean") or IMAGENET_DEFAULT_MEAN if mean is None else mean)
+        self._std = tuple(preprocessing.get("std") or IMAGENET_DEFAULT_STD if std is None else std)
         self._class_weights = None if class_weights is None else class_weights.float().to(args.device)
         self._mixup: Mixup | None = None
         if mixing:  # one class more, see _mix; the loss smooths the labels

@@ -41,11 +41,13 @@ class Storage:
                 url.get_dialect().import_dbapi()
             except (ArgumentError, ImportError) as error:
                 raise ValueError(f"{message}: {error}") from error
-            file = url.database if url.get_backend_name() == "sqlite" else None
-        elif not file:
-            raise ValueError(message)
-        if file:
+            file = url.database or "" if url.get_backend_name() == "sqlite" else None
+        if file is not None:
+            if file.strip() in ("", ":memory:"):
+                raise ValueError(f"{message}, which names no file")
             WritableFile().check(name, file)
+            if value.startswith(_JOURNAL) and os.path.exists(file) and Path(file).read_bytes()[:1] not in (b"", b"{"):
+                raise ValueError(f"{message}, a file that is no journal")
 
 
 @checked
