@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, a fixed seed; and a device to be given to those that ask for one."""
 
+import multiprocessing
 import os
 import re
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# From Python 3.14 on, a DataLoader's workers come from a server; without this, each of them would import torch anew.
+multiprocessing.set_forkserver_preload(["torch", "pgt_hf.images.dataset"])
 
 
 # Tests of the root that take more than a few seconds; the other files mark their own.

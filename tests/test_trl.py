@@ -35,7 +35,7 @@ def trainer(kind, path, optim="powergrad_adamw", **options):
     args = trl.SFTConfig(
         str(path), optim=optim, optim_args=f"alpha={ALPHA}", learning_rate=LR, weight_decay=0.0, max_grad_norm=0.0,
         lr_scheduler_type="constant", logging_steps=1, report_to="none", use_cpu=True, bf16=False, max_length=32,
-        activation_checkpointing=False, disable_tqdm=True, **options,
+        gradient_checkpointing=False, disable_tqdm=True, **options,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     return kind(model, args=args, train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer)
@@ -106,7 +106,7 @@ def test_its_reward_trainer_takes_no_softmax_and_is_refused(tmp_path):
     )  # fmt: skip
     args = trl.RewardConfig(
         str(tmp_path), optim="powergrad_adamw", max_steps=1, report_to="none", use_cpu=True, bf16=False,
-        activation_checkpointing=False, disable_tqdm=True,
+        gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_dict({"chosen": TEXTS, "rejected": TEXTS[::-1]})
     reward = trl.RewardTrainer(
@@ -124,7 +124,7 @@ def test_its_dpo_trainer_makes_no_logits_and_is_refused(tmp_path):
     )  # fmt: skip
     args = trl.DPOConfig(
         str(tmp_path), optim="powergrad_adamw", max_steps=1, report_to="none", use_cpu=True, bf16=False,
-        activation_checkpointing=False, disable_tqdm=True,
+        gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": ["def"] * 8, "chosen": TEXTS, "rejected": TEXTS[::-1]})
     policy, reference = (transformers.LlamaForCausalLM(config) for _ in range(2))

@@ -315,7 +315,10 @@ def test_bad_images_of_any_kind_are_skipped_or_named(kind, workers, tmp_path, mo
     split = split_of([file_of(photo()), *bad.values(), raw_tiff(levels(65535, "uint16"))])
     images = ImageDataset(split, transform, on_bad_image="skip")
     with caplog.at_level(logging.WARNING):
-        (batch,) = DataLoader(images, len(images), num_workers=workers, collate_fn=collate)
+        how = "forkserver" if workers else None  # where Pillow's limit has to be told to the worker
+        (batch,) = DataLoader(
+            images, len(images), num_workers=workers, collate_fn=collate, multiprocessing_context=how
+        )
     assert batch["labels"].tolist() == [0, *[-100] * len(bad), 0]
     assert images.bad_images == len(bad)
     assert [bool(image.any()) for image in batch["pixel_values"]] == [label == 0 for label in batch["labels"]]

@@ -325,6 +325,14 @@ class _Reader:
     def __init__(self, transform: Any, seed: int, on_bad_image: str) -> None:
         self.transform, self.seed, self.on_bad_image = transform, seed, on_bad_image
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"max_pixels": Image.MAX_IMAGE_PIXELS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker that is not forked from the program, which may have set another limit."""
+        Image.MAX_IMAGE_PIXELS = state.pop("max_pixels")
+        self.__dict__.update(state)
+
     def __call__(
         self, image: Any, label: int, epoch: int, index: int, where: str, count: Callable[[], bool]
     ) -> dict[str, Any]:
