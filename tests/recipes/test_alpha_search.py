@@ -140,13 +140,13 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
         (["--alphas", "0.5", "0.5"], r"--alphas must name at least one, and none twice"),
         (["--lr-low", "0"], r"--lr-low must be a number in \(0, 1e6\], got 0.0"),
         (["--lr-low", "1", "--lr-high", "0.1"], "--lr-high must be above --lr-low, 1.0, got 0.1"),
-        (["--epochs", "0"], "--epochs must be a number above 0, got 0"),
-        (["--batch-size", "100000"], r"--batch-size must be a whole number in \[1, 1437\], got 100000"),
+        (["--epochs", "0"], r"--epochs must be a number in \(0, 1e9\], got 0"),
+        (["--batch-size", "100000"], "--batch-size must be at most 1437, the training images for each process, got 100000"),
         (["--model-name", "resnet1O"], "resnet1O"),
         (["--image-size", "0"], r"--image-size must be a whole number in \[1, 8192\], got 0"),
         (["--storage", "banana://x"], "--storage must be the URL of a database, .*, got 'banana://x'"),
-        (["--confirm-seeds", "1"], "--confirm-seeds must be a whole number of at least 2, got 1"),
-        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
+        (["--confirm-seeds", "1"], r"--confirm-seeds must be a whole number in \[2, 10000\], got 1"),
+        (["--seeds", "0"], r"--seeds must be a whole number in \[1, 10000\], got 0"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):
