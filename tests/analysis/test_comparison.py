@@ -148,7 +148,7 @@ class Remember(TrainerCallback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["powergrad_sgd", "sgd"])
+@pytest.mark.parametrize("optim", ["powergrad_sgd", pytest.param("sgd", marks=pytest.mark.long)])
 def test_the_trainers_own_search_trains_each_trial_with_its_alpha_and_learning_rate(tmp_path, optim):
     trained = Remember()
     args = arguments(tmp_path, ours=True, optim=optim, max_steps=1, logging_strategy="no")

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 def test_training_survives_a_kill_and_a_damaged_file_with_the_same_bits(tmp_path):
     kill_at(None, lambda: train(tmp_path / "whole"), tmp_path / "whole")
     expected = weights(tmp_path / "whole")
-    damaged = [result for _, result in damages(tmp_path, expected, every=17)]
-    killed = dict(kills(tmp_path, expected, every=45))
+    damaged = [result for _, result in damages(tmp_path, expected, every=29)]
+    killed = dict(kills(tmp_path, expected, every=75))
     assert damaged and set(damaged) == {"survived"}
     assert killed and set(killed.values()) == {"survived"}, killed

@@ -141,7 +141,10 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
         (["--lr-low", "0"], r"--lr-low must be a number in \(0, 1e6\], got 0.0"),
         (["--lr-low", "1", "--lr-high", "0.1"], "--lr-high must be above --lr-low, 1.0, got 0.1"),
         (["--epochs", "0"], r"--epochs must be a number in \(0, 1e9\], got 0"),
-        (["--batch-size", "100000"], "--batch-size must be at most 1437, the training images for each process, got 100000"),
+        (
+            ["--batch-size", "100000"],
+            "--batch-size must be at most 1437, the training images for each process, got 100000",
+        ),
         (["--model-name", "resnet1O"], "resnet1O"),
         (["--image-size", "0"], r"--image-size must be a whole number in \[1, 8192\], got 0"),
         (["--storage", "banana://x"], "--storage must be the URL of a database, .*, got 'banana://x'"),

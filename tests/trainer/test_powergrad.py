@@ -43,18 +43,18 @@ def test_the_string_alone_makes_a_plain_trainer_train_with_the_formulas_gradient
 
 @pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_adamw"])
 def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, name):
-    options = "momentum=0.9" if name == "powergrad_sgd" else ""
-    plain_args = ",".join(filter(None, [f"alpha={ALPHA}", options]))
+    options = {"momentum": 0.9} if name == "powergrad_sgd" else {}
+    given = ",".join(f"{key}={value}" for key, value in options.items())
     results = []
     for kind in ("plain", "ours", "own optimizer", "class"):
         model = wrapper()
         extra = {}
         if kind == "plain":
-            args = arguments(tmp_path, optim=name, optim_args=plain_args)
+            args = arguments(tmp_path, optim=name, optim_args=f"alpha={ALPHA},{given}".rstrip(","))
         elif kind == "ours":
-            args = arguments(tmp_path, ours=True, optim=name, optim_args=options or None)
+            args = arguments(tmp_path, ours=True, optim=name, optim_args=given or None)
         else:
-            base = pgt_hf.create_optimizer(wrapper(), name, lr=LR, momentum=0.9)
+            base = pgt_hf.create_optimizer(wrapper(), name, lr=LR, **options)
             accepted = inspect.signature(type(base)).parameters
             defaults = {k: v for k, v in base.defaults.items() if k in accepted}
             args = arguments(tmp_path, ours=True, optim="adamw_torch")

@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 from pgt_hf.analysis import Point
 from pgt_hf.trainer import (
@@ -234,6 +235,22 @@ def test_a_database_that_goes_away_is_waited_for(postgres, impatient, caplog):
     assert [point.alpha for point in points] == [0.25, 0.5, 0.75, 0.25]
     told = [record.message for record in caplog.records if "trying again" in record.message]
     assert len(told) == 1 and "\n" not in told[0]
+
+
+def test_a_connection_that_is_cut_in_a_query_is_opened_again(postgres):
+    import psycopg
+
+    study, cut = study_in(postgres.url("cut")), []
+    study.enqueue_trial(GRID[0])
+
+    def close_all(connection, cursor, statement, *_):
+        if "FROM trials" in statement and not cut:
+            cut.append(statement)
+            with psycopg.connect(host="127.0.0.1", port=postgres.port, user="pgt", dbname="postgres") as one:
+                one.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'cut'")
+
+    event.listen(study._storage._backend.engine, "before_cursor_execute", close_all)
+    assert study.ask().number == 0 and cut
 
 
 @pytest.mark.slow

@@ -16,7 +16,14 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from ..limits import WritableFile, check_type, checked
 
@@ -101,7 +108,8 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                 raise  # the method has called another one, which has waited already
             except (DBAPIError, OSError, StorageInternalError) as error:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                if not isinstance(cause, InterfaceError | OperationalError | OSError):
+                # Optuna asks on in a transaction whose connection was cut: that is the pending rollback.
+                if not isinstance(cause, InterfaceError | OperationalError | PendingRollbackError | OSError):
                     raise
                 away = time.monotonic() - begun
                 if away > self.patience:
