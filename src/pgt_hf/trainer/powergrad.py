@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..attach import PowerGradHandle
 from ..heads import find_heads
 from ..limits import check_type
+from ..logits import elem_of
 from ..optim import bind_powergrad, keep_asked_alpha
 from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
@@ -189,7 +190,7 @@ class PowerGradTrainer(Trainer):
         logits = outputs.get("logits") if isinstance(outputs, dict) else outputs
         if not isinstance(logits, Tensor):
             return
-        norms = logits.detach().float().flatten(0, -2).norm(dim=-1)
+        norms = elem_of(logits).detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
         self._logit_rows += norms.numel()
 
