@@ -10,7 +10,7 @@ import pytest
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.atomic import WriteError
 from pgt_hf.images import BadImageError
-from pgt_hf.limits import Count, Needs, Share, WritableFolder
+from pgt_hf.limits import Count, Needs, Share, WritableFolder, WrongRunError
 from pgt_hf.programs import RunArguments, errors_in_one_line, parse, tell
 
 
@@ -52,7 +52,10 @@ def test_defaults_may_depend_on_what_was_asked_first(monkeypatch):
     assert read(monkeypatch, defaults=defaults, early=("name",))[0].size == 1
 
 
-@pytest.mark.parametrize("error", [WriteError("a.json could not\nbe written"), BadImageError("image 3: is\nbad")])
+@pytest.mark.parametrize(
+    "error",
+    [WriteError("a.json could not\nbe written"), BadImageError("image 3: is\nbad"), WrongRunError("another\nrun's")],
+)
 def test_error_that_comes_in_the_midst_of_a_program_is_one_line_if_it_is_the_users_to_mend(error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", None)
     read(monkeypatch)

@@ -23,12 +23,16 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 __all__ = [
     "HUB_ID", "Count", "DataSet", "Epochs", "ExistingPath", "Folder", "ModelName", "Needs", "NonNegative", "Number",
     "OneOf", "Positive", "Rate", "RepoId", "Rule", "Seed", "Share", "Text", "Whole", "Workers", "WritableFile",
-    "WritableFolder", "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
+    "WritableFolder", "WrongRunError", "check_fields", "check_needs", "check_type", "checked", "near", "rule_for",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 HUB_ID = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class WrongRunError(ValueError):
+    """A checkpoint was made by another run than the one that is to go on; a program says so in one line."""
 
 
 class Rule:

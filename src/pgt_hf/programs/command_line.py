@@ -33,7 +33,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
 from ..atomic import WriteError
-from ..limits import ExistingPath, OneOf, check_fields, check_needs, near
+from ..limits import ExistingPath, OneOf, WrongRunError, check_fields, check_needs, near
 
 __all__ = ["errors_in_one_line", "parse", "quiet_libraries", "read_config"]
 
@@ -285,12 +285,12 @@ def quiet_libraries() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any, *, skips: bool) -> None:
-    """One line for a bad image or a full disk, which the user can fix; a traceback for everything else."""
+    """One line for what the user can fix: a bad image, a full disk, another run's checkpoint; else a traceback."""
     decoding = sys.modules.get("pgt_hf.images.decoding")  # a program for text has none
     if decoding is not None and issubclass(kind, decoding.BadImageError):
         hint = "; --on-bad-image skip leaves such images out" if skips and "--on-bad-image" not in str(error) else ""
         print(_line(f"{error}{hint}"), file=sys.stderr)
-    elif issubclass(kind, WriteError):
+    elif issubclass(kind, WriteError | WrongRunError):
         line = _line(str(error))
         if not _leave_to_first(everywhere=True):
             print(line, file=sys.stderr)

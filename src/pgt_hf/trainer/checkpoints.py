@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..atomic import WriteError, why_not_written
 from ..data.workers import guard_workers
 from ..guard import ALPHA_KEY
+from ..limits import WrongRunError
 from ..manifest import MANIFEST, read_manifest, write_manifest
 from .checkpoint_folders import find_checkpoint, rotate, set_aside, step_of, usable_checkpoints
 from .stopping import EvaluationStopped
@@ -229,7 +230,7 @@ class AtomicCheckpoints(Trainer):
         if wrong:
             known = [key for key in wrong if key not in ("layout", "parameter groups")] or wrong
             found = ", ".join(f"{key} {before[key]}, here {now.get(key)}" for key in known)
-            raise ValueError(
+            raise WrongRunError(
                 f"{checkpoint} cannot be resumed from, it was made by another run ({found}). Give the options of that "
                 "run, or start a new one from its weights"
             )
