@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ try:
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
     from tokenizers import ByteLevelBPETokenizer, processors
 
-    from .data.loading import load_dataset
+    from .data.loading import load_dataset, refuse_config
     from .data.splits import EVALUATION_SPLITS, draw, find_column, split_of, train_and_validation
     from .data.tables import TABLES, by_split, in_words, read_tables, visible_files
 except ModuleNotFoundError as error:
@@ -82,7 +82,8 @@ def load_labelled_text(
         'numpy'
     """
     name = os.fspath(name)
-    splits = _embedded(_docstrings, seed, config) if name == DOCSTRINGS else _load(name, config)
+    local = _docstrings(seed) if name == DOCSTRINGS else _local(Path(name))
+    splits = _local_or_from_hub(local, name, config)
     for key, split in splits.items():
         where, columns = f"{name!r}, split {key!r}", {}
         unlabelled = key != "train" and "train" in splits  # as test sets are often published
@@ -113,7 +114,8 @@ def load_plain_text(
         ['text']
     """
     name = os.fspath(name)
-    splits = _embedded(_stdlib, seed, config) if name == STDLIB else _load(name, config)
+    local = _stdlib(seed) if name == STDLIB else _local(Path(name))
+    splits = _local_or_from_hub(local, name, config)
     for key, split in splits.items():
         splits[key] = _of_text(split, f"{name!r}, split {key!r}", text_column, {})
     if "train" in splits and not splits.keys() & set(EVALUATION_SPLITS) and splits["train"].num_rows < _FEW:
@@ -149,21 +151,11 @@ def train_tokenizer(
     )
 
 
-def _embedded(read: Callable[[int], DatasetDict], seed: int, config: str | None) -> DatasetDict:
-    _refuse_config(config)
-    return read(seed)
-
-
-def _refuse_config(config: str | None) -> None:
-    if config is not None:
-        raise ValueError(f"dataset_config must be left out unless the data set is on the Hub, got {config!r}")
-
-
-def _load(name: str, config: str | None) -> DatasetDict:
-    if (local := _local(Path(name))) is not None:
-        _refuse_config(config)
-        return local
-    return load_dataset(name, config)
+def _local_or_from_hub(local: DatasetDict | None, name: str, config: str | None) -> DatasetDict:
+    if local is None:
+        return load_dataset(name, config)
+    refuse_config(config, name)
+    return local
 
 
 def _local(path: Path) -> DatasetDict | None:

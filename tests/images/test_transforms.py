@@ -3,6 +3,7 @@ import pickle
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from launch import SHARED
@@ -85,7 +86,7 @@ def test_evaluation_agrees_with_timm(more, shape):
     image = photo(*shape)
     theirs = create_transform(**config(**more), normalize=False)
     mean, most = difference(ImageTransform(config(**more), training=False, normalize=False)(image), theirs(image))
-    assert mean < 0.3 and most <= 2  # Pillow 11 rounds a pixel differently
+    assert mean < 0.3 and most <= (1 if PIL.__version__ >= "12" else 2)  # Pillow 11 rounds a pixel differently
 
 
 def test_evaluation_of_a_reduced_jpeg_agrees_with_timm_within_a_level_on_average():

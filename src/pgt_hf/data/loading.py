@@ -13,7 +13,7 @@ from huggingface_hub import get_token
 
 from .tables import in_words
 
-__all__ = ["how_to_get", "load_dataset"]
+__all__ = ["how_to_get", "load_dataset", "refuse_config"]
 
 
 def load_dataset(name: str, config: str | None, **options: Any) -> Any:
@@ -51,6 +51,12 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
             except (OSError, pa.ArrowException) as damage:
                 raise ValueError(f"{str(file)!r} cannot be read: {damage}") from error
         raise ValueError(f"{name!r} cannot be read: {in_words(error)}") from error
+
+
+def refuse_config(config: str | None, name: str) -> None:
+    """Raises ValueError for a configuration of a data set that is not from the Hub."""
+    if config is not None:
+        raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
 
 
 def how_to_get(name: str, reason: str) -> str:

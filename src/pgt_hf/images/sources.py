@@ -23,7 +23,7 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.file_utils import xopen
 from huggingface_hub import get_token
 
-from ..data.loading import how_to_get, load_dataset
+from ..data.loading import how_to_get, load_dataset, refuse_config
 from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, train_and_validation
 from ..data.tables import in_words
 from ..extras import require
@@ -102,8 +102,8 @@ def load_image_dataset(
     if name == DEFAULT_DATASET and get_token() is None and not Path(name).is_dir() and not cache.is_dir():
         raise PermissionError(how_to_get(name, "no Hugging Face token was found on this machine"))
     local = (_digits(seed), {}) if name == DIGITS else read_local(name)
-    if local is not None and config is not None:
-        raise ValueError(f"dataset_config is for data sets from the Hub, got {config!r} for {name!r}")
+    if local is not None:
+        refuse_config(config, name)
     select = partial(
         _image_and_label,
         name=name,
@@ -115,8 +115,9 @@ def load_image_dataset(
     if local is None and streaming:
         return _stream(name, config, select, limits, seed)
     if local is None:
+        # Arrow files alone, without what save_to_disk adds, are mapped: load_dataset would copy them.
         is_arrow = any(Path(name).glob("*.arrow")) and not Path(name, "state.json").is_file()
-        local = (map_arrow(Path(name)) if is_arrow else load_dataset(name, config)), {}  # which would copy it
+        local = (map_arrow(Path(name)) if is_arrow else load_dataset(name, config)), {}
     splits, folders = local
     optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
     splits = DatasetDict(
