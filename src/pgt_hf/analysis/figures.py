@@ -57,6 +57,7 @@ def freed() -> Iterator[None]:
         yield
     finally:
         gc.collect()
+        gc.collect()  # numpy's array of axes, which the collector cannot look into, kept the figure from the first one
         gc.unfreeze()
 
 
