@@ -32,6 +32,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TINY)
 def test_a_few_steps_move_every_parameter_with_pgts_gradient_at_the_logits(family, tmp_path):
     name, options = TINY[family]

@@ -230,6 +230,7 @@ def test_label_smoothing_soft_targets_and_other_ways_to_write_the_loss_are_exact
         assert_same(gradients(model), expected)
 
 
+@pytest.mark.slow
 def test_autocast_gives_the_formulas_gradient_of_the_logits_it_made():
     model, inputs, target = prepare(PLAIN["timm-resnet18"], torch.float32)
     seen = []
@@ -262,6 +263,7 @@ def test_two_halves_accumulated_are_the_whole_batch():
     assert_same(gradients(model), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_loss", [False, True])
 def test_one_compilation_serves_every_alpha(compile_loss):
     model, inputs, target = prepare(PLAIN["timm-resnet18-norm-free"], torch.float32)

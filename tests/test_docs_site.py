@@ -19,6 +19,7 @@ def build(config, target):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     result = build(ROOT / "mkdocs.yml", tmp_path / "site")
     assert result.returncode == 0, result.stderr

@@ -89,6 +89,7 @@ def test_every_argument_agrees_with_cross_entropy_of_scaled_logits(shape, reduct
         assert torch.equal(value, upstream * F.cross_entropy(logits, target, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("kind", "options"),

@@ -32,6 +32,7 @@ def test_what_fails_is_in_the_results_and_does_not_stop_the_rest(monkeypatch, tm
     assert "no such kernel" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_one_line():
     if not torch.cuda.is_available():
         found = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)

@@ -24,6 +24,7 @@ def python(program: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_transform_needs_torch_alone():
     light = "pgt_hf, pgt_hf.functional, pgt_hf.loss, pgt_hf.logits, pgt_hf.attach, pgt_hf.images"
     assert python(f"import sys, {light}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"

@@ -76,7 +76,9 @@ IMPOSSIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=[pytest.mark.slow] if "compiled" in name else []) for name in PROGRAMS]
+)
 @pytest.mark.parametrize("loss", [*EXACT, *REFUSED])
 def test_a_backward_pass_is_pgt_or_an_error(program, loss):
     if (program, loss) in IMPOSSIBLE:
@@ -452,6 +454,7 @@ def test_a_plain_optimizer_that_loads_the_state_of_one_with_pgt_stays_plain():
             assert all("powergrad_alpha" not in group for group in each.param_groups)
 
 
+@pytest.mark.slow
 def test_a_foreign_optimizers_step_is_not_watched_while_nothing_is_attached():
     code = """
 import torch
@@ -502,6 +505,7 @@ def test_alpha_that_is_moved_acts_in_the_next_forward_pass(how, write):
     assert len(set(unique)) == 1
 
 
+@pytest.mark.slow
 def test_alpha_one_is_plain_training_bit_for_bit_compiled_too_and_still_guarded():
     model, (inputs, target) = network(), data()
     step = lambda: torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend="aot_eager")(inputs, target)  # noqa: E731

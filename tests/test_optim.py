@@ -338,6 +338,7 @@ def test_a_closure_without_pgt_is_refused():
         optimizer.step(closure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["step", "everything"])
 def test_a_compiled_step_or_training_step_takes_the_eager_ones_steps(part):
     torch.manual_seed(0)

@@ -175,6 +175,7 @@ class Stop(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 def test_in_a_trainer_a_resumed_run_has_the_very_same_alphas_and_weights(tmp_path, ours):
     whole = make_trainer(tmp_path / "whole", ours)
@@ -192,6 +193,7 @@ def test_in_a_trainer_a_resumed_run_has_the_very_same_alphas_and_weights(tmp_pat
         assert logged(resumed) == logged(whole)
 
 
+@pytest.mark.slow
 def test_a_second_training_begins_with_the_first_alpha_again(tmp_path):
     args = arguments(tmp_path, ours=True, max_steps=4)
     callback = AlphaScheduleCallback("linear")

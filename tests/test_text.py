@@ -17,6 +17,7 @@ def docstrings():
     return load_labelled_text(DOCSTRINGS)
 
 
+@pytest.mark.slow
 def test_docstrings_are_balanced_and_do_not_name_their_library(docstrings):
     names = docstrings["train"].features["label"].names
     counts = [docstrings["train"]["label"].count(label) for label in range(len(names))]
@@ -24,6 +25,7 @@ def test_docstrings_are_balanced_and_do_not_name_their_library(docstrings):
     assert not any(names[row["label"]] in row["text"] for row in docstrings["validation"])
 
 
+@pytest.mark.slow
 def test_docstrings_for_validation_come_from_other_files_than_those_for_training(docstrings):
     trained = set(docstrings["train"]["text"])
     seen = sum(text in trained for text in docstrings["validation"]["text"])

@@ -31,7 +31,7 @@ def gradients(model):
     ("name", "backend"),
     [
         *((name, None) for name in MODELS),
-        *((name, "aot_eager") for name in COMPILED),
+        *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in COMPILED),
         *(
             pytest.param(name, "inductor", marks=[needs_a_compiler, pytest.mark.slow, *LONG.get(name, ())])
             for name in COMPILED_BY_INDUCTOR

@@ -27,6 +27,7 @@ def test_folding_at_alpha_is_what_calibrates_logits_of_a_model_trained_at_alpha(
     assert scores["folded"].nll == pytest.approx(scores["fitted"].nll, rel=0.01)
 
 
+@pytest.mark.slow
 def test_each_half_is_scored_at_the_temperature_that_fits_the_other_half_best():
     logits, labels = drawn(60)
     halves = torch.randperm(60, generator=torch.Generator().manual_seed(3)).split(30)

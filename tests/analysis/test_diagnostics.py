@@ -305,6 +305,7 @@ def test_plain_training_has_a_cosine_of_one_and_works_with_a_plain_trainer(tmp_p
     np.testing.assert_allclose(found["gradient_cosine"], 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_with_the_callbacks_gives_the_very_same_weights(tmp_path):
     finals = []
     for callbacks in ([], [DiagnosticsCallback(interval=1), DivergenceCallback(interval=1)]):
@@ -315,6 +316,7 @@ def test_training_with_the_callbacks_gives_the_very_same_weights(tmp_path):
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_with_the_same_file(tmp_path):
     for resume, steps in ((False, 4), (True, 8)):
         torch.manual_seed(0)

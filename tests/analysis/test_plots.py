@@ -55,6 +55,7 @@ def test_training_curve_is_a_picture_of_what_the_history_has(tmp_path):
         assert (shows(everything, colour), shows(part, colour)) == (True, in_both), colour
 
 
+@pytest.mark.slow
 def test_curves_that_are_drawn_over_and_over_in_a_training_leave_no_figure_in_memory(tmp_path):
     from matplotlib.figure import Figure
 

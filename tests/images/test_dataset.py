@@ -139,6 +139,7 @@ def test_bad_image_is_an_error_that_names_its_index():
         load(dataset, workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_skipped_image_is_black_ignored_by_the_loss_and_said_once(training, caplog):
     dataset = ImageDataset(images(bad=BAD), transform(training), on_bad_image="skip")
@@ -154,6 +155,7 @@ def test_skipped_image_is_black_ignored_by_the_loss_and_said_once(training, capl
     assert logits.grad[list(BAD)].abs().sum() == 0
 
 
+@pytest.mark.slow
 def test_bad_images_of_an_epoch_are_counted_over_all_workers():
     dataset = ImageDataset(images(bad=BAD), transform(), on_bad_image="skip")
     for epoch in (0, 1):
@@ -337,6 +339,7 @@ def folder_of_parquet(folder: Path, **splits: Dataset) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_streaming_reads_the_images_as_it_goes_and_downloads_none(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     name = folder_of_parquet(tmp_path / "set", train=images(), validation=images(13))
@@ -355,6 +358,7 @@ def test_streaming_reads_the_images_as_it_goes_and_downloads_none(tmp_path, monk
         assert thumbnail(dataset["validation"], index, 8).getpixel((0, 0)) == (10 * index,) * 3
 
 
+@pytest.mark.slow
 def test_streaming_keeps_the_first_images_where_a_number_is_given(tmp_path):
     name = folder_of_parquet(tmp_path / "set", train=images(), test=images(6))
     dataset = load_image_dataset(name, streaming=True, max_train_samples=6, max_eval_samples=4)
@@ -373,6 +377,7 @@ def test_streaming_needs_both_splits_and_names_of_classes(tmp_path):
         load_image_dataset(name, streaming=True)
 
 
+@pytest.mark.slow
 def test_digits_stream_too():
     dataset = load_image_dataset("digits", streaming=True, max_train_samples=40)
     part = stream(dataset["train"], num_samples=num_images(dataset["train"]))

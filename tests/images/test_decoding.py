@@ -302,6 +302,7 @@ def transformers_model() -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=16, **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "evaluation", "transformers"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images_of_any_kind_are_skipped_or_named(kind, workers, tmp_path, monkeypatch, caplog):

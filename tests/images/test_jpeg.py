@@ -60,6 +60,7 @@ def test_the_pixels_are_pillows(options, reduction):
             assert decoded == (scaled if whole else min(rows + 2, scaled))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="../shared/data is absent")
 def test_the_pixels_are_pillows_on_photos():
     split = load_image_dataset(str(SAMPLE))["validation"].select(range(0, 1000, 20))

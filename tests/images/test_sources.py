@@ -178,6 +178,7 @@ def test_every_kind_of_image_becomes_a_normalised_tensor_of_the_models_size(mode
     assert tensor.abs().max() < 3
 
 
+@pytest.mark.slow
 def test_transform_survives_pickling_into_worker_processes():
     transform = pickle.loads(pickle.dumps(ImageTransform(CONFIG, training=True, hflip=0.0, scale=(0.7, 1.0))))
     digits = load_image_dataset("digits", max_train_samples=8)["train"]

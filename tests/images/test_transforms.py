@@ -268,6 +268,7 @@ def test_batches_are_stacked():
     assert batch["labels"].tolist() == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the ImageNet sample is not on this machine")
 def test_real_photos_agree_with_timm_in_training_and_evaluation():
     split = load_image_dataset(str(SAMPLE), max_eval_samples=80)["validation"]

@@ -83,6 +83,7 @@ def test_page_of_a_run_that_was_never_examined_shows_what_there_is(run, tmp_path
     assert "<h2>Confusion</h2>" not in page
 
 
+@pytest.mark.slow
 def test_command_line_examines_a_run_and_shows_its_worst_mistakes(run):
     main(["report", str(run), "--max-images", "80", "--mistakes", "5"])
     page, found = (run / "report.html").read_text(), read_evaluation(run)
@@ -196,6 +197,7 @@ def browse(page, folder, *flags):
     return subprocess.run(command, capture_output=True, timeout=120, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_browser_shows_the_page(run, tmp_path):
     page, picture = write_report(run), tmp_path / "page.png"

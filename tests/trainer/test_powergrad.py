@@ -41,6 +41,7 @@ def test_the_string_alone_makes_a_plain_trainer_train_with_the_formulas_gradient
     assert trainer.state.log_history[0]["loss"] == pytest.approx(true_loss, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["powergrad_sgd", "powergrad_adamw"])
 def test_both_trainers_and_a_bound_optimizer_take_the_same_trajectory(tmp_path, name):
     options = {"momentum": 0.9} if name == "powergrad_sgd" else {}
@@ -104,6 +105,7 @@ def test_gradient_norm_is_computed_where_it_is_logged_and_flops_are_those_of_tra
         assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_accumulated_small_batches_equal_the_large_batch(tmp_path, ours, smoothing):
@@ -121,6 +123,7 @@ def test_accumulated_small_batches_equal_the_large_batch(tmp_path, ours, smoothi
     assert_same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, ours):
     kind = PowerGradTrainer if ours else Trainer
@@ -148,6 +151,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, ours):
     assert getattr(again.optimizer, "optimizer", again.optimizer).param_groups[0]["powergrad_alpha"] == ALPHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_resumed_run_uses_another_alpha_that_it_is_asked_for_and_says_so(tmp_path, ours):
     kind = PowerGradTrainer if ours else Trainer
@@ -183,6 +187,7 @@ def test_the_last_alpha_and_its_schedule_are_what_config_json_says(tmp_path):
     assert config["powergrad_schedule"] == expected
 
 
+@pytest.mark.slow
 def test_a_model_handed_to_a_plain_optimizer_is_plain_again(tmp_path):
     model = wrapper()
     first = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=Data())
@@ -196,6 +201,7 @@ def test_a_model_handed_to_a_plain_optimizer_is_plain_again(tmp_path):
     assert model.train()(pixel_values=torch.randn(2, 3, 32, 32)).logits.alpha == 0.5
 
 
+@pytest.mark.slow
 def test_our_trainer_can_train_twice(tmp_path):
     trainer = PowerGradTrainer(
         wrapper(), arguments(tmp_path, ours=True, optim="sgd", max_steps=1), train_dataset=Data()
@@ -206,6 +212,7 @@ def test_our_trainer_can_train_twice(tmp_path):
     assert trainer.state.log_history[-2]["powergrad_alpha"] == ALPHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "torch_compile"])
 def test_it_trains_under_bf16_and_compilation(tmp_path, precision):
     options = {precision: True} | ({"torch_compile_backend": "aot_eager"} if precision == "torch_compile" else {})
@@ -294,6 +301,7 @@ def test_saved_config_says_which_alpha_trained_the_model_and_whether_it_is_folde
     assert fold_powergrad(trainer.model, 0.5).config.powergrad_folded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_compiled_trainer_takes_the_eager_ones_steps_while_alpha_moves(tmp_path, ours):
     class Move(TrainerCallback):

@@ -137,6 +137,7 @@ def work(storage_name, objective, budget, grid, workers=1):
     return results
 
 
+@pytest.mark.slow
 def test_workers_train_each_setting_of_a_grid_once_and_agree_on_the_result(storage_name, impatient):
     objective = Objective(seconds=0.05)
     results = work(storage_name, objective, len(GRID), GRID, workers=3)
@@ -145,6 +146,7 @@ def test_workers_train_each_setting_of_a_grid_once_and_agree_on_the_result(stora
     assert [{"alpha": point.alpha, "learning_rate": point.learning_rate} for point in results[0]] == GRID
 
 
+@pytest.mark.slow
 def test_workers_draw_different_settings_whatever_training_does_to_the_global_generators(storage_name, impatient):
     from transformers import set_seed
 
@@ -176,6 +178,7 @@ def test_a_surplus_trial_never_changes_the_result(tmp_path):
     assert [point.mean for point in completed_points(study, 2)] == [0.5, 0.6]
 
 
+@pytest.mark.slow
 def test_a_silent_workers_setting_is_trained_again_and_a_live_ones_is_not(storage_name, impatient):
     study = study_in(storage_name)
     for setting in GRID[:2]:
