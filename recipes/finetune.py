@@ -55,7 +55,7 @@ from pgt_hf.images import (
 )
 from pgt_hf.programs import IMAGE_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
 from pgt_hf.runs import RunFolder, command, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import DivergenceCallback, parse_optim_args
+from pgt_hf.trainer import DivergenceCallback, StopOnSigterm, parse_optim_args
 
 SHOWN = ("top1", "top5", "loss", "best_epoch", "bad_images", "seconds")
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | {
@@ -81,11 +81,12 @@ SMOKE: dict[str, Any] = {  # hflip: a mirrored 2 is no 2
 
 def main() -> None:
     # parse
+    stop = StopOnSigterm().listen()
     model_args, data_args, run_args, args, config = parse(
         FinetuningArguments, ImageDataArguments, RunArguments, ImageTrainingArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("mode",), adjust=check,
     )  # fmt: skip
-    stop, resume = begin(args, run_args.resume)
+    resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():

@@ -51,7 +51,7 @@ from pgt_hf.programs import (
     tell,
 )
 from pgt_hf.runs import RunFolder, command, describe_data, recipe, warn_on_failure, write_report
-from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback
+from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm
 
 DEFAULTS: dict[str, Any] = IMAGE_DEFAULTS | PAPER
 DEFAULTS |= {
@@ -113,11 +113,12 @@ class RecipeArguments(RunArguments):
 
 def main() -> None:
     # parse
+    stop = StopOnSigterm().listen()
     model_args, data_args, run_args, args, config = parse(
         ModelArguments, DataArguments, RecipeArguments, ImageTrainingArguments, description=__doc__,
         defaults=choose_defaults, early=("dataset_name", "preset", "config"), adjust=fit_global_batch,
     )  # fmt: skip
-    stop, resume = begin(args, run_args.resume)
+    resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():

@@ -26,7 +26,7 @@ from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
 from pgt_hf.runs import RunFolder, describe_data
 from pgt_hf.text import STDLIB, load_plain_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback, StopOnSigterm
 
 LARGE_VOCABULARY = 32768
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -111,11 +111,12 @@ class FusedLossLlama(LlamaForCausalLM):
 
 def main() -> None:
     # parse
+    stop = StopOnSigterm().listen()
     language_args, run_args, args, config = parse(
         LanguageArguments, RunArguments, PowerGradTrainingArguments,
         description=__doc__, defaults=DEFAULTS, smoke=SMOKE, adjust=check,
     )  # fmt: skip
-    stop, resume = begin(args, run_args.resume)
+    resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():

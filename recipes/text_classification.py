@@ -27,7 +27,7 @@ from pgt_hf.limits import Count, DataSet, ModelName, Whole
 from pgt_hf.programs import TRAINING_DEFAULTS, RunArguments, begin, errors_in_one_line, next_commands, parse, tell
 from pgt_hf.runs import RunFolder, command, describe_data
 from pgt_hf.text import DOCSTRINGS, load_labelled_text, train_tokenizer
-from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback
+from pgt_hf.trainer import AtomicCheckpoints, DivergenceCallback, StopOnSigterm
 
 SCRATCH = "scratch"
 DEFAULTS: dict[str, Any] = TRAINING_DEFAULTS | {
@@ -82,10 +82,11 @@ class TextArguments:
 
 def main() -> None:
     # parse
+    stop = StopOnSigterm().listen()
     text_args, run_args, args, config = parse(
         TextArguments, RunArguments, PowerGradTrainingArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
     )
-    stop, resume = begin(args, run_args.resume)
+    resume = begin(args, run_args.resume)
 
     # build
     with errors_in_one_line():

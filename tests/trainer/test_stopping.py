@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import TWO, environment
 from small import build
@@ -66,6 +67,46 @@ def test_sigterm_outside_of_training_ends_the_program_at_once_with_one_line(tmp_
     assert printed.count(words) == 1, printed
     if launcher != TWO:
         assert status == 143 and "Traceback" not in printed
+
+
+ORPHAN = """
+import os, time
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    from pgt_hf.trainer.stopping import _is_adopted
+    print(_is_adopted(), flush=True)
+"""
+LATE = """
+import time
+print('here', flush=True)
+time.sleep(2)
+from pgt_hf.trainer import StopOnSigterm
+StopOnSigterm().listen()
+time.sleep(600)
+"""
+
+
+def test_processes_whose_launcher_is_killed_before_they_listen_stop_by_themselves(tmp_path):
+    command = [sys.executable, "-c", ORPHAN]
+    adopted = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    if adopted.stdout.strip() != "True":
+        pytest.skip("here it is no init process that adopts orphans")
+    (tmp_path / "program.py").write_text(LATE)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*TWO, "program.py"], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+        while (tmp_path / "log").read_text().count("here") < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+    left = psutil.wait_procs(ranks, timeout=100)[1]
+    for rank in left:
+        rank.kill()
+    assert not left, "processes go on without their launcher"
+    assert (tmp_path / "log").read_text().count("Stopped by the end of its launcher before training began") == 1
 
 
 def test_callback_alone_gives_the_signal_back_after_training(tmp_path):

@@ -17,7 +17,6 @@ from ..runs import environment
 from ..runs.folder import claim_folder
 from ..runs.record import CONTENTS, METRICS, read_record
 from ..trainer.checkpoint_folders import find_checkpoint
-from ..trainer.stopping import StopOnSigterm
 from .command_line import errors_in_one_line, parse, quiet_libraries, read_config
 
 __all__ = [
@@ -83,20 +82,16 @@ def fit_global_batch(settings: Namespace, given: set[str]) -> None:
         settings.learning_rate = settings.base_lr * settings.global_batch / 1024
 
 
-def begin(args: TrainingArguments, resume: str | None) -> tuple[StopOnSigterm, str | None]:
-    """Before data is read: sets the seed, listens for SIGTERM, claims the run's folder, finds the checkpoint.
-
-    Returns:
-        A callback for the trainer, which stops on SIGTERM; and the checkpoint to resume from, or None.
-    """
+def begin(args: TrainingArguments, resume: str | None) -> str | None:
+    """Before data is read: sets the seed, claims the run's folder, returns the checkpoint to resume from, if any."""
     set_seed(args.seed)
     quiet_other_processes(args.process_index)
     use_worker_server(args)
-    stop, folder = StopOnSigterm().listen(), Path(str(args.output_dir))
+    folder = Path(str(args.output_dir))
     with errors_in_one_line():
         if args.process_index == 0 and folder.is_dir():
             claim_folder(folder)
-        return stop, find_checkpoint(resume, folder)
+        return find_checkpoint(resume, folder)
 
 
 def refuse_large_batch(name: str, batch: int, images: int, processes: int = 1, whose: str = "") -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import Any
 
+import psutil  # comes with accelerate
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,8 +30,9 @@ class StopOnSigterm(TrainerCallback):
     """On SIGTERM (a pre-empted machine, ``scancel``), or if its launcher dies, a run saves a checkpoint and stops.
 
     All processes stop at the same step, whichever got the signal; an evaluation is cut short. ``stopped`` says
-    afterwards that it happened. Call ``listen`` when the program starts, and the signal is handled before training too
-    (the program exits, nothing is lost) and after it (the last checkpoint stays). The exit status is 143.
+    afterwards that it happened. Call ``listen`` when the program starts, before the processes meet, and the signal is
+    handled before training too (the program exits, nothing is lost) and after it (the last checkpoint stays). The exit
+    status is 143.
 
     Example:
         >>> stop = StopOnSigterm().listen()
@@ -108,7 +110,7 @@ class StopOnSigterm(TrainerCallback):
     def _watch(self, receiver: socket.socket) -> None:
         """Waits for the signal, and for the end of the launcher, in a thread of its own."""
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
-        parent = os.getppid()
+        parent = 0 if "TORCHELASTIC_RUN_ID" in launched and _is_adopted() else os.getppid()
         while True:
             heard, _, _ = select.select([receiver], [], [], 1.0 if launched else None)
             if heard:
@@ -144,6 +146,17 @@ class StopOnSigterm(TrainerCallback):
         if agreed is not None:  # else a signal that came meanwhile would be forgotten
             self._asked = agreed
         return agreed is not None
+
+
+def _is_adopted() -> bool:
+    """Whether torch's launcher, a Python program, ended before this process could listen: init is its parent then."""
+    try:
+        parent = psutil.Process().parent()
+        if parent is None or not (parent.pid == 1 or parent.name() == "systemd"):
+            return False
+        return "python" not in "".join(parent.cmdline()[:1])
+    except psutil.Error:  # another user's process
+        return False
 
 
 def _heard(signum: int, frame: Any) -> None:
