@@ -7,7 +7,6 @@ the checkout and written again for the site.
 import ast
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,38 @@ HREF = re.compile(r'href="(?![a-z]+:|#)([^"#]+)')
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
+RULE = re.compile(r"Annotated\[([^,\[\]]+(?:\[[^]]*\])?), .*\]")  # a type, and what its values may be
+RULES = {  # names for such types
+    name: base
+    for file in ("limits.py", "images/rules.py")
+    for name, base in re.findall(
+        r"^(\w+) = Annotated\[([^,]+),", (ROOT / "src/pgt_hf" / file).read_text(), re.MULTILINE
+    )
+}
+
+
 class Docstrings(griffe.Extension):
-    """What Griffe has to be told: our sections ``Example:``, and the names that a package imports lazily."""
+    """What Griffe has to be told: our sections ``Example:``, lazy imports in their order, types without rules."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
+    def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        for parameter in func.parameters:
+            parameter.annotation = without_rules(parameter.annotation)
+
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        attr.annotation = without_rules(attr.annotation)
+
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         for module in [pkg, *pkg.modules.values()]:
             stub = Path(str(module.filepath)).with_suffix(".pyi")
             if stub.exists():
-                module.exports = set(imported_names(stub))
+                names = imported_names(stub)
+                module.exports = list(names)
+                for place, name in enumerate(names):
+                    module.members[name].alias_lineno = place
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -85,10 +104,25 @@ def on_page_content(html: str, page: Any, files: Any, **kwargs: Any) -> str:
     return HREF.sub(rewrite, html) if uri.endswith(".ipynb") else html
 
 
-def imported_names(stub: Path) -> Iterator[str]:
-    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+def imported_names(stub: Path) -> list[str]:
+    """In the order of the modules that they come from, and of their definitions there."""
+    places = {}
+    for number, node in enumerate(ast.parse(stub.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ImportFrom):
-            yield from (name.asname or name.name for name in node.names)
+            home = stub.parents[node.level - 1] / f"{str(node.module).replace('.', '/')}.py"
+            lines = home.read_text(encoding="utf-8").splitlines()
+            for name in node.names:
+                start = re.compile(rf"(def|class) {name.name}\b|{name.name}\b.* = ")
+                line = next(line for line, text in enumerate(lines) if start.match(text))
+                places[name.asname or name.name] = (str(node.module), line, number)
+    return sorted(places, key=lambda name: places[name])
+
+
+def without_rules(annotation: Any) -> Any:
+    """A type as people write it: ``float`` for ``Positive``, ``str`` for ``Annotated[str, OneOf(...)]``."""
+    text = str(annotation)
+    plain = re.sub(r"\b\w+\b", lambda match: RULES.get(match[0], match[0]), RULE.sub(r"\1", text))
+    return annotation if plain == text else plain
 
 
 def prose(markdown: str) -> str:
