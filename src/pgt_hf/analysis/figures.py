@@ -52,13 +52,15 @@ def freed() -> Iterator[None]:
         >>> with freed():
         ...     plot_training_curve(trainer.state.log_history, "training_curve.png")
     """
-    gc.freeze()  # the collection looks at what is new alone
+    collects = gc.isenabled()
+    gc.disable()  # what is drawn stays in the youngest generation, which is collected in milliseconds
     try:
         yield
     finally:
-        gc.collect()
-        gc.collect()  # numpy's array of axes, which the collector cannot look into, kept the figure from the first one
-        gc.unfreeze()
+        gc.collect(0)
+        gc.collect(1)  # numpy's array of axes, which the collector cannot look into, kept the figure from the first one
+        if collects:
+            gc.enable()
 
 
 def finish(grid: Any, used: int, label: str) -> None:
