@@ -58,7 +58,7 @@ def freed() -> Iterator[None]:
         yield
     finally:
         gc.collect(0)
-        gc.collect(1)  # numpy's array of axes, which the collector cannot look into, kept the figure from the first one
+        gc.collect(1)  # numpy's array of axes, which the collector cannot look into, kept the figure the first time
         if collects:
             gc.enable()
 
