@@ -153,6 +153,7 @@ def kill(process: subprocess.Popen, orphan: bool) -> None:
     assert not psutil.wait_procs(members, timeout=120)[1], "processes go on without their launcher"
 
 
+@pytest.mark.timeout(1200)  # three runs, on however slow a machine
 @pytest.mark.parametrize(
     ("launcher", "streaming", "orphan"),
     [
