@@ -53,6 +53,15 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def examined(run, tmp_path_factory):
+    """The same run, once a command has looked at its predictions."""
+    folder = tmp_path_factory.mktemp("examined") / "digits"
+    shutil.copytree(run, folder)
+    main(["report", str(folder), "--max-images", "80", "--mistakes", "5"])
+    return folder
+
+
 def test_counts_are_those_of_the_predictions_and_unlabelled_images_are_left_out():
     logits = [[4.0, 0, 0], [0, 3, 0], [0, 0, 1], [0, 2, 0], [9, 0, 0]]
     found = examine(Fixed(NAMES), examples(logits, [0, 0, 2, IGNORED, 2]), alpha=0.5, batch_size=2)
@@ -83,10 +92,8 @@ def test_page_of_a_run_that_was_never_examined_shows_what_there_is(run, tmp_path
     assert "<h2>Confusion</h2>" not in page
 
 
-@pytest.mark.slow
-def test_command_line_examines_a_run_and_shows_its_worst_mistakes(run):
-    main(["report", str(run), "--max-images", "80", "--mistakes", "5"])
-    page, found = (run / "report.html").read_text(), read_evaluation(run)
+def test_command_line_examines_a_run_and_shows_its_worst_mistakes(examined):
+    page, found = (examined / "report.html").read_text(), read_evaluation(examined)
     assert found.confusion.sum() == 80
     split = load_image_dataset("digits")["validation"]
     assert all(split[wrong.index]["label"] == wrong.label != wrong.predicted for wrong in found.mistakes)
@@ -98,15 +105,15 @@ def test_command_line_examines_a_run_and_shows_its_worst_mistakes(run):
         assert f"<h2>{title}</h2>" in page
 
 
-def test_page_holds_everything_it_needs_and_runs_no_code(run):
-    page = write_report(run).read_text()
+def test_page_holds_everything_it_needs_and_runs_no_code(examined, tmp_path):
+    page = write_report(examined, tmp_path / "page.html").read_text()
     assert not re.findall(r"<script|<link|<iframe|javascript:|\bon\w+=|@import|url\(", page)
     sources = re.findall(r"(?:src|href)=[\"']?([^\"'\s>]{0,40})", page)
     assert sources and all(source.startswith("data:image/") for source in sources)
 
 
-def test_images_that_may_not_be_passed_on_are_left_out(run, tmp_path):
-    page = write_report(run, tmp_path / "page.html", pictures=False).read_text()
+def test_images_that_may_not_be_passed_on_are_left_out(examined, tmp_path):
+    page = write_report(examined, tmp_path / "page.html", pictures=False).read_text()
     assert "data:image/jpeg" not in page and "licence may not allow it" in page
     assert page.count("<figcaption>true: ") == 5
 
@@ -175,9 +182,9 @@ def test_settings_are_those_that_were_used(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_page_fits_a_narrow_screen(run, tmp_path):
+def test_page_fits_a_narrow_screen(examined, tmp_path):
     """Nothing but the tables, which scroll on their own, is wider than the screen."""
-    page = write_report(run, tmp_path / "page.html")
+    page = write_report(examined, tmp_path / "page.html")
     probe = "<script>onload=()=>{document.title=document.documentElement.scrollWidth+'/'+innerWidth}</script>"
     page.write_text(page.read_text() + probe)
     frame = tmp_path / "frame.html"  # a window of the browser is not made as narrow as that
@@ -199,8 +206,8 @@ def browse(page, folder, *flags):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_browser_shows_the_page(run, tmp_path):
-    page, picture = write_report(run), tmp_path / "page.png"
+def test_browser_shows_the_page(examined, tmp_path):
+    page, picture = write_report(examined, tmp_path / "page.html"), tmp_path / "page.png"
     browse(page, tmp_path, "--window-size=1000,3000", f"--screenshot={picture}")
     from PIL import Image
 
