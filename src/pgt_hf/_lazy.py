@@ -11,7 +11,7 @@ from typing import Any
 
 from .extras import missing
 
-__all__ = ["exports"]
+__all__ = ["exports", "no_collection"]
 
 
 def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
@@ -25,7 +25,7 @@ def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            with _no_collection():
+            with no_collection():  # it finds nothing in an import, and takes a sixth of the time
                 value = getattr(import_module(homes[name], package), name)
         except ModuleNotFoundError as error:
             raise missing(error.name, f"{package}.{name}") from error
@@ -36,8 +36,8 @@ def exports(package: str) -> tuple[Callable[[str], Any], list[str]]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pauses garbage collection during an import: it finds nothing there, and takes a sixth of the time."""
+def no_collection() -> Iterator[None]:
+    """Pauses garbage collection, unless it is off already."""
     collects = gc.isenabled()
     gc.disable()
     try:

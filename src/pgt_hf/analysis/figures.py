@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._lazy import no_collection
 from ..extras import require
 
 Target = str | os.PathLike[str] | BytesIO  # where a picture is written; one for a page, in memory, is an SVG
@@ -52,15 +53,12 @@ def freed() -> Iterator[None]:
         >>> with freed():
         ...     plot_training_curve(trainer.state.log_history, "training_curve.png")
     """
-    collects = gc.isenabled()
-    gc.disable()  # what is drawn stays in the youngest generation, which is collected in milliseconds
-    try:
-        yield
-    finally:
-        gc.collect(0)
-        gc.collect(1)  # numpy's array of axes, which the collector cannot look into, kept the figure the first time
-        if collects:
-            gc.enable()
+    with no_collection():  # what is drawn stays in the youngest generation, which is collected in milliseconds
+        try:
+            yield
+        finally:
+            gc.collect(0)
+            gc.collect(1)  # numpy's array of axes, which the collector cannot look into, kept the figure until now
 
 
 def finish(grid: Any, used: int, label: str) -> None:
