@@ -57,10 +57,7 @@ class Docstrings(griffe.Extension):
         for module in [pkg, *pkg.modules.values()]:
             stub = Path(str(module.filepath)).with_suffix(".pyi")
             if stub.exists():
-                names = imported_names(stub)
-                module.exports = list(names)
-                for place, name in enumerate(names):
-                    module.members[name].alias_lineno = place
+                module.exports = imported_names(stub)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -107,15 +104,15 @@ def on_page_content(html: str, page: Any, files: Any, **kwargs: Any) -> str:
 def imported_names(stub: Path) -> list[str]:
     """In the order of the modules that they come from, and of their definitions there."""
     places = {}
-    for number, node in enumerate(ast.parse(stub.read_text(encoding="utf-8")).body):
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom):
             home = stub.parents[node.level - 1] / f"{str(node.module).replace('.', '/')}.py"
             lines = home.read_text(encoding="utf-8").splitlines()
             for name in node.names:
                 start = re.compile(rf"(def|class) {name.name}\b|{name.name}\b.* = ")
                 line = next(line for line, text in enumerate(lines) if start.match(text))
-                places[name.asname or name.name] = (str(node.module), line, number)
-    return sorted(places, key=lambda name: places[name])
+                places[name.asname or name.name] = (str(node.module), line)
+    return sorted(places, key=places.__getitem__)
 
 
 def without_rules(annotation: Any) -> Any:
