@@ -4,6 +4,7 @@
     python tests/faults/long_run.py --minutes 10 --keep run    # leaves the run's folder, with its log, for a look
 
 Memory is what a process alone holds (its unique set size): what is only mapped, and shared with others, does not grow.
+CPU time shows the speed on a machine that does other work as well.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def sample(ranks: list[psutil.Process], folder: Path) -> dict[str, float]:
     for number, rank in enumerate(ranks):
         found[f"MB of process {number}"] = rank.memory_full_info().uss / 2**20
         found[f"open files of process {number}"] = rank.num_fds()
+        found[f"CPU s of process {number}"] = sum(rank.cpu_times()[:2])
     return found
 
 
@@ -74,16 +76,21 @@ def watch(process: subprocess.Popen[bytes], folder: Path, seconds: float, every:
 
 
 def report(samples: list[dict[str, float]], every: float) -> None:
-    """Medians of the second tenth of the run, when all is warm, and of the last one."""
-    steps = [later["step"] - earlier["step"] for earlier, later in zip(samples, samples[1:], strict=False)]
+    """The second tenth of the run, when all is warm, and the last one: medians of what is held, means of the speed."""
     tenth = max(1, len(samples) // 10)
+    parts = samples[tenth : 2 * tenth + 1], samples[-tenth - 1 :]
     print(f"{samples[-1]['step']:,.0f} steps in {len(samples) * every / 60:.0f} minutes")
-    columns = {name: [entry[name] for entry in samples] for name in samples[0] if name != "step"}
-    columns["steps a minute"] = [taken * 60 / every for taken in steps]
     print("| | at first | at the end |\n|---|---|---|")
-    for name, values in columns.items():
-        first, last = statistics.median(values[tenth : 2 * tenth]), statistics.median(values[-tenth:])
-        print(f"| {name} | {first:,.0f} | {last:,.0f} |")
+    steps = [part[-1]["step"] - part[0]["step"] for part in parts]
+    print("| steps a minute |", *(f"{taken * 60 / (tenth * every):,.0f} |" for taken in steps))
+    for name in [name for name in samples[0] if name != "step"]:
+        if name.startswith("CPU"):
+            spent = [part[-1][name] - part[0][name] for part in parts]
+            values = [100 * seconds / taken for seconds, taken in zip(spent, steps, strict=True)]
+            print(f"| {name}, for 100 steps |", *(f"{value:,.1f} |" for value in values))
+        else:
+            values = [statistics.median(entry[name] for entry in part) for part in parts]
+            print(f"| {name} |", *(f"{value:,.0f} |" for value in values))
 
 
 if __name__ == "__main__":
