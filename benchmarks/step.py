@@ -1,23 +1,26 @@
 """What a trainer adds to a training step: a plain loop, Trainer, and ours, on a network that takes next to nothing.
 
     python -m benchmarks.step              # 32 pixels, batch 8, one thread
-    python -m benchmarks.step --rounds 21
+    python -m benchmarks.step --profile PowerGradTrainer
 
-The sides run in turns in one process. A side's figure in a round is the median CPU time of its steps, which other work
-on the machine does not stretch much; what it adds is compared with Trainer in the same round.
+The sides take their steps in turns, in threads of one process, and each is compared with Trainer's next to it. All
+times are CPU times of a thread, which other work on the machine does not stretch much.
 """
 
 import argparse
 import cProfile
+import math
 import pstats
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,19 +50,39 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         return EXAMPLE
 
 
+class Turns:
+    """Lets the sides take one step each in turn, every side in a thread of its own."""
+
+    def __init__(self, sides: list[str]) -> None:
+        self.changed, self.order = threading.Condition(), deque(sides)
+
+    def wait(self, side: str) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.order[0] == side)
+
+    def next(self, side: str) -> None:
+        with self.changed:
+            self.order.rotate(-1)
+            self.changed.notify_all()
+        self.wait(side)
+
+    def leave(self) -> None:
+        with self.changed:
+            self.order.popleft()
+            self.changed.notify_all()
+
+
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Notes the CPU seconds that each step took in its thread, and lets the others take theirs."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, next_turn: Callable[[], None] = lambda: None) -> None:
+        self.steps: list[float] = []
+        self.next_turn, self.started = next_turn, time.thread_time()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.process_time())
-
-    def step(self) -> float:
-        """The seconds of a step after the first few."""
-        ends = self.ends[WARM_UP:]
-        return statistics.median(later - earlier for earlier, later in pairwise(ends))
+    def on_step_end(self, args: Any = None, state: Any = None, control: Any = None, **kwargs: Any) -> None:
+        self.steps.append(time.thread_time() - self.started)
+        self.next_turn()
+        self.started = time.thread_time()
 
 
 def smallest() -> Any:
@@ -74,36 +97,38 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 }
 
 
-def plain_loop(make: Callable[[], Any], steps: int, optim: str) -> float:
+def plain_loop(make: Callable[[], Any], steps: int, clock: Clock, optim: str) -> None:
     """The loop that a reader of torch's tutorial would write, with a DataLoader."""
     model = make().train()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
     if optim != "sgd":
         optimizer = create_optimizer(model, optim, lr=1e-3, alpha=0.25, momentum=0, nesterov=False)
-    batches, clock = iter(torch.utils.data.DataLoader(Images(), BATCH)), Clock()
+    batches = iter(torch.utils.data.DataLoader(Images(), BATCH))
     for _ in range(steps):
         batch = next(batches)
         F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        clock.ends.append(time.process_time())
-    return clock.step()
+        clock.on_step_end()
 
 
 def trained(
-    make: Callable[[], Any], steps: int, trainer: Any, arguments: Any, optim: str, callbacks: tuple[type, ...] = ()
-) -> float:
+    make: Callable[[], Any],
+    steps: int,
+    clock: Clock,
+    trainer: Any,
+    arguments: Any,
+    optim: str,
+    callbacks: tuple[type, ...] = (),
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = None if optim == "sgd" else "momentum=0,nesterov=false"  # as torch's SGD, which Trainer uses
         args = arguments(folder, max_steps=steps, optim=optim, optim_args=options, **COMMON)
-        clock = Clock()
         made = [callback() for callback in callbacks]
-        with redirect_stdout(sys.stderr):
-            trainer(make(), args, train_dataset=Images(), callbacks=[*made, clock]).train()
-    return clock.step()
+        trainer(make(), args, train_dataset=Images(), callbacks=[*made, clock]).train()
 
 
-SIDES: dict[str, Callable[[Callable[[], Any], int], float]] = {
+SIDES: dict[str, Callable[[Callable[[], Any], int, Clock], None]] = {
     "plain loop, cross-entropy": partial(plain_loop, optim="sgd"),
     "plain loop, PGT": partial(plain_loop, optim="powergrad_sgd"),
     "Trainer": partial(trained, trainer=Trainer, arguments=TrainingArguments, optim="sgd"),
@@ -121,30 +146,46 @@ SIDES: dict[str, Callable[[Callable[[], Any], int], float]] = {
 }
 
 
+def in_turns(make: Callable[[], Any], steps: int) -> dict[str, list[float]]:
+    """The CPU seconds of each step of each side. The first steps are left out."""
+    turns = Turns(list(SIDES))
+    clocks = {side: Clock(partial(turns.next, side)) for side in SIDES}
+
+    def run(side: str) -> None:
+        turns.wait(side)
+        torch.set_num_threads(1)
+        try:
+            SIDES[side](make, steps, clocks[side])
+        finally:
+            turns.leave()
+
+    with ThreadPoolExecutor(len(SIDES)) as threads, redirect_stdout(sys.stderr):
+        list(threads.map(run, SIDES))
+    return {side: clock.steps[WARM_UP:] for side, clock in clocks.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--profile", choices=SIDES, help="print where the time of one side goes, and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.profile:
         with cProfile.Profile() as trace:
-            SIDES[given.profile](smallest, given.steps)
+            SIDES[given.profile](smallest, given.steps, Clock())
         pstats.Stats(trace).sort_stats("tottime").print_stats(40)
         return
-    print(f"{given.rounds} rounds of {given.steps} steps; in brackets the quartiles of the rounds")
+    print(f"{given.steps} steps of each side; in brackets the 95% interval of the median difference")
     for network, make in NETWORKS.items():
-        found: dict[str, list[float]] = {name: [] for name in SIDES}
-        for _ in range(given.rounds):
-            for name, side in SIDES.items():
-                found[name].append(side(make, given.steps))
+        found = in_turns(make, given.steps)
         print(f"\n| {network} | microseconds a step | over Trainer |\n|---|---|---|")
-        for name, seconds in found.items():
-            more = [(mine - base) * 1e6 for mine, base in zip(seconds, found["Trainer"], strict=True)]
-            low, middle, high = statistics.quantiles(more, n=4)
+        for side, seconds in found.items():
+            more = sorted((mine - base) * 1e6 for mine, base in zip(seconds, found["Trainer"], strict=True))
+            reach = round(0.98 * math.sqrt(len(more)))  # of a sign test
+            low, high = more[len(more) // 2 - reach], more[len(more) // 2 + reach]
+            median = statistics.median(more)
             print(
-                f"| {name} | {statistics.median(seconds) * 1e6:,.0f} | {middle:+,.0f} ({low:+,.0f} to {high:+,.0f}) |"
+                f"| {side} | {statistics.median(seconds) * 1e6:,.0f} | {median:+,.0f} ({low:+,.0f} to {high:+,.0f}) |"
             )
 
 

@@ -36,6 +36,7 @@ from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import Count, Epochs, Folder, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run
 from pgt_hf.runs import describe_data
+from pgt_hf.trainer import StopOnSigterm
 
 KINDS = ("raw", "folded", "fitted")
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
@@ -66,6 +67,7 @@ class CalibrationArguments:
 
 
 def main() -> None:
+    StopOnSigterm().listen()
     data_args, args, _ = parse(
         DataArguments, CalibrationArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE
     )

@@ -73,6 +73,7 @@ from pgt_hf.programs import (
     workers_per_process,
 )
 from pgt_hf.runs import describe_code, describe_environment
+from pgt_hf.trainer import StopOnSigterm
 
 DEFAULTS: dict[str, Any] = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "color_jitter": 0.0}
 SMOKE: dict[str, Any] = {
@@ -130,14 +131,13 @@ class AdaptationArguments:
         default=1.0, metadata={"help": "Largest strength of dann's reversed gradient."}
     )
     batch: Count = field(default=64, metadata={"help": "Images per process and domain."})
-    num_workers: Workers = field(
-        default=workers_per_process(), metadata={"help": "Processes that decode, per process."}
-    )
+    num_workers: Workers = field(default=workers_per_process(), metadata={"help": "Data workers, per process."})
     output_dir: Folder = field(default="runs/domain_adaptation", metadata={"help": "Where everything is written."})
     smoke: bool = field(default=False, metadata={"help": "Everything once, on few digits: less than a minute."})
 
 
 def main() -> None:
+    StopOnSigterm().listen()
     data_args, args, config = parse(
         ImageDataArguments, AdaptationArguments,
         description=__doc__, defaults=choose_defaults, smoke=SMOKE, early=("dataset_name",),

@@ -38,6 +38,7 @@ from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
 from pgt_hf.limits import Count, ExistingPath, Seed, Share, Whole, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import load_validation, package_versions, read_record, run_folder
+from pgt_hf.trainer import StopOnSigterm
 
 
 @dataclass
@@ -82,6 +83,7 @@ class EvaluationArguments:
 
 def main() -> None:
     # parse
+    StopOnSigterm().listen()
     args, _ = parse(EvaluationArguments, description=__doc__, defaults={}, positional="model")
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
     quiet_other_processes(accelerator.process_index)

@@ -1,8 +1,10 @@
 """How programs read their arguments, end with an error, and say what they did."""
 
+import ast
 import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -146,6 +148,21 @@ def test_help_shows_ours_first_and_trainers_rest_on_request(monkeypatch, capsys)
     assert "\n    program.py --alpha 1\n" in short  # an example keeps its line
     assert "--mixup" in short and "--seed" in short and "--adam-beta1" not in short
     assert "--adam-beta1" in long
+
+
+LAUNCHED = (
+    "imagenet", "finetune", "text_classification", "language_modeling", "calibration", "domain_adaptation",
+    "evaluate_images",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", LAUNCHED)
+def test_recipes_for_several_processes_listen_first(recipe):
+    """Else a process whose launcher is killed while they start would wait for the others."""
+    recipes = Path(__file__).parents[1] / "recipes"
+    parsed = ast.parse((recipes / f"{recipe}.py").read_text(encoding="utf-8"))
+    (main,) = (node for node in parsed.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert ast.unparse(main.body[0]).endswith("StopOnSigterm().listen()")
 
 
 def test_errors_of_the_program_itself_keep_their_traceback():

@@ -44,8 +44,8 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("body", "launcher", "words"),
     [
-        (BEFORE, [sys.executable], "Stopped by SIGTERM before training began; run it again with: "),
-        (WAITING, TWO, "Stopped by SIGTERM before training began; run it again with: "),
+        (BEFORE, [sys.executable], "Stopped by SIGTERM; run it again with: "),
+        (WAITING, TWO, "Stopped by SIGTERM; run it again with: "),
         (AFTER, [sys.executable], "Stopped by SIGTERM after the last step; resume with: "),
     ],
     ids=["loading", "waiting for another process", "after training"],
@@ -105,7 +105,7 @@ def test_processes_whose_launcher_is_killed_before_they_listen_stop_by_themselve
     for rank in left:
         rank.kill()
     assert not left, "processes go on without their launcher"
-    assert (tmp_path / "log").read_text().count("Stopped by the end of its launcher before training began") == 1
+    assert (tmp_path / "log").read_text().count("Stopped by the end of its launcher;") == 1
 
 
 def test_callback_alone_gives_the_signal_back_after_training(tmp_path):

@@ -92,7 +92,7 @@ class StopOnSigterm(TrainerCallback):
         if not self.stopped:
             return
         if trainer.is_world_process_zero():
-            self._say(f"at step {trainer.state.global_step}")
+            self._say(f" at step {trainer.state.global_step}")
         trainer.end()
         sys.exit(_STATUS)
 
@@ -128,13 +128,13 @@ class StopOnSigterm(TrainerCallback):
         self._asked = reason
         if not self._training:
             if int(os.environ.get("RANK", "0")) == 0:
-                self._say("after the last step" if self._run else "before training began")
+                self._say(" after the last step" if self._run else "")
             os._exit(_STATUS)
 
     def _say(self, when: str) -> None:
         saved = self._run is not None and bool(list_checkpoints(self._run))
         advice = f"resume with: {self._commands[1]}" if saved else f"run it again with: {self._commands[0]}"
-        print(f"\nStopped by {self._asked} {when}; {advice}")
+        print(f"\nStopped by {self._asked}{when}; {advice}")
         sys.stdout.flush()
 
     def _anyone_asked(self) -> bool:
