@@ -111,7 +111,7 @@ def waits(args: argparse.Namespace) -> Rows:
     rows: Rows = []
     if args.device == "cpu":
         return [{"case": "training step", "skipped": "a CPU has nothing to wait for"}]
-    from pgt_hf.images.device_transforms import augment
+    from pgt_hf.images import augment
 
     torch.compiler.reset()
     network = Small().to(args.device)
@@ -191,7 +191,7 @@ def step_seconds(
 
 def augmentation(args: argparse.Namespace) -> Rows:
     """What flips, colour jitter and normalisation of a batch cost on the device."""
-    from pgt_hf.images.device_transforms import augment
+    from pgt_hf.images import augment
 
     size, batch = (64, 4) if args.small else (224, 256)
     pixels = torch.randint(256, (batch, 3, size, size), device=args.device, dtype=torch.uint8)

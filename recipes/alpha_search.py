@@ -27,8 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from pgt_hf import ImageTrainer, ImageTrainingArguments
 from pgt_hf.analysis import ClassificationMetrics, Point, plot_heat_map, verdict
-from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
-from pgt_hf.images.rules import TimmModel
+from pgt_hf.images import DIGITS, ImageDataArguments, TimmModel, class_names, collate, create_model
 from pgt_hf.limits import Count, Epochs, Folder, Needs, Number, OneOf, Rate, Whole
 from pgt_hf.programs import IMAGE_DEFAULTS, errors_in_one_line, parse, refuse_large_batch, refuse_other_run
 from pgt_hf.runs import describe_data

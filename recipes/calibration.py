@@ -31,8 +31,7 @@ from pgt_hf.analysis import (
     reliability,
     require_matplotlib,
 )
-from pgt_hf.images import DIGITS, ImageDataArguments, class_names, collate, create_model
-from pgt_hf.images.rules import TimmModel
+from pgt_hf.images import DIGITS, ImageDataArguments, TimmModel, class_names, collate, create_model
 from pgt_hf.limits import Count, Epochs, Folder, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run
 from pgt_hf.runs import describe_data

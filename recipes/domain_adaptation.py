@@ -44,11 +44,11 @@ from pgt_hf.images import (
     ImageDataArguments,
     ImageDataset,
     ImageTransform,
+    TimmModel,
+    check_methods,
     class_names,
+    timm_network,
 )
-from pgt_hf.images.adaptation import check_methods
-from pgt_hf.images.models import timm_network
-from pgt_hf.images.rules import TimmModel
 from pgt_hf.limits import (
     Count,
     DataSet,

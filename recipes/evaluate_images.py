@@ -24,17 +24,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import BINS, IGNORED, calibration_table, compare_calibration, ranked_classes, top_k_accuracy
-from pgt_hf.data.workers import worker_options
 from pgt_hf.images import (
     DEFAULT_DATASET,
+    DataSetName,
     ImageDataset,
+    OnBadImage,
+    Side,
+    TimmName,
     class_names,
     collate,
     load_classifier,
     match_labels,
     preprocessing,
+    worker_options,
 )
-from pgt_hf.images.rules import DataSetName, OnBadImage, Side, TimmName
 from pgt_hf.limits import Count, ExistingPath, Seed, Share, Whole, Workers, WritableFile
 from pgt_hf.programs import errors_in_one_line, parse, quiet_other_processes, workers_per_process
 from pgt_hf.runs import load_validation, package_versions, read_record, run_folder

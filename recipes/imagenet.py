@@ -26,9 +26,12 @@ from pgt_hf.images import (
     DIGITS,
     PAPER,
     PRESETS,
+    CropPct,
     ImageDataArguments,
     ImageStream,
     ImageTransform,
+    Side,
+    TimmName,
     class_names,
     collate,
     create_model,
@@ -37,7 +40,6 @@ from pgt_hf.images import (
     preset_table,
     published_top1,
 )
-from pgt_hf.images.rules import CropPct, Side, TimmName
 from pgt_hf.limits import Count, ExistingPath, Needs, Number, OneOf, Rate, Whole
 from pgt_hf.programs import (
     IMAGE_DEFAULTS,

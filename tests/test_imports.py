@@ -1,10 +1,11 @@
 """What is imported when, and what a missing package is called."""
 
+import re
 import subprocess
 import sys
 
 import pytest
-from launch import environment
+from launch import ROOT, environment
 
 HEAVY = [
     "transformers", "timm", "datasets", "evaluate", "accelerate", "torchvision", "sklearn", "scipy", "matplotlib",
@@ -54,6 +55,14 @@ def test_every_exported_name_is_there():
     wings = ["pgt_hf", *(f"pgt_hf.{wing}" for wing in ("trainer", "images", "analysis", "runs", "hub"))]
     told = python("\n".join(f"from {wing} import *\nimport {wing} as w\nprint(len(w.__all__) > 3)" for wing in wings))
     assert told.split() == ["True"] * len(wings)
+
+
+def test_what_users_read_imports_nothing_deeper_than_a_wing():
+    files = [ROOT / "README.md", *(path for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.*"))]
+    texts = {path: path.read_text("utf-8") for path in files if path.suffix in (".py", ".md", ".ipynb")}
+    assert len(texts) > 20
+    deep = {path.name: re.findall(r"(?:from|import) pgt_hf\.\w+\.\w+", text) for path, text in texts.items()}
+    assert {name: found for name, found in deep.items() if found} == {}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MANIFEST", "find_damage", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "compare_file", "describe_file", "find_damage", "read_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -27,7 +27,7 @@ def write_manifest(folder: str | os.PathLike[str], **more: Any) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(4) as pool:
-        files = dict(zip(names, pool.map(_describe, paths), strict=True))
+        files = dict(zip(names, pool.map(describe_file, paths), strict=True))
     (folder / MANIFEST).write_text(json.dumps({"files": files} | more, indent=1) + "\n", encoding="utf-8")
 
 
@@ -57,21 +57,25 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
     except ValueError as error:
         return str(error)
     with ThreadPoolExecutor(4) as pool:
-        return next(filter(None, pool.map(lambda name: _compare(Path(folder, name), name, files[name]), files)), None)
+        found = pool.map(lambda name: compare_file(Path(folder, name), files[name], name), files)
+        return next(filter(None, found), None)
 
 
-def _compare(path: Path, name: str, expected: Any) -> str | None:
+def compare_file(path: Path, expected: Any, name: str) -> str | None:
+    """What is wrong with a file, by its description in a manifest; None if nothing is."""
     if not path.is_file():
         return f"{name} is missing"
     try:
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes, {expected['bytes']:,} were written"
-        return None if _describe(path) == expected else f"{name} is not what was written (its checksum differs)"
+        same = describe_file(path)["crc32"] == expected["crc32"]
+        return None if same else f"{name} is not what was written (its checksum differs)"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Its size and checksum, as manifests have them."""
     checksum, size = 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

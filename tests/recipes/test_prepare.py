@@ -109,7 +109,7 @@ def test_raw_pixels_are_mapped_verified_and_the_same_as_the_smaller_images(prepa
         expected = read_upright(file_of(number), 30)
         assert np.array_equal(np.asarray(images[number]), np.asarray(expected)), number
     (folder / "train-00001-of-00007.arrow").write_bytes(b"")
-    assert "train-00001-of-00007.arrow has changed" in run(["--output-dir", str(folder), "--verify"], check=False)[1]
+    assert "train-00001-of-00007.arrow has 0 bytes" in run(["--output-dir", str(folder), "--verify"], check=False)[1]
 
 
 def test_manifest_counts_and_the_program_says_what_it_wrote(prepared):
@@ -136,7 +136,7 @@ def test_verify_finds_what_was_changed_lost_or_added(prepared, tmp_path):
     (copy / "train-00003-of-00007.parquet").rename(copy / "train-00009-of-00007.parquet")
     error = run(verify, check=False)[1]
     for says in (
-        "00002-of-00007.parquet has changed",
+        "00002-of-00007.parquet is not what was written",
         "00003-of-00007.parquet is missing",
         "00009-of-00007.parquet does",
     ):

@@ -1,6 +1,8 @@
 from ..data.splits import class_names as class_names
+from ..data.workers import worker_options as worker_options
 from .adaptation import METHODS as METHODS
 from .adaptation import AdaptationRun as AdaptationRun
+from .adaptation import check_methods as check_methods
 from .arguments import MODES as MODES
 from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
@@ -27,6 +29,7 @@ from .finetuning import parameter_groups as parameter_groups
 from .finetuning import replace_head as replace_head
 from .finetuning import set_image_size as set_image_size
 from .models import create_model as create_model
+from .models import timm_network as timm_network
 from .presets import PAPER as PAPER
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
@@ -34,6 +37,12 @@ from .presets import preset_table as preset_table
 from .presets import published_top1 as published_top1
 from .raw import map_arrow as map_arrow
 from .raw import write_arrow as write_arrow
+from .rules import CropPct as CropPct
+from .rules import DataSetName as DataSetName
+from .rules import OnBadImage as OnBadImage
+from .rules import Side as Side
+from .rules import TimmModel as TimmModel
+from .rules import TimmName as TimmName
 from .seeding import preserve_rng as preserve_rng
 from .seeding import seed_sample as seed_sample
 from .seeding import seeded as seeded
