@@ -223,6 +223,14 @@ def _powered_softmax(input: Tensor, alpha: float | Tensor, dim: int, is_log_prob
     return torch.softmax(_scaled(input, alpha, may_be_masked=True), dim)
 
 
+def _kept(input: Tensor, log_probs: Tensor) -> Tensor:
+    """What the backward pass computes p' from: the log-probabilities, or the logits where half precision rounds them.
+
+    A softmax does not see the difference.
+    """
+    return input if log_probs.dtype.itemsize == 2 else log_probs
+
+
 def _is_flat(dtype: torch.dtype, alpha: float | Tensor) -> bool:
     """Whether the log-probabilities of such logits are exact and ``sum p^alpha`` is known to be at least 1."""
     return dtype.itemsize > 2 and isinstance(alpha, float) and 0 < alpha <= 1
@@ -238,7 +246,7 @@ def _scaled(input: Tensor, alpha: float | Tensor, may_be_masked: bool) -> Tensor
 
 
 class LogSoftmax(torch.autograd.Function):
-    """Keeps the log-probabilities, as torch does; in half precision, where they have been rounded, the logits."""
+    """``powergrad_log_softmax`` for autograd."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
@@ -251,7 +259,7 @@ class LogSoftmax(torch.autograd.Function):
         """Saves what ``backward`` needs."""
         input, ctx.alpha, ctx.dim = inputs
         ctx.dtype = input.dtype
-        ctx.save_for_backward(input if input.dtype.itemsize == 2 else output)
+        ctx.save_for_backward(_kept(input, output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -285,8 +293,7 @@ class _LogSoftmaxUnderFunctorch(LogSoftmax):
 class CrossEntropy(torch.autograd.Function):
     """Log-softmax and ``_nll`` in one, for eager mode: the log-probabilities become the gradient in their own memory.
 
-    They are a second output, never handed to the caller, through which a second derivative finds its way back. In half
-    precision they have been rounded, so the logits are kept in their place: a softmax does not see the difference.
+    They are a second output, never handed to the caller, through which a second derivative finds its way back.
     """
 
     @staticmethod
@@ -296,7 +303,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.alpha, ctx.options = alpha, options
         ctx.set_materialize_grads(False)
         log_probs = F.log_softmax(input, _class_dim(input))
-        ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
+        ctx.save_for_backward(_kept(input, log_probs), target, weight)
         return _nll(log_probs, target, weight, *options), log_probs
 
     @staticmethod
@@ -334,7 +341,7 @@ class _TracedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.alpha, ctx.options = alpha, options
         log_probs = F.log_softmax(input, _class_dim(input))
-        ctx.save_for_backward(input if log_probs.dtype.itemsize == 2 else log_probs, target, weight)
+        ctx.save_for_backward(_kept(input, log_probs), target, weight)
         return _nll(log_probs, target, weight, *options)
 
     @staticmethod
