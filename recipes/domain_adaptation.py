@@ -18,9 +18,7 @@ the probabilities that it trains. docs/domain_adaptation.md has results.
 """
 
 import csv
-import json
 import statistics
-import time
 from argparse import Namespace
 from collections import defaultdict
 from copy import deepcopy
@@ -35,6 +33,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import plot_adaptation, require_matplotlib
+from pgt_hf.atomic import replacing
 from pgt_hf.images import (
     CORRUPTIONS,
     DIGITS,
@@ -44,62 +43,38 @@ from pgt_hf.images import (
     ImageDataArguments,
     ImageDataset,
     ImageTransform,
+    TargetName,
     TimmModel,
     check_methods,
     class_names,
     timm_network,
 )
-from pgt_hf.limits import (
-    Count,
-    DataSet,
-    Folder,
-    Needs,
-    Number,
-    OneOf,
-    Positive,
-    Rate,
-    Seed,
-    Share,
-    Text,
-    Workers,
-    near,
-)
+from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Seed, Share, Text, Workers
 from pgt_hf.programs import (
     errors_in_one_line,
     parse,
     quiet_other_processes,
     refuse_large_batch,
     refuse_other_run,
+    refuse_other_settings,
     workers_per_process,
 )
-from pgt_hf.runs import describe_code, describe_environment
+from pgt_hf.runs import add_to_record, claim_folder, describe_code, describe_data, describe_environment, read_record
 from pgt_hf.trainer import StopOnSigterm
 
 DEFAULTS: dict[str, Any] = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "color_jitter": 0.0}
 SMOKE: dict[str, Any] = {
     "alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192,
-    "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0,
+    "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0, "output_dir": "runs/adaptation-smoke",
 }  # fmt: skip
-
-
-class Target(DataSet):
-    """A corruption with its level, or another data set."""
-
-    def check(self, name: str, value: str) -> None:
-        kind, _, level = value.partition(":")
-        if kind in CORRUPTIONS and level in "12345" and len(level) == 1:
-            return
-        if kind in CORRUPTIONS or near(kind, CORRUPTIONS):
-            raise ValueError(
-                f"{name} must be one of {', '.join(CORRUPTIONS)} with a level from 1 to 5, or a data set, "
-                f"got {value!r}{near(kind, CORRUPTIONS)}"
-            )
-        super().check(name, value)
+RESULTS = "results.csv"
+COLUMNS = ["alpha", "seed", "target", "method", "source_top1", "target_top1"]
+GRID = {"alphas", "seeds", "targets", "methods", "output_dir", "num_workers", "smoke"}  # may change: rows stay valid
 
 
 @dataclass
 class AdaptationArguments:
-    targets: list[Annotated[str, Target((DIGITS,))]] = field(
+    targets: list[TargetName] = field(
         default_factory=lambda: ["gaussian_noise:3", "contrast:3"],
         metadata={"help": "corruption:level of the source, --dataset-name, or another data set."},
     )
@@ -144,8 +119,9 @@ def main() -> None:
     )  # fmt: skip
     accelerator = Accelerator()
     quiet_other_processes(accelerator.process_index)
+    folder = Path(args.output_dir)
     with errors_in_one_line():
-        refuse_other_run(args.output_dir, "targets")
+        refuse_other_run(folder, "targets")
         require_matplotlib()
         if args.target_config and all(name.partition(":")[0] in CORRUPTIONS for name in args.targets):
             raise ValueError(f"target_config must be left out, no target is a data set, got {args.target_config!r}")
@@ -159,24 +135,33 @@ def main() -> None:
         side = data_args.image_size or 224
         fresh = partial(timm_network, args.model_name, len(names), side, pretrained=args.pretrained)
         check_methods(args.methods, fresh())
+        data = describe_data(str(data_args.dataset_name), {key: part.split for key, part in source.items()})
+        rows = begin(folder, config | {"data": data, "processes": accelerator.num_processes}, accelerator)
 
-    folder, rows = Path(args.output_dir), []
-    grid = list(product(args.seeds, args.alphas))
-    bar = tqdm(total=len(grid) * len(targets) * len(args.methods), disable=not accelerator.is_main_process)
+    grid, cells = list(product(args.seeds, args.alphas)), list(product(targets, args.methods))
+    bar = tqdm(total=len(grid) * len(cells), disable=not accelerator.is_main_process)
     for seed, alpha in grid:
+        missing = [cell for cell in cells if (alpha, seed, *cell) not in rows]
+        bar.update(len(cells) - len(missing))
+        if not missing:
+            continue
         set_seed(seed)
         run = AdaptationRun(accelerator, args, alpha, source)
         network = run.train(fresh())
-        for name, method in product(targets, args.methods):
+        for name, method in missing:
             set_seed(seed)
             adapted = run.adapt(method, deepcopy(network), targets[name], fresh)
             accuracies = [run.accuracy(adapted, domain["validation"]) for domain in (source, targets[name])]
-            rows.append([alpha, seed, name, method, *accuracies])
+            rows[alpha, seed, name, method] = accuracies
+            if accelerator.is_main_process:
+                with errors_in_one_line():
+                    save(rows, folder)
             bar.update()
             bar.set_postfix_str(f"alpha {alpha:g}, {name}, {method}: {accuracies[1]:.1%}")
     bar.close()
     if accelerator.is_main_process:
-        report(rows, folder, args, config)
+        asked = [[alpha, seed, *cell, *rows[alpha, seed, *cell]] for seed, alpha in grid for cell in cells]
+        report(asked, folder, args, str(data_args.dataset_name))
     accelerator.end_training()
 
 
@@ -209,21 +194,35 @@ def load(
     return domain, found if names is None else names
 
 
-def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments, config: dict[str, Any]) -> None:
-    """results.csv with every run, table.md with means and deviations over the seeds, and the picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["alpha", "seed", "target", "method", "source_top1", "target_top1"])
-        writer.writerows(rows)
-    made = {"arguments": config, "code": describe_code(), "environment": describe_environment(1)}
-    made["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
-    (folder / "run.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+def begin(folder: Path, arguments: dict[str, Any], accelerator: Accelerator) -> dict[Any, list[float]]:
+    """What a stopped run with these settings has found: both accuracies by alpha, seed, target and method."""
+    rows = {}
+    if (folder / RESULTS).is_file():
+        settings = {key: value for key, value in arguments.items() if key not in GRID}
+        refuse_other_settings(folder, read_record(folder).get("arguments", {}), settings)
+        with open(folder / RESULTS, encoding="utf-8", newline="") as file:
+            for alpha, seed, target, method, *accuracies in list(csv.reader(file))[1:]:
+                rows[float(alpha), int(seed), target, method] = [float(accuracy) for accuracy in accuracies]
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim_folder(folder)
+        made = {"code": describe_code(), "environment": describe_environment(accelerator.num_processes)}
+        add_to_record(folder, {"arguments": arguments} | made)
+    return rows
+
+
+def save(rows: dict[Any, list[float]], folder: Path) -> None:
+    with replacing(folder / RESULTS) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *([*cell, *accuracies] for cell, accuracies in rows.items())])
+
+
+def report(rows: list[list[Any]], folder: Path, args: AdaptationArguments, dataset_name: str) -> None:
+    """table.md, with means and deviations over the seeds, and the picture."""
     table = markdown(rows, args)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    plot_adaptation(rows, folder / "target_accuracy.png", f"{args.model_name} on {config['dataset_name']}")
+    plot_adaptation(rows, folder / "target_accuracy.png", f"{args.model_name} on {dataset_name}")
     print(f"\n{table}\n\nTop-1 on source / target in percent, mean of {len(args.seeds)} seed(s).")
-    print(f"Written to {folder}: results.csv, table.md, target_accuracy.png, run.json")
+    print(f"Written to {folder}: {RESULTS}, table.md, target_accuracy.png, run.json")
 
 
 def markdown(rows: list[list[Any]], args: AdaptationArguments) -> str:

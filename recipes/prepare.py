@@ -37,7 +37,7 @@ from pgt_hf.images import (
 )
 from pgt_hf.limits import Folder, Needs, OneOf, Seed, Whole
 from pgt_hf.manifest import MANIFEST, compare_file, describe_file
-from pgt_hf.programs import errors_in_one_line, parse
+from pgt_hf.programs import errors_in_one_line, parse, refuse_other_settings
 
 LOCK, ROW_GROUP = ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
@@ -88,7 +88,7 @@ def prepare(args: PrepareArguments, output: Path) -> None:
     rows = {key: split.num_rows for key, split in splits.items()}
     settings |= {"quality": None if args.format == "raw" else args.quality, "rows": rows}
     if output.exists():
-        same_settings(output, read_json(output / MANIFEST), settings)
+        refuse_other_settings(output, read_json(output / MANIFEST), settings)
         check(output, "delete it and prepare it again")
     else:
         folder = output.with_name(output.name + ".incomplete")
@@ -108,7 +108,7 @@ def prepare(args: PrepareArguments, output: Path) -> None:
 def write(splits: dict[str, Dataset], settings: dict[str, Any], folder: Path, num_proc: int) -> None:
     for path in folder.glob(".*.json"):
         if (found := read_record(path)) is not None:
-            same_settings(folder, found["settings"], settings)
+            refuse_other_settings(folder, found["settings"], settings)
     shards, suffix = [], "parquet" if settings["quality"] else "arrow"
     for key, split in splits.items():
         count = -(-split.num_rows // settings["images_per_shard"])
@@ -120,15 +120,6 @@ def write(splits: dict[str, Dataset], settings: dict[str, Any], folder: Path, nu
         rows.map(ensure, num_proc=processes if processes > 1 else None, load_from_cache_file=False, desc=key)
         shards += [read_json(record(folder / name))["shard"] for name in names]
     write_json(folder / MANIFEST, settings | {"classes": class_names(next(iter(splits.values()))), "shards": shards})
-
-
-def same_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """What was written is of use only under the settings that it was written with."""
-    other = [
-        f"{key}={before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
-    ]
-    if other:
-        raise ValueError(f"{folder} was begun with other settings ({'; '.join(other)}): use these, or delete it")
 
 
 def ensure_shard(

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import runpy
+import shutil
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
@@ -221,6 +222,19 @@ def test_statistics_taken_from_the_target_change_its_accuracy_and_keep_the_netwo
     for alpha in ("1.0", "0.25"):
         plain, adapted = rows[alpha, "source-only"], rows[alpha, "bn"]
         assert (plain["source_top1"], plain["target_top1"]) != (adapted["source_top1"], adapted["target_top1"])
+
+
+def test_run_that_was_stopped_finds_the_rows_that_are_missing_and_keeps_the_others(launched, here, tmp_path):
+    results = Path(shutil.copytree(launched[0], tmp_path / "run"), "results.csv")
+    lines = results.read_bytes().splitlines(keepends=True)
+    lines[1] = b"1.0,0,contrast:5,source-only,0.5,0.5\r\n"  # what no training finds: it is kept, not found again
+    results.write_bytes(b"".join(lines[:-1]))
+    words = ["--smoke", "--targets", "contrast:5", "--output-dir", "run"]
+    run(*TWO, RECIPE, *words, cwd=tmp_path)
+    assert results.read_bytes() == b"".join(lines)
+    with pytest.raises(SystemExit, match=r"other settings \(lr=0.05, now 0.1; processes=2, now 1\)"):
+        here(*words, "--lr", "0.1")
+    assert results.read_bytes() == b"".join(lines)
 
 
 def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path):

@@ -2,6 +2,7 @@ from ..data.splits import class_names as class_names
 from ..data.workers import worker_options as worker_options
 from .adaptation import METHODS as METHODS
 from .adaptation import AdaptationRun as AdaptationRun
+from .adaptation import TargetName as TargetName
 from .adaptation import check_methods as check_methods
 from .arguments import MODES as MODES
 from .arguments import FinetuningArguments as FinetuningArguments

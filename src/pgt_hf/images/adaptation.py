@@ -6,7 +6,7 @@ a threshold) takes those of ``alpha * logits``: PGT trains ``softmax(alpha z)``.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,13 +18,35 @@ from torch.utils.data import DataLoader
 
 from ..data.workers import worker_options
 from ..functional import IGNORED, powergrad_cross_entropy
+from ..limits import DataSet, near
+from .corruptions import CORRUPTIONS
 from .dataset import ImageDataset
+from .sources import DIGITS
 from .transforms import collate
 
 METHODS = ("source-only", "bn", "tent", "pseudo-labels", "dann")
 _Batch = tuple[Tensor, Tensor]  # images and labels
 _WIDTH = 128  # of the domain classifier
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class _Target(DataSet):
+    """A corruption with its level, or another data set."""
+
+    def check(self, name: str, value: str) -> None:
+        """Raises ValueError unless it is one of these."""
+        kind, _, level = value.partition(":")
+        if kind in CORRUPTIONS and level in set("12345"):
+            return
+        if kind in CORRUPTIONS or near(kind, CORRUPTIONS):
+            raise ValueError(
+                f"{name} must be one of {', '.join(CORRUPTIONS)} with a level from 1 to 5, or a data set, "
+                f"got {value!r}{near(kind, CORRUPTIONS)}"
+            )
+        super().check(name, value)
+
+
+TargetName = Annotated[str, _Target((DIGITS,))]
 
 
 class AdaptationRun:

@@ -109,6 +109,18 @@ def refuse_other_run(folder: str | os.PathLike[str], argument: str | None = None
         raise ValueError(f"output_dir must not be the folder of another program's run, got {os.fspath(folder)!r}")
 
 
+def refuse_other_settings(
+    folder: str | os.PathLike[str], before: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if what is in the folder was made with other values of ``settings``."""
+    other = [f"{key}={before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
+    if other:
+        raise ValueError(
+            f"{os.fspath(folder)} was begun with other settings ({'; '.join(other)}): use these, delete it, or choose "
+            "another output_dir"
+        )
+
+
 def quiet_other_processes(process_index: int) -> None:
     """Lets only the first process log warnings."""
     if process_index > 0:

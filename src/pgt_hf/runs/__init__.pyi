@@ -11,6 +11,7 @@ from .environment import package_versions as package_versions
 from .environment import recipe as recipe
 from .folder import RunFolder as RunFolder
 from .folder import add_to_record as add_to_record
+from .folder import claim_folder as claim_folder
 from .folder import write_evaluation as write_evaluation
 from .pictures import draw_runs as draw_runs
 from .predict import predict_images as predict_images
