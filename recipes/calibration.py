@@ -31,15 +31,20 @@ from pgt_hf.analysis import (
     reliability,
     require_matplotlib,
 )
+from pgt_hf.atomic import replacing
 from pgt_hf.images import DIGITS, ImageDataArguments, TimmModel, class_names, collate, create_model
 from pgt_hf.limits import Count, Epochs, Folder, Rate, Seed, Share, Whole, Workers
-from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run
+from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run, refuse_other_settings
 from pgt_hf.runs import describe_data
 from pgt_hf.trainer import StopOnSigterm
 
 KINDS = ("raw", "folded", "fitted")
 DEFAULTS = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "hflip": 0.0, "color_jitter": 0.0}
-SMOKE = {"alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400}
+SMOKE: dict[str, Any] = {
+    "alphas": [1.0, 0.25], "seeds": [0], "epochs": 4.0, "max_train_samples": 400,
+    "output_dir": "runs/calibration-smoke",
+}  # fmt: skip
+GRID = {"output_dir", "alphas", "seeds", "bins", "num_workers", "smoke"}  # may change: the logits stay valid
 
 
 @dataclass
@@ -79,12 +84,17 @@ def main() -> None:
             dataset = data_args.load()
         refuse_large_batch("batch_size", args.batch_size, len(dataset["train"]), state.num_processes)
         create_model(args.model_name, class_names(dataset["train"]), image_size=data_args.image_size)
+        settings = {key: value for key, value in (vars(data_args) | vars(args)).items() if key not in GRID}
+        settings |= {"data": describe_data(data_args.dataset_name, dataset), "processes": state.num_processes}
+        for file in folder.glob("alpha-*/logits.npz"):
+            with np.load(file) as saved:
+                refuse_other_settings(folder, json.loads(str(saved["settings"])), json.loads(json.dumps(settings)))
 
     rows, predicted = [], {}
     for alpha in args.alphas:
         for seed in args.seeds:
-            run = folder / f"alpha-{alpha:g}-seed-{seed}"
-            logits, labels = trained_logits(dataset, alpha, seed, args, data_args, run)
+            file = folder / f"alpha-{alpha:g}-seed-{seed}" / "logits.npz"
+            logits, labels = trained_logits(dataset, alpha, seed, args, data_args, file, settings)
             predicted.setdefault(alpha, []).append((logits, labels))
             top1 = (logits.argmax(dim=1) == labels).double().mean().item()
             norm = logits.norm(dim=1).mean().item()
@@ -98,17 +108,18 @@ def main() -> None:
 
 
 def trained_logits(
-    dataset: Any, alpha: float, seed: int, args: CalibrationArguments, data_args: DataArguments, run: Path
+    dataset: Any,
+    alpha: float,
+    seed: int,
+    args: CalibrationArguments,
+    data_args: DataArguments,
+    file: Path,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """The validation images' logits and labels from one training run, or from its file if it was done before."""
-    own = ("output_dir", "alphas", "seeds", "bins", "num_workers", "smoke")
-    asked = {key: value for key, value in (vars(data_args) | vars(args)).items() if key not in own}
-    settings = json.dumps(asked | {"data": describe_data(data_args.dataset_name, dataset)}, sort_keys=True)
-    file = run / "logits.npz"
     if file.is_file():
         with np.load(file) as saved:
-            if str(saved["settings"]) == settings:
-                return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
+            return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
 
     set_seed(seed)
     model = create_model(args.model_name, class_names(dataset["train"]), image_size=data_args.image_size)
@@ -116,7 +127,7 @@ def trained_logits(
     trainer = PowerGradTrainer(
         model,
         PowerGradTrainingArguments(
-            str(run),
+            str(file.parent),
             alpha=alpha,
             optim="powergrad_sgd",
             optim_args="momentum=0.9,nesterov=true",
@@ -149,8 +160,9 @@ def trained_logits(
                 f"learning_rate must be lower: at alpha {alpha:g} the run diverged, got {args.learning_rate}"
             )
     if trainer.is_world_process_zero():
-        run.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, logits=logits, labels=labels, settings=settings)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with errors_in_one_line(), replacing(file) as draft, open(draft, "wb") as written:
+            np.savez_compressed(written, logits=logits, labels=labels, settings=json.dumps(settings))
     return torch.from_numpy(logits), torch.from_numpy(labels)
 
 

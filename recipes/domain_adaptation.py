@@ -65,7 +65,8 @@ from pgt_hf.trainer import StopOnSigterm
 DEFAULTS: dict[str, Any] = {"dataset_name": DIGITS, "image_size": 32, "min_crop": 0.7, "color_jitter": 0.0}
 SMOKE: dict[str, Any] = {
     "alphas": [1.0, 0.25], "targets": ["contrast:3"], "epochs": 1, "adapt_epochs": 1, "max_train_samples": 192,
-    "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0, "output_dir": "runs/adaptation-smoke",
+    "max_eval_samples": 101, "image_size": 24, "batch": 32, "num_workers": 0,
+    "output_dir": "runs/domain_adaptation-smoke",
 }  # fmt: skip
 RESULTS = "results.csv"
 COLUMNS = ["alpha", "seed", "target", "method", "source_top1", "target_top1"]

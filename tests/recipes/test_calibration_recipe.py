@@ -54,6 +54,14 @@ def test_calibration_recipe_trains_nothing_twice(recipe):
     assert second.count("trained 2 steps") == 1  # alpha = 1 alone
 
 
+def test_calibration_recipe_does_not_overwrite_the_logits_of_other_settings(recipe):
+    file = recipe[0] / "alpha-0.25-seed-0" / "logits.npz"
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match="learning_rate=0.05, now 0.1; "):
+        run_here(RECIPE, "--output-dir", "out", "--learning-rate", "0.1", cwd=recipe[0].parent)
+    assert file.read_bytes() == before
+
+
 def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(here, tmp_path):
     with pytest.raises(SystemExit, match=r"error: --alphas must be a number in \[0, 1\], got -1.0"):
         here("--alphas", "1", "-1")
