@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,6 +43,10 @@ def train(run: Path) -> Killed:
 
 def mount(disk: Path, *options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)], check=True)
+
+
+def unmount(disk: Path) -> None:
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def remount(disk: Path, options: str) -> None:
@@ -79,6 +83,26 @@ def full(disk: Path, size: int, expected: dict[str, torch.Tensor]) -> tuple[str,
     return told(ended), judge(ended, disk / "run", expected)
 
 
+def bind(disk: Path, place: Path) -> None:
+    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+
+
+def read_only(disk: Path) -> None:
+    """For all that is opened from now on: a disk with an open file, as the run's lock, cannot be remounted itself."""
+    other = disk.with_name("read-only")
+    other.mkdir()
+    bind(disk, other)
+    remount(other, "bind,ro")
+    bind(other, disk)
+
+
+def writable(disk: Path) -> None:
+    unmount(disk)
+    other = disk.with_name("read-only")
+    unmount(other)
+    other.rmdir()
+
+
 def meanwhile(
     disk: Path, trouble: Callable[[], object], mend: Callable[[], object], expected: dict[str, torch.Tensor]
 ) -> tuple[str, str]:
@@ -86,16 +110,19 @@ def meanwhile(
     mount(disk, "size=1g")
     run, over = disk / "run", threading.Event()
 
-    def wait() -> None:
-        while not (run / "checkpoint-6").exists() and not over.is_set():
-            time.sleep(0.002)
+    def wait() -> bool:
+        while not (run / "checkpoint-6").exists():
+            if over.wait(0.002):
+                return False
         trouble()
+        return not over.is_set()
 
-    watcher = threading.Thread(target=wait)
-    watcher.start()
-    ended = train(run)
-    over.set()
-    watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        in_time = pool.submit(wait)
+        ended = train(run)
+        over.set()
+        if not in_time.result():
+            return told(ended), "the trouble came too late"
     mend()
     return told(ended), judge(ended, run, expected)
 
@@ -126,17 +153,21 @@ def main() -> None:
         for number in range(1, given.sizes + 1):
             size = 4096 + largest * 3 // 2 * number // given.sizes
             cases[f"{size / largest:.0%} of the room"] = lambda size=size: full(disk, size, expected)
-        again = lambda: remount(disk, "rw,size=1g")  # noqa: E731
-        cases["read-only in between"] = lambda: meanwhile(disk, lambda: remount(disk, "ro"), again, expected)
+        cases["read-only in between"] = lambda: meanwhile(
+            disk, lambda: read_only(disk), lambda: writable(disk), expected
+        )
         cases["full in between"] = lambda: meanwhile(
-            disk, lambda: remount(disk, f"size={shutil.disk_usage(disk).used + 4096}"), again, expected
+            disk,
+            lambda: remount(disk, f"size={shutil.disk_usage(disk).used + 4096}"),
+            lambda: remount(disk, "size=1g"),
+            expected,
         )
         cases["the folder removed"] = lambda: meanwhile(
             disk, lambda: shutil.rmtree(disk / "run"), lambda: None, expected
         )
         for case, attempt in cases.items():
             said, wrong = attempt()
-            subprocess.run(["umount", str(disk)], check=True)
+            unmount(disk)
             score["lost" if wrong else "survived"] += 1
             print(f"  {case}: {said.replace(name, '')}; {wrong or 'survived'}", flush=True)
     print(f"disks: {score.total()} tried, {score['survived']} survived, {score['lost']} lost")
