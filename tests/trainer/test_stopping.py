@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -39,6 +41,34 @@ small.build(pathlib.Path("run"), save_strategy="epoch", num_train_epochs=1, call
 print('here', flush=True)
 time.sleep(60)
 """
+TRAINING = """
+import small
+from transformers import TrainerCallback
+class Slow(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        print('here', flush=True)
+        time.sleep(0.5)
+if __name__ == "__main__":  # and not in a data worker
+    trainer = small.build(pathlib.Path("run"), max_steps=500, dataloader_num_workers=1, callbacks=[Slow(), stop])
+    trainer.train()
+    stop.leave(trainer)
+"""
+
+
+def stopped(folder: Path, body: str, launcher: list[str], send: Callable[[subprocess.Popen[bytes]], None]) -> Any:
+    """The status and the words of a program that was sent a signal once it had said "here"."""
+    (folder / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent), body=body))
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [*launcher, "program.py", "--flag"], cwd=folder, env=environment(), stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        while "here" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        time.sleep(1)
+        send(process)
+        return process.wait(timeout=100), (folder / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -51,22 +81,38 @@ time.sleep(60)
     ids=["loading", "waiting for another process", "after training"],
 )
 def test_sigterm_outside_of_training_ends_the_program_at_once_with_one_line(tmp_path, body, launcher, words):
-    (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent), body=body))
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [*launcher, "program.py", "--flag"], cwd=tmp_path, env=environment(), stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
-        while "here" not in (tmp_path / "log").read_text():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(timeout=40)
-    printed = (tmp_path / "log").read_text()
+    status, printed = stopped(tmp_path, body, launcher, lambda process: process.send_signal(signal.SIGTERM))
     assert printed.count(words) == 1, printed
     if launcher != TWO:
         assert status == 143 and "Traceback" not in printed
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """What Ctrl-C does in a terminal: all processes of the session's foreground get it."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], TWO], ids=["alone", "launched"])
+def test_interrupt_in_training_saves_a_checkpoint(tmp_path, launcher):
+    status, printed = stopped(tmp_path, TRAINING, launcher, interrupt)
+    assert printed.count("Stopped by Ctrl-C at step ") == 1 and "; resume with: " in printed, printed
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    if launcher != TWO:  # torch's own ends with a traceback
+        assert status == 130 and "Traceback" not in printed
+
+
+def test_interrupt_before_training_ends_the_program_and_a_second_one_ends_the_training(tmp_path):
+    status, printed = stopped(tmp_path, BEFORE, [sys.executable], interrupt)
+    assert status == 130 and "Stopped by Ctrl-C; run it again with: " in printed and "Traceback" not in printed
+
+    def twice(process: subprocess.Popen[bytes]) -> None:
+        interrupt(process)
+        time.sleep(0.2)
+        interrupt(process)
+
+    status, printed = stopped(tmp_path, TRAINING, [sys.executable], twice)
+    assert status == -signal.SIGINT and "KeyboardInterrupt" in printed
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 ORPHAN = """

@@ -19,6 +19,7 @@ from typing import Any
 __all__ = ["guard_workers", "release_remote_files", "start_worker_server", "use_worker_server", "worker_options"]
 
 _HEAVY = ("torch", "torchvision", "accelerate", "timm", "datasets", "transformers.trainer")
+_OUTLIVED = {signal.SIGTERM, signal.SIGINT}  # by workers, so that training can finish its step
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -48,10 +49,10 @@ def start_worker_server() -> None:
         return
     ours = [name for name in sys.modules if name.split(".")[0] == "pgt_hf"]
     multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules] + ours)
-    # The server and its workers inherit the block, since torch sets a SIGTERM handler of its own before it calls
-    # `worker_init_fn`. The tracker comes first because its start lifts the block.
+    # The server and its workers inherit the block: the server ignores Ctrl-C only after its imports, and torch sets a
+    # SIGTERM handler of its own before it calls `worker_init_fn`. The tracker comes first: its start lifts the block.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
     try:
         forkserver.ensure_running()
     finally:
@@ -59,7 +60,10 @@ def start_worker_server() -> None:
 
 
 def guard_workers(loader: Any) -> Any:
-    """Lets a loader's workers survive SIGTERM, so that training can finish its step, but not their program's end."""
+    """Lets a loader's workers survive SIGTERM and Ctrl-C, so that training can finish its step.
+
+    They do not survive the end of their program.
+    """
     _kill_workers_at_exit()
     initialize = partial(_start_worker, loader.worker_init_fn)
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # Accelerate's, and the one inside
@@ -90,7 +94,8 @@ def _kill_workers_at_exit() -> None:
 
 
 def _start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _OUTLIVED:
+        signal.signal(number, signal.SIG_IGN)
     # torch only watches the worker's parent, the server, which stays as long as it has workers.
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if initialize is not None:

@@ -1,4 +1,4 @@
-"""``StopOnSigterm``: on SIGTERM, or when its launcher dies, a run saves a checkpoint and says how to resume."""
+"""``StopOnSigterm``: on SIGTERM, Ctrl-C or its launcher's end, a run saves a checkpoint and says how to resume."""
 
 import os
 import select
@@ -16,9 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..runs.environment import command_line
 from .checkpoint_folders import list_checkpoints
 
-_STATUS = 128 + signal.SIGTERM  # a scheduler sees that the run was stopped and is not finished
-_SIGTERM, _ORPHANED = "SIGTERM", "the end of its launcher"
-_REASONS = (None, _SIGTERM, _ORPHANED)  # numbered, for the processes to agree on one
+_INTERRUPT, _SIGTERM, _ORPHANED = "Ctrl-C", "SIGTERM", "the end of its launcher"
+_REASONS = (None, _INTERRUPT, _SIGTERM, _ORPHANED)  # numbered, for the processes to agree on one
 _PATIENCE = 60.0  # seconds that a process may go on without its launcher: it may wait for peers that are gone
 
 
@@ -31,8 +30,8 @@ class StopOnSigterm(TrainerCallback):
 
     All processes stop at the same step, whichever got the signal; an evaluation is cut short. ``stopped`` says
     afterwards that it happened. Call ``listen`` when the program starts, before the processes meet, and the signal is
-    handled before training too (the program exits, nothing is lost) and after it (the last checkpoint stays). The exit
-    status is 143.
+    handled before training too (the program exits, nothing is lost) and after it (the last checkpoint stays). Ctrl-C
+    then counts as well; without a launcher, the second one ends the program at once. The exit status is 143, or 130.
 
     Example:
         >>> stop = StopOnSigterm().listen()
@@ -44,6 +43,7 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
         self._asked: str | None = None
+        self._interruptible = False  # Ctrl-C counts
         self._training = False
         self._run: str | None = None  # the run's folder, once training has ended
         self._group: Any = None
@@ -52,9 +52,13 @@ class StopOnSigterm(TrainerCallback):
         self._before: Any = None  # the handler to put back after training, unless listen() was called
 
     def listen(self) -> "StopOnSigterm":
-        """Handles the signal from now on, to the end of the program. Only the main thread can start this."""
+        """Handles the signals from now on, to the end of the program. Only the main thread can start this."""
         self._start()
         self._before = None
+        if self._sockets is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # torch's launcher passes Ctrl-C on to processes that the terminal has told already.
+            signal.signal(signal.SIGINT, _heard if "TORCHELASTIC_RUN_ID" in os.environ else _heard_once)
+            self._interruptible = True
         return self
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -72,7 +76,7 @@ class StopOnSigterm(TrainerCallback):
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._training and self._anyone_asked():
             self.stopped = True
-            raise EvaluationStopped(_STATUS)
+            raise EvaluationStopped(self._status)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:  # the epoch was cut short: there is nothing to evaluate, and the checkpoint stands
@@ -88,13 +92,18 @@ class StopOnSigterm(TrainerCallback):
             self._sockets = self._before = None
 
     def leave(self, trainer: Trainer) -> None:
-        """If the run was stopped, says how to resume it and exits with 143, as SIGTERM does."""
+        """If the run was stopped, says how to resume it and exits as the signal does, with 143 or 130."""
         if not self.stopped:
             return
         if trainer.is_world_process_zero():
             self._say(f" at step {trainer.state.global_step}")
         trainer.end()
-        sys.exit(_STATUS)
+        sys.exit(self._status)
+
+    @property
+    def _status(self) -> int:
+        """A scheduler sees that the run was stopped and is not finished."""
+        return 128 + (signal.SIGINT if self._asked == _INTERRUPT else signal.SIGTERM)
 
     def _start(self) -> None:
         if self._sockets is not None or threading.current_thread() is not threading.main_thread():
@@ -119,17 +128,19 @@ class StopOnSigterm(TrainerCallback):
                     return
                 if signal.SIGTERM in signals:
                     self._stop(_SIGTERM)
+                elif signal.SIGINT in signals and self._interruptible:
+                    self._stop(_INTERRUPT)
             elif os.getppid() != parent:
                 self._stop(_ORPHANED)
                 threading.Event().wait(_PATIENCE)
-                os._exit(_STATUS)
+                os._exit(self._status)
 
     def _stop(self, reason: str) -> None:
-        self._asked = reason
+        self._asked = self._asked or reason
         if not self._training:
             if int(os.environ.get("RANK", "0")) == 0:
                 self._say(" after the last step" if self._run else "")
-            os._exit(_STATUS)
+            os._exit(self._status)
 
     def _say(self, when: str) -> None:
         saved = self._run is not None and bool(list_checkpoints(self._run))
@@ -163,11 +174,18 @@ def _heard(signum: int, frame: Any) -> None:
     """In place of the default, which would end the process at once; ``_watch`` learns of the signal by its socket."""
 
 
+def _heard_once(signum: int, frame: Any) -> None:
+    """As ``_heard``; the next Ctrl-C is an exception again."""
+    signal.signal(signum, signal.default_int_handler)
+
+
 def _forget() -> None:
-    """In a forked child, such as a data worker, SIGTERM has its default effect."""
+    """In a forked child, such as a data worker, the signals have their default effects."""
     if signal.getsignal(signal.SIGTERM) is _heard:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) in (_heard, _heard_once):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if hasattr(os, "register_at_fork"):
