@@ -34,6 +34,7 @@ from pgt_hf.runs import describe_data
 from pgt_hf.trainer import (
     PAPER_ALPHAS,
     ReportToStudy,
+    StopOnSigterm,
     Storage,
     become_worker,
     completed_points,
@@ -99,7 +100,8 @@ class SearchArguments(ImageDataArguments):
 
 
 def main() -> None:
-    rank, args = become_worker(), read_arguments()
+    StopOnSigterm().listen()
+    rank, args = become_worker(), parse(SearchArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE)[0]
     quieten()
     with errors_in_one_line():
         refuse_other_run(args.output_dir)
@@ -130,10 +132,6 @@ def search(storage: Any, studies: dict[str, optuna.Study], data: Any, args: Sear
     run_trials(confirm, len(grid), partial(confirm_objective, best=best, data=data, args=args), rank, "confirm", grid)
     if rank == 0:
         report(points, paired_points(confirm, best, seeds), data["validation"]["label"], args)
-
-
-def read_arguments() -> SearchArguments:
-    return parse(SearchArguments, description=__doc__, defaults=DEFAULTS, smoke=SMOKE)[0]
 
 
 def quieten() -> None:

@@ -38,6 +38,7 @@ from pgt_hf.images import (
 from pgt_hf.limits import Folder, Needs, OneOf, Seed, Whole
 from pgt_hf.manifest import MANIFEST, compare_file, describe_file
 from pgt_hf.programs import errors_in_one_line, parse, refuse_other_settings
+from pgt_hf.trainer import StopOnSigterm
 
 LOCK, ROW_GROUP = ".lock", 100
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
@@ -66,6 +67,7 @@ class PrepareArguments(ImageSourceArguments):
 
 
 def main() -> None:
+    StopOnSigterm().listen()
     args, _ = parse(PrepareArguments, description=__doc__, defaults={"dataset_name": DEFAULT_DATASET}, smoke=SMOKE)
     with errors_in_one_line():
         if args.verify:

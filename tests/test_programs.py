@@ -4,10 +4,10 @@ import ast
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import pytest
+from launch import ROOT
 
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.atomic import WriteError
@@ -150,17 +150,13 @@ def test_help_shows_ours_first_and_trainers_rest_on_request(monkeypatch, capsys)
     assert "--adam-beta1" in long
 
 
-LAUNCHED = (
-    "imagenet", "finetune", "text_classification", "language_modeling", "calibration", "domain_adaptation",
-    "evaluate_images",
-)  # fmt: skip
+PROGRAMS = [path for path in sorted((ROOT / "recipes").glob("*.py")) if path.stem != "minimal"]  # a loop to copy
 
 
-@pytest.mark.parametrize("recipe", LAUNCHED)
-def test_recipes_for_several_processes_listen_first(recipe):
+@pytest.mark.parametrize("recipe", PROGRAMS, ids=lambda path: path.stem)
+def test_recipes_listen_first(recipe):
     """Else a process whose launcher is killed while they start would wait for the others."""
-    recipes = Path(__file__).parents[1] / "recipes"
-    parsed = ast.parse((recipes / f"{recipe}.py").read_text(encoding="utf-8"))
+    parsed = ast.parse(recipe.read_text(encoding="utf-8"))
     (main,) = (node for node in parsed.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert ast.unparse(main.body[0]).endswith("StopOnSigterm().listen()")
 

@@ -98,7 +98,9 @@ def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_p
     journal = ["--smoke", "--output-dir", str(tmp_path), "--storage", f"journal:{tmp_path / 'journal.log'}"]
     storage = alpha_search.open_storage(journal[-1], str(tmp_path))
     monkeypatch.setattr(sys, "argv", [RECIPE, *journal])
-    args = alpha_search.read_arguments()
+    args, _ = alpha_search.parse(
+        alpha_search.SearchArguments, description="", defaults=alpha_search.DEFAULTS, smoke=alpha_search.SMOKE
+    )
     study = alpha_search.open_side(storage, "pgt", args.load(), args)
     for setting in alpha_search.grid_of("pgt", args):
         study.enqueue_trial(setting)
