@@ -35,7 +35,7 @@ from pgt_hf.atomic import replacing
 from pgt_hf.images import DIGITS, ImageDataArguments, TimmModel, class_names, collate, create_model
 from pgt_hf.limits import Count, Epochs, Folder, Rate, Seed, Share, Whole, Workers
 from pgt_hf.programs import errors_in_one_line, parse, refuse_large_batch, refuse_other_run, refuse_other_settings
-from pgt_hf.runs import describe_data
+from pgt_hf.runs import claim_folder, describe_data
 from pgt_hf.trainer import StopOnSigterm
 
 KINDS = ("raw", "folded", "fitted")
@@ -89,6 +89,9 @@ def main() -> None:
         for file in folder.glob("alpha-*/logits.npz"):
             with np.load(file) as saved:
                 refuse_other_settings(folder, json.loads(str(saved["settings"])), json.loads(json.dumps(settings)))
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            claim_folder(folder)
 
     rows, predicted = [], {}
     for alpha in args.alphas:

@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from launch import ROOT, run_here
 from torch.nn.functional import cross_entropy
 
@@ -60,6 +61,11 @@ def test_calibration_recipe_does_not_overwrite_the_logits_of_other_settings(reci
     with pytest.raises(SystemExit, match="learning_rate=0.05, now 0.1; "):
         run_here(RECIPE, "--output-dir", "out", "--learning-rate", "0.1", cwd=recipe[0].parent)
     assert file.read_bytes() == before
+
+
+def test_second_calibration_in_the_folder_of_a_running_one_is_refused(here, tmp_path):
+    with FileLock(tmp_path / ".run.lock"), pytest.raises(SystemExit, match="another run is active in "):
+        here("--smoke", "--output-dir", ".")
 
 
 def test_alpha_that_is_not_allowed_stops_the_recipe_before_anything_is_written(here, tmp_path):
