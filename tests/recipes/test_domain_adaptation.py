@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as Feature
+from filelock import FileLock
 from launch import ROOT, TWO, run
 from PIL import Image
 
@@ -235,6 +236,11 @@ def test_run_that_was_stopped_finds_the_rows_that_are_missing_and_keeps_the_othe
     with pytest.raises(SystemExit, match=r"other settings \(lr=0.05, now 0.1; processes=2, now 1\)"):
         here(*words, "--lr", "0.1")
     assert results.read_bytes() == b"".join(lines)
+
+
+def test_second_run_in_the_folder_of_a_running_one_is_refused(here, tmp_path):
+    with FileLock(tmp_path / ".run.lock"), pytest.raises(SystemExit, match="another run is active in "):
+        here("--smoke", "--output-dir", ".")
 
 
 def test_another_data_set_is_a_target_whatever_the_order_of_its_classes(tmp_path):
