@@ -226,7 +226,10 @@ def test_a_database_that_goes_away_is_waited_for(postgres, impatient, caplog):
     objective = Objective(seconds=0.7)
     worker = threading.Thread(target=work, args=(name, objective, 4, GRID[:4]))
     worker.start()
-    time.sleep(1)
+    for _ in range(600):  # until the study is open
+        if objective.trained:
+            break
+        time.sleep(0.1)
     postgres.stop()
     for _ in range(600):  # until the worker has asked for it
         if "trying again" in caplog.text:

@@ -61,8 +61,8 @@ def stopped(folder: Path, body: str, launcher: list[str], send: Callable[[subpro
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*launcher, "program.py", "--flag"], cwd=folder, env=environment(), stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        )  # fmt: skip  # whatever started the tests may ignore Ctrl-C, and processes inherit that
         while "here" not in (folder / "log").read_text():
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.1)
