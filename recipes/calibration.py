@@ -88,7 +88,7 @@ def main() -> None:
         settings |= {"data": describe_data(data_args.dataset_name, dataset), "processes": state.num_processes}
         for file in folder.glob("alpha-*/logits.npz"):
             with np.load(file) as saved:
-                refuse_other_settings(folder, json.loads(str(saved["settings"])), json.loads(json.dumps(settings)))
+                refuse_other_settings(folder, json.loads(str(saved["settings"])), settings)
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             claim_folder(folder)

@@ -59,10 +59,11 @@ def stopped(folder: Path, body: str, launcher: list[str], send: Callable[[subpro
     """The status and the words of a program that was sent a signal once it had said "here"."""
     (folder / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent), body=body))
     with open(folder / "log", "w") as log:
+        # Whatever started the tests may ignore Ctrl-C, and processes inherit that.
         process = subprocess.Popen(
             [*launcher, "program.py", "--flag"], cwd=folder, env=environment(), stdout=log, stderr=log,
-            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-        )  # fmt: skip  # whatever started the tests may ignore Ctrl-C, and processes inherit that
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         while "here" not in (folder / "log").read_text():
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.1)

@@ -1,5 +1,6 @@
 """What the recipes share: parsing arguments, errors in one line, and a summary at the end."""
 
+import json
 import logging
 import os
 from argparse import Namespace
@@ -112,8 +113,9 @@ def refuse_other_run(folder: str | os.PathLike[str], argument: str | None = None
 def refuse_other_settings(
     folder: str | os.PathLike[str], before: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError if what is in the folder was made with other values of ``settings``."""
-    other = [f"{key}={before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
+    """Raises ValueError if what is in the folder was made with other values of ``settings``, as JSON has them."""
+    asked = json.loads(json.dumps(dict(settings)))
+    other = [f"{key}={before.get(key)!r}, now {now!r}" for key, now in asked.items() if before.get(key) != now]
     if other:
         raise ValueError(
             f"{os.fspath(folder)} was begun with other settings ({'; '.join(other)}): use these, delete it, or choose "
