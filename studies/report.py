@@ -6,6 +6,7 @@ python -m studies.report
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from .settings import (
     HIGH_DECAY,
     LADDERS,
     NORMS,
+    PILOT_ALPHAS,
+    PILOTS,
     RATES,
     SCALES,
     SEARCH_SEEDS,
@@ -26,9 +29,10 @@ from .settings import (
     Row,
     Search,
     Setting,
+    TextScale,
     plan,
 )
-from .tables import accuracy, difference, header, line, mean, place
+from .tables import accuracy, difference, header, line, loss, mean, place
 
 __all__ = ["Study", "main"]
 
@@ -41,7 +45,7 @@ Key = tuple[str, Setting]  # group and setting
 
 def main() -> None:
     """Everything that is drawn or tabulated, in place."""
-    study = Study(read_rows(), SCALE)
+    study = Study(read_rows())
     (HERE / "figures").mkdir(exist_ok=True)
     place(HERE / "README.md", {name: TABLES[name](study) for name in TABLES if name != "evidence"})
     place(HERE.parent / "docs" / "evidence.md", {"evidence": evidence(study)})
@@ -53,13 +57,13 @@ def main() -> None:
 
 
 class Study:
-    """The lines of one scale by what the plan says of them.
+    """The lines by what the plan says of them.
 
     Raises:
-        ValueError: A line of any scale does not agree with the plan, or with the search that is to have chosen it.
+        ValueError: A line does not agree with the plan, or with the search that is to have chosen it.
     """
 
-    def __init__(self, lines: list[Line], scale: str) -> None:
+    def __init__(self, lines: list[Line]) -> None:
         self.lines = lines
         self.items = [item for name in SCALES for item in plan(name)]
         self.searches = {item.name: item for item in self.items if isinstance(item, Search)}
@@ -74,7 +78,7 @@ class Study:
                 agrees = by in self.searches and self._agrees(self.searches[by], each)
             if not agrees:
                 raise ValueError(f"{by} did not choose learning rate {rate} for {setting}, seed {each['seed']}")
-            if setting.scale == scale and each["seed"] in SEEDS:
+            if each["seed"] in SEEDS:
                 key = setting if by == "plan" else self.searches[by].setting
                 self.trained.setdefault((each["group"], key), {})[each["seed"]] = each
 
@@ -97,14 +101,12 @@ class Study:
         found = (key(each) if callable(key) else each.get(key) for each in lines)
         return [value for value in found if value is not None]
 
-    def versus(self, ours: Key, theirs: Key) -> Comparison | None:
-        """The paired difference of test accuracy over the seeds that both have, in the same precision."""
+    def versus(self, ours: Key, theirs: Key, key: str = "test_top1") -> Comparison | None:
+        """The paired difference of a value over the seeds that both have, in the same precision."""
         left, right = self.trained.get(ours, {}), self.trained.get(theirs, {})
         both = sorted(left.keys() & right.keys())
         seeds = [seed for seed in both if precision(left[seed]) == precision(right[seed])]
-        return (
-            compare(*([of[seed]["test_top1"] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
-        )
+        return compare(*([of[seed][key] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
 
 
 def precision(line: Line) -> str:
@@ -281,6 +283,33 @@ def epochs_to(study: Study, group: str, setting: Setting, baseline: Setting) -> 
     return str(int(reached[0]) + 1) if len(reached) else "not"
 
 
+def pilots(study: Study) -> list[str]:
+    """Where else it could pay: each alpha at the learning rate and weight decay of its own search."""
+    lines = header("pilot", "alpha", "trials", "lr", "wd", "seeds", "test top-1 (%) or loss", "minus alpha = 1")
+    for scale, alpha in product(PILOTS, PILOT_ALPHAS):
+        search = study.searches[f"{scale}/pilot/{alpha:g}"]
+        plain = replace(search.setting, alpha=1.0)
+        key, show = ("test_loss", loss) if isinstance(PILOTS[scale], TextScale) else ("test_top1", accuracy)
+        values = study.values("pilot", search.setting, key)
+        chosen = study.chosen[search.name]
+        if not values or chosen is None:
+            continue
+        found = study.versus(("pilot", search.setting), ("pilot", plain), key) if alpha != 1 else None
+        lines.append(
+            line(
+                scale,
+                f"{alpha:g}",
+                str(search.trials),
+                f"{chosen[1]:.3g}",
+                f"{chosen[0].weight_decay:.2g}",
+                str(len(values)),
+                show(values),
+                "" if alpha == 1 else difference(found, 1 if show is loss else 100),
+            )
+        )
+    return lines
+
+
 def evidence(study: Study) -> list[str]:
     """The table of docs/evidence.md: one line for each weight decay, and one for what was searched."""
     lines = header("network", "weight decay", "lr wd T", "seeds", *(f"alpha {alpha:g}" for alpha in ALPHAS))
@@ -317,6 +346,7 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
     "rescue": rescue,
     "searches": searches,
     "tuned": tuned,
+    "pilots": pilots,
     "evidence": evidence,
 }
 

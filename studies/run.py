@@ -3,6 +3,7 @@
     python -m studies.run                                   # the small scale, in its order, from the Hub
     python -m studies.run --tiny-imagenet FOLDER            # from a folder
     python -m studies.run --only ladder/bn --seeds 2        # a part of it
+    python -m studies.run --scale noise-40 --seeds 3        # a pilot: fine-tuning with wrong labels
     python -m studies.run --scale large --device cuda       # ResNet-18
     python -m studies.report                                # tables and figures
 
@@ -23,9 +24,9 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from .images import Split, prepare, read
-from .settings import HIGH_DECAY, SCALES, SEARCH_SEEDS, SEEDS, Row, Search, Setting, plan
-from .train import Stop, never, train
+from . import images, language
+from .settings import HIGH_DECAY, PILOTS, SCALES, SEARCH_SEEDS, SEEDS, SOURCE, Row, Search, Setting, TextScale, plan
+from .train import Stop, Task, never, train
 
 __all__ = ["Lab", "main", "read_rows", "winner"]
 
@@ -33,6 +34,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 KEPT = 50.0  # percent of the trials that the pruner lets pass at each epoch,
 WARMUP = 1 / 3  # after this share of the epochs
+GIVEN_RATE, GIVEN_DECAY = 0.2, 4e-3  # of the networks that pilots start from or learn from
 logger = logging.getLogger(__name__)
 
 
@@ -42,10 +44,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     args = parse()
-    scale = SCALES[args.scale]
-    path = args.cache / f"tiny-imagenet_{scale.classes}x{scale.images}_{scale.side}.npz"
-    prepare(scale, args.tiny_imagenet, path)
-    lab = Lab(read(path, args.device), args.results)
+    lab = Lab(task_of(args.scale, args), args.results)
     groups: dict[str, list[Row | Search]] = {}
     for item in plan(args.scale):
         if f"{item.group}/{item.setting.alpha:g}/{item.setting.weight_decay:g}".startswith(args.only):
@@ -59,7 +58,8 @@ def main() -> None:
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--scale", choices=SCALES, default="small", help="classes, pixels, network and epochs")
+    scales = [name for name in SCALES if name != SOURCE]
+    add("--scale", choices=scales, default="small", help="data, network and epochs")
     add("--device", default="cpu", help="cpu or cuda")
     add("--tiny-imagenet", help="a folder that load_dataset reads; by default the Hub's")
     add("--cache", type=Path, default=Path("runs/study"), help="where the decoded images go: one file for each scale")
@@ -67,6 +67,29 @@ def parse() -> Namespace:
     add("--only", default="", help="the beginning of GROUP/ALPHA/DECAY, such as search/sgd/bn/0.3")
     add("--seeds", type=int, default=len(SEEDS), help="trainings of each setting of the tables")
     return parser.parse_args()
+
+
+def task_of(name: str, args: Namespace) -> Task:
+    """The task of a scale; what it needs is prepared, or trained, where it is not there."""
+    scale = SCALES[name]
+    if isinstance(scale, TextScale):
+        return language.Text(scale, language.read(scale, args.device))
+    path = args.cache / f"tiny-imagenet_{name}.npz"
+    images.prepare(scale, args.tiny_imagenet, path)
+    given = scale.start or scale.teacher
+    weights = _given(given, args) if given else None
+    return images.Images(scale, images.read(path, args.device), weights)
+
+
+def _given(name: str, args: Namespace) -> dict[str, torch.Tensor]:
+    """The weights of a scale's network, trained once with plain cross-entropy."""
+    path = args.cache / f"{name}.pt"
+    if not path.is_file():
+        setting = Setting("tiny-imagenet", "bn", weight_decay=GIVEN_DECAY, scale=name)
+        row = train(setting, GIVEN_RATE, SEARCH_SEEDS[0], task_of(name, args), weights=path)
+        logger.info("%s: %.2f%%, %.0f s", path, 100 * row["test_top1"], row["seconds"])
+    weights: dict[str, torch.Tensor] = torch.load(path, args.device, weights_only=True)
+    return weights
 
 
 def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
@@ -78,9 +101,9 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Lab:
-    """Where trainings are carried out: their images, and the file with a line for each of them."""
+    """Where trainings are carried out: their task, and the file with a line for each of them."""
 
-    splits: dict[str, Split]
+    task: Task
     results: Path
 
     def carry_out(self, item: Row | Search, seed: int) -> None:
@@ -130,16 +153,16 @@ class Lab:
             if all(other.get(key) == value for key, value in row.items()):
                 return other
         high = setting.weight_decay == HIGH_DECAY[setting.network] and group.startswith(("ladder", "agc"))
-        watched = seed == SEEDS[0] and (high or chosen_by != "plan")
+        watched = seed == SEEDS[0] and (high or chosen_by != "plan") and setting.scale not in PILOTS
         name = f"{setting.scale}_{group.replace('/', '_')}_{setting.alpha:g}.npz"
         watch = self.results.parent / "diagnostics" / name if watched else None
-        row |= train(setting, learning_rate, seed, self.splits, stop, watch)
+        row |= train(setting, learning_rate, seed, self.task, stop, watch)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         logger.info(
-            "%s/%g %slr %.4g wd %.4g seed %d: %s %.2f%%, %d small filters, %.0f s", group, setting.alpha,
+            "%s/%s/%g %slr %.4g wd %.4g seed %d: %s %.2f%%, %.0f s", setting.scale, group, setting.alpha,
             setting.parts or "", learning_rate, setting.weight_decay, seed, row["verdict"] or "",
-            100 * row["test_top1"], row["small_filters"], row["seconds"],
+            100 * row["curve"][-1], row["seconds"],
         )  # fmt: skip
         return row
 
@@ -149,23 +172,28 @@ def trials(search: Search, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("chosen_by") == search.name and row["seed"] == SEARCH_SEEDS[0]]
 
 
+def score(row: dict[str, Any]) -> float:
+    """What a search maximises: top-1 on its images, or one over the perplexity of its text."""
+    return float(row["select_top1"] if "select_top1" in row else row["curve"][-1])
+
+
 def finalists(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The two best trials that were trained to the end."""
-    return sorted((row for row in done if row["verdict"] is None), key=lambda row: -row["select_top1"])[:2]
+    return sorted((row for row in done if row["verdict"] is None), key=lambda row: -score(row))[:2]
 
 
 def winner(search: Search, rows: list[dict[str, Any]]) -> tuple[Setting, float] | None:
     """The setting and learning rate that a search has chosen; None before its end."""
     done = trials(search, rows)
     again = {
-        (row["learning_rate"], row["weight_decay"]): row["select_top1"]
+        (row["learning_rate"], row["weight_decay"]): score(row)
         for row in rows
         if row.get("chosen_by") == search.name and row["seed"] == SEARCH_SEEDS[1]
     }
     pairs = [(row, again.get((row["learning_rate"], row["weight_decay"]))) for row in finalists(done)]
     if len(done) < search.trials or any(second is None for _, second in pairs):
         return None
-    best, _ = max(pairs, key=lambda pair: pair[0]["select_top1"] + (pair[1] or 0.0))
+    best, _ = max(pairs, key=lambda pair: score(pair[0]) + (pair[1] or 0.0))
     return Setting.from_row(best), best["learning_rate"]
 
 
@@ -175,14 +203,14 @@ def _as_trial(row: dict[str, Any], distributions: dict[str, Any]) -> optuna.tria
         params={key: row[key] for key in distributions},
         distributions=distributions,
         intermediate_values=dict(enumerate(row["curve"], start=1)),
-        value=row["curve"][-1] if pruned else row["select_top1"],
+        value=row["curve"][-1] if pruned else score(row),
         state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
     )
 
 
 def _pruner(trial: optuna.Trial) -> Stop:
-    def stop(epoch: int, top1: float) -> bool:
-        trial.report(top1, epoch)
+    def stop(epoch: int, score: float) -> bool:
+        trial.report(score, epoch)
         return trial.should_prune()
 
     return stop

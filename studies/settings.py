@@ -5,9 +5,24 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
-__all__ = ["ALPHAS", "PARTS", "SCALES", "SEARCH_SEEDS", "SEEDS", "Row", "Scale", "Search", "Setting", "plan"]
+__all__ = [
+    "ALPHAS",
+    "PARTS",
+    "PILOTS",
+    "PILOT_ALPHAS",
+    "SCALES",
+    "SEARCH_SEEDS",
+    "SEEDS",
+    "Row",
+    "Scale",
+    "Search",
+    "Setting",
+    "TextScale",
+    "plan",
+]
 
 ALPHAS = (1.0, 0.5, 0.3, 0.1)
+PILOT_ALPHAS = (1.0, 0.5, 0.3)
 SEARCH_SEEDS = (0, 9)
 SEEDS = (1, 2, 3, 4, 5)  # of the trainings that the tables show; the searches have not seen them
 
@@ -33,6 +48,11 @@ class Scale:
         crop: Pixels of the random crops.
         network: A ResNet of timm's.
         epochs: Passes over the training images.
+        first: The number of the first class.
+        noise: The share of the training images whose label is that of another class, drawn once.
+        imbalance: How many times as many training images the first class has as the last, falling geometrically.
+        start: The scale whose trained network, but for its head, the trainings start from.
+        teacher: The scale whose trained network gives half of each target.
     """
 
     classes: int
@@ -41,13 +61,52 @@ class Scale:
     crop: int
     network: str
     epochs: int
+    first: int = 0
+    noise: float = 0.0
+    imbalance: float = 1.0
+    start: str | None = None
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class TextScale:
+    """A small language model on the source of Python's standard library.
+
+    Args:
+        vocabulary: Tokens of the tokenizer, trained on the text.
+        context: Tokens that the network sees at a time.
+        width: Of the network.
+        layers: Of the network.
+        epoch_steps: Steps between two evaluations.
+        epochs: Evaluations.
+    """
+
+    vocabulary: int
+    context: int
+    width: int
+    layers: int
+    epoch_steps: int
+    epochs: int
 
 
 TEST_RESNET = "test_resnet"  # timm's smallest ResNet: 4 stages of one block, 32 to 96 channels, 0.4 million weights
-SCALES = {
-    "small": Scale(classes=40, images=160, side=28, crop=24, network=TEST_RESNET, epochs=30),
-    "medium": Scale(classes=100, images=160, side=36, crop=32, network=TEST_RESNET, epochs=30),
+SMALL = Scale(classes=40, images=160, side=28, crop=24, network=TEST_RESNET, epochs=30)
+SOURCE = "source"  # what fine-tuning starts from: classes that the other small scales do not have
+FINE_TUNING = replace(SMALL, epochs=15, start=SOURCE)
+PILOTS: dict[str, Scale | TextScale] = {
+    "noise-20": replace(FINE_TUNING, noise=0.2),
+    "noise-40": replace(FINE_TUNING, noise=0.4),
+    "few": replace(FINE_TUNING, images=20, epochs=60),
+    "long-tail": replace(FINE_TUNING, imbalance=50.0),
+    "distilled": replace(SMALL, teacher="small"),
+    "language": TextScale(vocabulary=2048, context=64, width=128, layers=2, epoch_steps=50, epochs=12),
+}
+SCALES: dict[str, Scale | TextScale] = {
+    "small": SMALL,
+    "medium": replace(SMALL, classes=100, side=36, crop=32),
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
+    SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
+    **PILOTS,
 }
 
 
@@ -56,8 +115,8 @@ class Setting:
     """One way to train, up to its learning rate and seed. Rows of the first study lack the last three fields.
 
     Args:
-        data: "tiny-imagenet"; in the first study also "fashion-mnist".
-        network: "bn" or "norm-free".
+        data: "tiny-imagenet" or "text"; in the first study also "fashion-mnist".
+        network: "bn" or "norm-free"; "llama" of text.
         alpha: PGT's exponent, the inverse temperature, or the alpha of the parts.
         method: "pgt" (which is cross-entropy at alpha 1), "temperature" (trained and tested on alpha * z), or "parts".
         parts: Keys of ``PARTS`` and ``NORMS``.
@@ -132,13 +191,26 @@ LADDERS = {"norm-free": (5e-4, 5e-3, 1e-2, 2e-2), "bn": (5e-4, 5e-3, 2e-2, 5e-2)
 HIGH_DECAY = {"norm-free": 1e-2, "bn": 2e-2}
 PARTS_DECAY = {"norm-free": 5e-3, "bn": 2e-2}
 PLAIN_BATCH = 128
+# What is searched: bounds of the learning rate and of the weight decay, and the first trials.
+Space = tuple[tuple[float, float], tuple[float, float], tuple[tuple[float, float], ...]]
+SGD_NORM_FREE: Space = ((0.0125, 0.8), (1e-4, 3e-2), ((0.1, 5e-4), (0.3, 5e-4), (0.1, 4e-3), (0.03, 4e-3)))
+SGD_BN: Space = ((0.05, 1.6), (1e-4, 3e-2), ((0.2, 5e-4), (0.6, 5e-4), (0.2, 4e-3), (0.06, 4e-3)))
+SGD_FINE_TUNING: Space = ((5e-3, 0.8), (1e-4, 3e-2), ((0.05, 5e-4), (0.15, 5e-4), (0.15, 4e-3), (0.015, 5e-4)))
+ADAMW: Space = ((5e-4, 3e-2), (1e-2, 2.0), ((3e-3, 0.05), (1e-2, 0.05), (3e-3, 0.5), (1e-3, 0.5)))
 
 
 def plan(scale: str) -> Iterator[Row | Search]:
     """All of a scale, what decides most first."""
+    if scale in PILOTS:
+        yield from _pilot(scale)
+    elif scale != SOURCE:
+        yield from _study(scale)
+
+
+def _study(scale: str) -> Iterator[Row | Search]:
     plain = Setting("tiny-imagenet", "norm-free", scale=scale, batch=PLAIN_BATCH)
     yield from _ladder(plain)
-    yield from _searches(plain, (0.0125, 0.8), (1e-4, 3e-2), ((0.1, 5e-4), (0.3, 5e-4), (0.1, 4e-3), (0.03, 4e-3)))
+    yield from _searches(plain, *SGD_NORM_FREE)
     bn = replace(plain, network="bn")
     yield from _ladder(bn)
     # What a plain run has to be given to do as PGT does.
@@ -158,14 +230,23 @@ def plan(scale: str) -> Iterator[Row | Search]:
     for batch, alpha in product((64, 256, 1024), (1.0, 0.3)):  # the learning rate grows with it
         setting = replace(plain, alpha=alpha, batch=batch, weight_decay=HIGH_DECAY["norm-free"])
         yield Row("batch/norm-free", setting, RATES["norm-free"] * batch / PLAIN_BATCH)
-    yield from _searches(bn, (0.05, 1.6), (1e-4, 3e-2), ((0.2, 5e-4), (0.6, 5e-4), (0.2, 4e-3), (0.06, 4e-3)))
+    yield from _searches(bn, *SGD_BN)
     adamw = replace(bn, optimizer="adamw", weight_decay=0.1)
     for alpha in ALPHAS:
         yield Row("adamw/bn", replace(adamw, alpha=alpha), 3e-3)
     head = replace(adamw, alpha=0.3, method="parts", parts=("init", "rate", "decay"))
     yield from (Row("adamw/bn", setting, 3e-3) for setting in (head, replace(head, alpha=0.1)))
-    anchors = ((3e-3, 0.05), (1e-2, 0.05), (3e-3, 0.5), (1e-3, 0.5))
-    yield from _searches(adamw, (5e-4, 3e-2), (1e-2, 2.0), anchors)
+    yield from _searches(adamw, *ADAMW)
+
+
+def _pilot(scale: str) -> Iterator[Search]:
+    """Each alpha with a search of its own, and all with the same budget."""
+    if isinstance(SCALES[scale], TextScale):
+        setting, bounds = Setting("text", "llama", scale=scale, optimizer="adamw", batch=16), ADAMW
+    else:
+        setting = Setting("tiny-imagenet", "bn", scale=scale)
+        bounds = SGD_BN if PILOTS[scale].teacher else SGD_FINE_TUNING
+    yield from _searches(setting, *bounds, alphas=PILOT_ALPHAS, group="pilot", trials=12)
 
 
 def _ladder(plain: Setting) -> Iterator[Row]:
@@ -175,8 +256,14 @@ def _ladder(plain: Setting) -> Iterator[Row]:
 
 
 def _searches(
-    plain: Setting, rates: tuple[float, float], decays: tuple[float, float], anchors: tuple[tuple[float, float], ...]
+    plain: Setting,
+    rates: tuple[float, float],
+    decays: tuple[float, float],
+    anchors: tuple[tuple[float, float], ...],
+    alphas: tuple[float, ...] = ALPHAS,
+    group: str = "",
+    trials: int = Search.trials,
 ) -> Iterator[Search]:
-    group = f"search/{plain.optimizer}/{plain.network}"
-    for alpha in ALPHAS:
-        yield Search(group, replace(plain, alpha=alpha), rates, decays, anchors)
+    group = group or f"search/{plain.optimizer}/{plain.network}"
+    for alpha in alphas:
+        yield Search(group, replace(plain, alpha=alpha), rates, decays, anchors, trials)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pgt_hf.analysis import Comparison, interval
 
-__all__ = ["accuracy", "difference", "header", "line", "mean", "place"]
+__all__ = ["accuracy", "difference", "header", "line", "loss", "mean", "place"]
 
 SIGNIFICANT = 3
 
@@ -41,17 +41,23 @@ def mean(values: Sequence[float], scale: float = 1.0) -> str:
     return f"{centre:.0f}" if abs(centre) >= 10**SIGNIFICANT else f"{centre:.{SIGNIFICANT}g}"
 
 
-def accuracy(values: Sequence[float]) -> str:
+def accuracy(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
     """The mean with its 95% interval; of a single value, without."""
     if not values:
         return "-"
     centre, half = interval(values)
-    return f"{100 * centre:.2f}" + (f" +- {100 * half:.2f}" if len(values) > 1 else "")
+    return f"{scale * centre:.{digits}f}" + (f" +- {scale * half:.{digits}f}" if len(values) > 1 else "")
 
 
-def difference(found: Comparison | None) -> str:
+def loss(values: Sequence[float]) -> str:
+    """The same of a loss, in nats."""
+    return accuracy(values, 1.0, 3)
+
+
+def difference(found: Comparison | None, scale: float = 100.0) -> str:
     """In bold where 0 lies outside the interval."""
     if found is None:
         return "-"
-    text = f"{100 * found.difference:+.2f} +- {100 * found.half_width:.2f}"
+    digits = 2 if scale > 1 else 3
+    text = f"{scale * found.difference:+.{digits}f} +- {scale * found.half_width:.{digits}f}"
     return f"**{text}**" if found.found else text

@@ -12,11 +12,25 @@ import torch
 from PIL import Image
 
 from pgt_hf.images import create_model
-from studies import first, images, report, run, settings
+from studies import first, images, language, report, run, settings
 from studies import train as training
 from studies.first import report as first_report
-from studies.images import Split
-from studies.settings import ALPHAS, NORMS, PARTS, SCALES, SEARCH_SEEDS, SEEDS, Row, Scale, Search, Setting, plan
+from studies.images import Images, Split
+from studies.settings import (
+    ALPHAS,
+    NORMS,
+    PARTS,
+    PILOT_ALPHAS,
+    PILOTS,
+    SCALES,
+    SEARCH_SEEDS,
+    SEEDS,
+    SOURCE,
+    Row,
+    Search,
+    Setting,
+    plan,
+)
 from studies.tables import place
 
 pytestmark = pytest.mark.slow
@@ -44,7 +58,7 @@ def short(monkeypatch):
 
 
 def trained(setting: Setting, rate: float, splits: dict[str, Split]) -> dict:
-    result = training.train(setting, rate, 1, splits)
+    result = training.train(setting, rate, 1, Images(SCALES[setting.scale], splits))
     assert result.pop("seconds") > 0
     return result
 
@@ -115,7 +129,9 @@ def test_clipping_smoothing_batch_and_optimizer_reach_the_training_and_diagnosti
         {"optimizer": "adamw"},
     ):
         assert trained(replace(PGT, **changed), 0.05, splits)["checksum"] != pgt["checksum"], changed
-    training.train(replace(PGT, network="bn"), 0.1, 1, splits, diagnostics=tmp_path / "new" / "seen.npz")
+    training.train(
+        replace(PGT, network="bn"), 0.1, 1, Images(SCALES["small"], splits), diagnostics=tmp_path / "new" / "seen.npz"
+    )
     seen = np.load(tmp_path / "new" / "seen.npz")
     assert seen["step"].tolist() == list(range(8))  # 2 epochs of 4 steps
     kinds = {name.split("/")[0] for name in seen.files if "/" in name}
@@ -136,7 +152,7 @@ SEARCH = Search("search/test", PGT, (0.01, 0.4), (1e-4, 1e-2), ((0.05, 5e-4), (0
 
 
 def test_search_goes_on_where_it_stopped_and_its_best_two_are_trained_again(short, splits, tmp_path):
-    lab = run.Lab(splits, tmp_path / "results.jsonl")
+    lab = run.Lab(Images(SCALES["small"], splits), tmp_path / "results.jsonl")
     lab.carry_out(SEARCH, SEEDS[0])
     rows = run.read_rows(lab.results)
     tried = run.trials(SEARCH, rows)
@@ -165,7 +181,7 @@ def test_hopeless_trial_is_pruned_and_stays_so_when_the_search_is_rebuilt(splits
     bad = replace(
         SEARCH, rates=(1e-6, 0.4), anchors=((0.02, 5e-4), (0.03, 5e-4), (0.04, 5e-4), (1e-6, 5e-4)), trials=4
     )
-    lab = run.Lab(splits, tmp_path / "results.jsonl")
+    lab = run.Lab(Images(SCALES["small"], splits), tmp_path / "results.jsonl")
     lab.search(bad)
     *good, pruned = run.trials(bad, run.read_rows(lab.results))
     assert [row["verdict"] for row in good] == [None] * 3
@@ -176,7 +192,7 @@ def test_hopeless_trial_is_pruned_and_stays_so_when_the_search_is_rebuilt(splits
 
 def test_report_refuses_a_line_that_its_plan_or_search_did_not_choose():
     lines = run.read_rows()
-    report.Study(lines, "small")
+    report.Study(lines)
     seen = set()
     for number, line in enumerate(lines):
         kind = line["chosen_by"] == "plan", line["seed"] if line["seed"] in SEARCH_SEEDS else "table"
@@ -186,7 +202,7 @@ def test_report_refuses_a_line_that_its_plan_or_search_did_not_choose():
         for change in ({"learning_rate": 7.0}, {"weight_decay": 0.7}, {"clip": "norm"}, {"chosen_by": "nothing"}):
             changed = [*lines[:number], line | change, *lines[number + 1 :]]
             with pytest.raises(ValueError, match="did not choose learning rate"):
-                report.Study(changed, "small")
+                report.Study(changed)
     assert (True, "table") in seen
 
 
@@ -240,7 +256,7 @@ def test_splits_are_disjoint_and_one_command_trains_a_part_of_the_plan(folder, t
     rows = run.read_rows(tmp_path / "results.jsonl")
     assert [(row["alpha"], row["seed"]) for row in rows] == [(a, s) for s in (1, 2) for a in ALPHAS[1:]]
 
-    read = images.read(tmp_path / "tiny-imagenet_5x4_28.npz")
+    read = images.read(tmp_path / "tiny-imagenet_small.npz")
     seen = {name: {(int(split.labels[i]), int(split.images[i, 9, 9, 0])) for i in range(len(split))}
             for name, split in read.items()}  # fmt: skip
     assert seen["train"] == {(label, 40 * label + n) for label in range(5) for n in range(4)}
@@ -250,7 +266,7 @@ def test_splits_are_disjoint_and_one_command_trains_a_part_of_the_plan(folder, t
         images.prepare(replace(tiny, images=5), str(folder), tmp_path / "other.npz")
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [name for name in SCALES if name not in (*PILOTS, SOURCE)])
 def test_plan_names_each_row_once_and_searches_every_alpha_with_one_budget(scale):
     items = list(plan(scale))
     rows = [item for item in items if isinstance(item, Row)]
@@ -263,11 +279,79 @@ def test_plan_names_each_row_once_and_searches_every_alpha_with_one_budget(scale
         assert len({(search.rates, search.decays, search.anchors, search.trials) for search in of_group}) == 1
     assert {part for row in rows for part in row.setting.parts} <= set(PARTS) | set(NORMS)
     assert not set(SEARCH_SEEDS) & set(SEEDS) and len(SEEDS) == 5
-    assert isinstance(SCALES[scale], Scale)
+
+
+@pytest.mark.parametrize("scale", PILOTS)
+def test_pilot_searches_every_alpha_with_one_budget(scale):
+    searches = list(plan(scale))
+    assert [search.setting.alpha for search in searches] == list(PILOT_ALPHAS)
+    assert len({(search.rates, search.decays, search.anchors, search.trials) for search in searches}) == 1
+    assert {search.name.split("/")[0] for search in searches} == {scale}
+
+
+def test_pilots_move_the_labels_they_say_thin_classes_out_and_take_other_classes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SELECT", 2)
+    tiny = replace(SCALES["small"], classes=5, images=4)
+
+    def read(name: str, **changes: float) -> dict[str, Split]:
+        images.prepare(replace(tiny, **changes), str(folder), tmp_path / f"{name}.npz")
+        return images.read(tmp_path / f"{name}.npz")
+
+    plain, noisy = read("plain"), read("noisy", noise=0.4)
+    assert torch.equal(plain["train"].images, noisy["train"].images)
+    assert (plain["train"].labels != noisy["train"].labels).sum() == 8 and noisy["train"].labels.max() < 5
+    for name in ("select", "test"):
+        assert torch.equal(plain[name].labels, noisy[name].labels)
+    tail = read("tail", imbalance=4.0)
+    assert tail["train"].labels.bincount().tolist() == [4, 3, 2, 1, 1]
+    assert tail["select"].labels.bincount().tolist() == [2] * 5
+    others = read("others", first=2, classes=4)
+    assert others["train"].labels.bincount().tolist() == [4] * 4
+    assert others["train"].images.amin() == 80  # the colour of class 2
+
+
+def test_start_gives_all_but_the_head_and_a_teacher_half_of_the_target(short, splits, tmp_path):
+    scale, plain = SCALES["small"], replace(PGT, network="bn", alpha=1.0)
+    path = tmp_path / "given.pt"
+    training.train(plain, 0.05, 7, Images(scale, splits), weights=path)
+    given = torch.load(path)
+    model = Images(replace(scale, start=SOURCE), splits, given).create(plain).state_dict()
+    fresh = {key for key, value in model.items() if not torch.equal(value, given[key])}
+    assert fresh == {"timm_model.fc.weight", "timm_model.fc.bias"}
+
+    with torch.no_grad():
+        student = Images(scale, splits).create(plain).eval()
+        alone = next(Images(scale, splits).losses(student, plain, 1, 0))
+        taught = next(Images(replace(scale, teacher="small"), splits, given).losses(student, plain, 1, 0))
+        teacher = Images(scale, splits).create(plain).eval()
+        teacher.load_state_dict(given)
+        task = Images(scale, splits)
+        (index, draws), *_ = splits["train"].batches(plain.batch, scale.crop, 1, 0)
+        pixels = images.normalize(splits["train"].crops(index, draws, scale.crop), images.MEAN, images.STD)
+        logits, shares = task._logits(student, pixels), task._logits(teacher, pixels).softmax(1)
+    from_teacher = torch.nn.functional.cross_entropy(logits, shares)
+    assert taught.item() == pytest.approx(((alone + from_teacher) / 2).item(), rel=1e-5) and taught != alone
+
+
+def test_language_model_is_scored_folded_and_learns():
+    scale = replace(PILOTS["language"], vocabulary=300, context=16, width=32, layers=1, epoch_steps=20, epochs=3)
+    (setting,) = (search.setting for search in plan("language") if search.setting.alpha == 0.3)
+    draws = torch.Generator().manual_seed(0)
+    splits = {name: torch.randint(8, (100, 16), generator=draws) for name in ("train", "select", "test")}
+    task = language.Text(scale, splits)
+    model = task.create(setting)
+    assert task.score(model, setting) == pytest.approx(1 / 300, rel=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCALES, "language", scale)
+        row = training.train(setting, 0.01, 1, task)
+    assert len(row["curve"]) == 3 and row["curve"][-1] == pytest.approx(1 / 8, rel=0.2)  # eight tokens at random
+    assert row["curve"][-1] == pytest.approx(np.exp(-row["select_loss"]))
+    assert row["raw_test_loss"] != row["test_loss"]
+    json.dumps(row, allow_nan=False)
 
 
 def test_pages_show_what_the_results_say(tmp_path):
-    study = report.Study(run.read_rows(), report.SCALE)
+    study = report.Study(run.read_rows())
     earlier = first_report.Study(first_report.read_rows())
     readme, evidence = report.HERE / "README.md", report.HERE.parent / "docs" / "evidence.md"
     pages = {
