@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgt_hf import powergrad_cross_entropy, powergrad_linear_cross_entropy
 
-from .loss import ALPHA, peak_bytes, seconds
+from .loss import ALPHA, Loss, peak_bytes, seconds
 
 VOCABULARIES = (50257, 128256)  # GPT-2's and Llama 3's
 
@@ -53,12 +53,12 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], weight: Tensor) -> Callable[[Tensor, Tensor], None]:
-    def run(hidden: Tensor, target: Tensor) -> None:
+def of_head(side: Callable[[Tensor, Tensor, Tensor], Tensor], weight: Tensor) -> Loss:
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
         weight.grad = None
-        loss(hidden, weight, target).backward()
+        return side(hidden, weight, target)
 
-    return run
+    return loss
 
 
 def main() -> None:
@@ -73,28 +73,28 @@ def main() -> None:
     sides = SIDES | ({"Liger's fused loss, alpha as documented": liger} if on_gpu else {})
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} thread(s)"
     print(f"torch {torch.__version__}, {platform.machine()}, {where}, {args.dtype}, {args.rounds} rounds\n")
-    print("| words | side | median ms | ratio of time | peak MB | ratio of memory |\n|---|---|---|---|---|---|")
-    for words in VOCABULARIES:
+    print("| vocabulary | variant | median ms | time ratio | peak MB | memory ratio |\n|---|---|---|---|---|---|")
+    for vocabulary in VOCABULARIES:
         torch.manual_seed(0)
         options = {"device": args.device, "dtype": getattr(torch, args.dtype)}
         hidden = torch.randn(args.tokens, args.features, **options, requires_grad=True)
-        weight = (torch.randn(words, args.features, **options) / args.features**0.5).requires_grad_()
-        target = torch.randint(words, (args.tokens,), device=args.device)
+        weight = (torch.randn(vocabulary, args.features, **options) / args.features**0.5).requires_grad_()
+        target = torch.randint(vocabulary, (args.tokens,), device=args.device)
 
-        steps = {name: step(loss, weight) for name, loss in sides.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        losses = {name: of_head(side, weight) for name, side in sides.items()}
+        times: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(args.rounds):
-            for name, run in steps.items():
-                times[name].append(seconds(run, hidden, target, 1))
+            for name, loss in losses.items():
+                times[name].append(seconds(loss, hidden, target, 1))
         memory = {}
-        for name, run in steps.items():
+        for name, loss in losses.items():
             weight.grad = None
-            memory[name] = peak_bytes(run, hidden, target)
-        first = next(iter(steps))
-        for name in steps:
+            memory[name] = peak_bytes(loss, hidden, target)
+        first = next(iter(losses))
+        for name in losses:
             ratio = statistics.median(a / b for a, b in zip(times[name], times[first], strict=True))
             print(
-                f"| {words:,} | {name} | {1e3 * statistics.median(times[name]):.0f} | {ratio:.2f} "
+                f"| {vocabulary:,} | {name} | {1e3 * statistics.median(times[name]):.0f} | {ratio:.2f} "
                 f"| {memory[name] / 2**20:.0f} | {memory[name] / memory[first]:.2f} |"
             )
 

@@ -12,14 +12,17 @@ clock is the processor's time of this process, which other programs on the machi
 """
 
 import argparse
+import copy
 import itertools
 import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import timm
@@ -202,26 +205,26 @@ def paired_steps(
     model: torch.nn.Module, inputs: torch.Tensor, rounds: int, args: argparse.Namespace
 ) -> tuple[list[float], float, float]:
     """Quartiles of what PGT adds, as a share; the plain step's median seconds; the median difference in seconds."""
-    optimizer = torch.optim.SGD(model.parameters(), **SGD)
     target = torch.randint(1000, (args.batch,), device=args.device)
+    models = {False: model, True: copy.deepcopy(model)}
+    attach_powergrad(models[True], alpha=0.25)
+    optimizers = {attached: torch.optim.SGD(side.parameters(), **SGD) for attached, side in models.items()}
 
-    def step() -> float:
+    def step(attached: bool) -> float:
         start = now(args)
-        F.cross_entropy(model(inputs), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        F.cross_entropy(models[attached](inputs), target).backward()
+        optimizers[attached].step()
+        optimizers[attached].zero_grad()
         if args.device != "cpu":
             torch.cuda.synchronize()
         return now(args) - start
 
-    step()
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(rounds):
+    for turn in range(-1, rounds):  # the first warms up
         for attached in (True, False) if turn % 2 else (False, True):
-            handle = attach_powergrad(model, alpha=0.25) if attached else None
-            seconds[attached].append(step())
-            if handle is not None:
-                handle.remove()
+            taken = step(attached)
+            if turn >= 0:
+                seconds[attached].append(taken)
     pairs = list(zip(seconds[True], seconds[False], strict=True))
     shares = statistics.quantiles([ours / plain - 1 for ours, plain in pairs], n=4)
     return shares, statistics.median(seconds[False]), statistics.median([ours - plain for ours, plain in pairs])
@@ -271,7 +274,8 @@ def main() -> None:
     for size, precision in itertools.product(args.sizes, args.precisions):
         args.size, args.bf16 = size, precision == "bfloat16"
         for name, (peer, own) in ({name: PEERS[name] for name in args.peers} or ALONE).items():
-            pairs = [(peer(dataset, args), own(dataset, args)) for _ in range(args.rounds)]
+            with redirect_stdout(sys.stderr):  # Trainer prints its logs
+                pairs = [(peer(dataset, args), own(dataset, args)) for _ in range(args.rounds)]
             rates = [statistics.median(side) for side in zip(*pairs, strict=True)]
             ratio = statistics.median(b / a for a, b in pairs)
             if first:

@@ -1,0 +1,39 @@
+"""Every benchmark in small: what is measured by hand now and then must still run."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REHEARSALS = {
+    "large_vocabulary": "--tokens 16 --features 8 --rounds 1",
+    "loss": "--rounds 1",
+    "startup": "--rounds 1 --only torch",
+    "step": "--steps 30",
+    "training": "--model test_resnet --sizes 32 --batch 4 --steps 1 --rounds 1",
+    "input_pipeline": "--images 8 --batch-size 4 --rounds 1 --sizes 32 --prepared 48 --jitter 0 --sides timm",
+}
+ELSEWHERE = {"gpu", "page"}  # with tests of their own
+PARTS = {"__init__", "__main__", "images", "peers"}
+
+
+def test_every_benchmark_is_rehearsed():
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == {*REHEARSALS, *ELSEWHERE, *PARTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_rehearsal_prints_a_table(name, monkeypatch, capsys):
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    if name == "loss":
+        monkeypatch.setattr(benchmark, "SHAPES", [(8, 10)])
+    if name == "large_vocabulary":
+        monkeypatch.setattr(benchmark, "VOCABULARIES", (300,))
+    monkeypatch.setattr(sys, "argv", [name, *REHEARSALS[name].split()])
+    benchmark.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 2 and lines[1].startswith("|---")
+    columns = {line.count("|") for line in lines}
+    assert len(columns) == 1 and not any("nan" in line for line in lines)
