@@ -40,10 +40,10 @@ demo: venv ## Train on scikit-learn's digits with 2 processes, beat 95% test acc
 	@$(RUN) .ci/check_demo.py $(DEMO)
 
 test: venv ## Run the test suite
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: venv ## Run the tests that take no more than seconds, in less than two minutes
-	$(RUN) -m pytest -n 2 -m "not slow and not long" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not long" $(ARGS)
 
 test-lowest: ## Run the test suite with the oldest versions that pyproject.toml allows
 	@"$(PYTHON)" .ci/make_venv.py --lowest
@@ -57,7 +57,7 @@ faults: venv ## Kill, damage and resume trainings and prepared data, for an hour
 	$(RUN) tests/faults/data_workers.py
 
 test-all: venv ## Run the test suite, with the variants that take long
-	$(RUN) -m pytest -n 2 -m "" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
 lint: venv ## Check format, style and types
 	$(RUN) -m ruff format --check .

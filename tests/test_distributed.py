@@ -18,6 +18,8 @@ from pgt_hf import attach_powergrad, create_optimizer
 pytestmark = pytest.mark.slow
 
 ALPHA = 0.25
+KINDS = ("plain", "transformers")
+WRAPPERS = ("optimizer before DDP", "attached after DDP", "fsdp2")
 
 
 def build(kind):
@@ -46,19 +48,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def worker(rank, port, kind, wrapper, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = build(kind)
-    images, target = (tensor[rank * 4 : rank * 4 + 4] for tensor in batch())
-    if wrapper == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def shard(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def gradients(kind, wrapper, images, target):
+    """Of one backward pass, whole, and how often PGT acted."""
+    model = module = build(kind)
+    if wrapper == "fsdp2":
         handle = attach_powergrad(model, alpha=ALPHA)
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        module = model
+        shard(model)
     elif wrapper == "attached after DDP":
         module = nn.parallel.DistributedDataParallel(model)
         handle = attach_powergrad(module, alpha=ALPHA)
@@ -68,17 +70,48 @@ def worker(rank, port, kind, wrapper, path):
         module = nn.parallel.DistributedDataParallel(model, static_graph=True)
     F.cross_entropy(logits_of(module(images)), target).backward()
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    return grads, handle.calls
+
+
+def trained(wrapper, images, target):
+    """The weights after three updates of a network with batch norm left out."""
+    model = build("plain")
+    module = shard(model) if wrapper == "fsdp2" else nn.parallel.DistributedDataParallel(model)
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+    optimizer = create_optimizer(model, "powergrad_sgd", lr=0.05, alpha=ALPHA, **options)
+    for _ in range(3):
+        F.cross_entropy(module(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [weight.detach() for weight in weights]
+
+
+def worker(rank, port, path):
+    """All cases one after the other, each process on its half of the batch."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    half = [tensor[rank * 4 : rank * 4 + 4] for tensor in batch()]
+    found = {(kind, wrapper): gradients(kind, wrapper, *half) for kind in KINDS for wrapper in WRAPPERS}
+    found |= {wrapper: trained(wrapper, *half) for wrapper in ("fsdp2", "ddp")}
     if rank == 0:
-        torch.save((grads, handle.calls), path)
+        torch.save(found, path)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["plain", "transformers"])
-@pytest.mark.parametrize("wrapper", ["optimizer before DDP", "attached after DDP", "fsdp2"])
-def test_two_processes_give_the_gradient_of_one(tmp_path, kind, wrapper):
-    mp.spawn(worker, (free_port(), kind, wrapper, tmp_path / "gradients.pt"), nprocs=2, join=True)
-    ours, calls = torch.load(tmp_path / "gradients.pt")
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distributed") / "found.pt"
+    mp.spawn(worker, (free_port(), path), nprocs=2, join=True)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_give_the_gradient_of_one(found, kind, wrapper):
+    ours, calls = found[kind, wrapper]
     assert calls == 1
 
     model, (images, target) = build(kind), batch()
@@ -88,36 +121,6 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind, wrapper):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
-def train(rank, port, wrapper, path):
-    """Three updates of a network with batch norm left out, each process on its half of the batch."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = module = build("plain")
-    if wrapper == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    else:
-        module = nn.parallel.DistributedDataParallel(model)
-    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
-    optimizer = create_optimizer(model, "powergrad_sgd", lr=0.05, alpha=ALPHA, **options)
-    images, target = (tensor[rank * 4 : rank * 4 + 4] for tensor in batch())
-    for _ in range(3):
-        F.cross_entropy(module(images), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    if rank == 0:
-        torch.save([weight.detach() for weight in weights], path)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_fsdp2_trains_as_ddp_does(tmp_path):
-    for wrapper in ("fsdp2", "ddp"):
-        mp.spawn(train, (free_port(), wrapper, tmp_path / f"{wrapper}.pt"), nprocs=2, join=True)
-    sharded, whole = (torch.load(tmp_path / f"{wrapper}.pt") for wrapper in ("fsdp2", "ddp"))
-    for ours, theirs in zip(sharded, whole, strict=True):
+def test_fsdp2_trains_as_ddp_does(found):
+    for ours, theirs in zip(found["fsdp2"], found["ddp"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

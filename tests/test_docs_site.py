@@ -39,7 +39,7 @@ def test_site_builds_without_a_warning(tmp_path):
         ("docs/trainer.md", "method.md#no-such-heading"),
         pytest.param("docs/trainer.md", "../no_such_file.py", marks=pytest.mark.long),
         pytest.param("README.md", "docs/no_such_page.md", marks=pytest.mark.long),
-        ("docs/notebooks/trainer.ipynb", "no_such_notebook.ipynb"),
+        pytest.param("docs/notebooks/trainer.ipynb", "no_such_notebook.ipynb", marks=pytest.mark.long),
     ],
 )
 def test_broken_link_fails_the_build(page, link, tmp_path):

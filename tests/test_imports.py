@@ -35,7 +35,7 @@ def test_the_transform_needs_torch_alone():
 @pytest.mark.parametrize(
     "program",
     [
-        "import pgt_hf",
+        pytest.param("import pgt_hf", marks=pytest.mark.long),
         pytest.param("import pgt_hf\nfrom transformers import TrainingArguments", marks=pytest.mark.long),
         pytest.param("import pgt_hf\nfrom transformers import Trainer", marks=pytest.mark.long),
         pytest.param("from transformers import TrainingArguments\nimport pgt_hf", marks=pytest.mark.long),

@@ -11,7 +11,7 @@ from transformers_models import COMPILED, MODELS
 from pgt_hf import attach_powergrad
 
 ALPHA = 0.25
-LONG = {"T5ForConditionalGeneration": [pytest.mark.long]}
+LONG = {name: [pytest.mark.long] for name in ("T5ForConditionalGeneration", "BertForQuestionAnswering")}
 COMPILED_BY_INDUCTOR = ("BertForSequenceClassification", "BertForQuestionAnswering", "T5ForConditionalGeneration")
 needs_a_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"

@@ -322,7 +322,7 @@ def test_best_epoch_is_the_one_that_is_saved(here, tmp_path):
 SHORT = ["--smoke", "--max-train-samples", "64", "--max-eval-samples", "20", "--output-dir", "run"]
 
 
-@pytest.mark.parametrize("mode", ["linear", "lora"])
+@pytest.mark.parametrize("mode", [pytest.param("linear", marks=pytest.mark.long), "lora"])
 def test_run_that_was_ended_goes_on_from_its_checkpoint(here, tmp_path, mode):
     here(*SHORT, "--mode", mode, "--num-train-epochs", "1")
     assert read(tmp_path / "run" / "metrics.json")["steps"] == 2

@@ -199,6 +199,7 @@ def test_run_that_is_killed_and_resumed_ends_with_the_bits_of_the_one_that_was_n
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.long  # the quick form: test_stopping.py
 def test_sigterm_saves_a_checkpoint_and_stops_all_processes_and_no_other_run_may_use_the_folder(tmp_path):
     options = (
         "--dataset-name digits --max-train-samples 320 --num-train-epochs 200 --logging-steps 1 --save-strategy no "

@@ -85,7 +85,9 @@ def test_another_network_optimizer_or_average_is_an_error_in_words(run, settings
         build(run, **STEPS | {"ema_decay": 0.9} | settings).train(resume_from_checkpoint="auto")
 
 
-@pytest.mark.parametrize("schedule", [{"schedule": "cosine"}, {"lr_scheduler_type": "linear"}])
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "cosine"}, pytest.param({"lr_scheduler_type": "linear"}, marks=pytest.mark.long)]
+)
 def test_resuming_with_another_rate_and_decay_uses_them(tmp_path, schedule):
     build(tmp_path, **STEPS, **schedule, max_steps=2, weight_decay=0.05).train()
     settings = STEPS | schedule | {"learning_rate": 0.001, "weight_decay": 0.1, "logging_steps": 1}
@@ -128,7 +130,9 @@ class AskAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("evaluating", [False, True], ids=["in the step", "in the evaluation"])
+@pytest.mark.parametrize(
+    "evaluating", [pytest.param(False, marks=pytest.mark.long), True], ids=["in the step", "in the evaluation"]
+)
 def test_evaluation_that_sigterm_cut_short_is_made_up_for(tmp_path, evaluating):
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "per_device_eval_batch_size": 4, "ema_decay": 0.9}
     stop = StopOnSigterm()

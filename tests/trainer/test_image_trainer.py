@@ -166,7 +166,7 @@ class StopAt(TrainerCallback):
         ("powergrad_sgd", 4),
         pytest.param("powergrad_sgd", 7, marks=pytest.mark.long),
         ("powergrad_sgd", 10),
-        ("powergrad_lamb", 7),
+        pytest.param("powergrad_lamb", 7, marks=pytest.mark.long),
         pytest.param("adamw_torch", 4, marks=pytest.mark.long),
     ],
 )

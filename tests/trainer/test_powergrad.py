@@ -302,7 +302,7 @@ def test_saved_config_says_which_alpha_trained_the_model_and_whether_it_is_folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("ours", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_compiled_trainer_takes_the_eager_ones_steps_while_alpha_moves(tmp_path, ours):
     class Move(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):

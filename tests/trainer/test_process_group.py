@@ -30,7 +30,8 @@ if "crash" in sys.argv:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
-@pytest.mark.parametrize("how", ["end", pytest.param("leave", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["end", "leave"])
 def test_no_thread_of_gloo_outlives_the_trainer(tmp_path, how):
     (tmp_path / "program.py").write_text(
         f"import sys; sys.path.insert(0, {str(__file__)!r}.rsplit('/', 2)[0])" + PROGRAM

@@ -77,7 +77,9 @@ def stopped(folder: Path, body: str, launcher: list[str], send: Callable[[subpro
     [
         (BEFORE, [sys.executable], "Stopped by SIGTERM; run it again with: "),
         (WAITING, TWO, "Stopped by SIGTERM; run it again with: "),
-        (AFTER, [sys.executable], "Stopped by SIGTERM after the last step; resume with: "),
+        pytest.param(
+            AFTER, [sys.executable], "Stopped by SIGTERM after the last step; resume with: ", marks=pytest.mark.long
+        ),
     ],
     ids=["loading", "waiting for another process", "after training"],
 )
@@ -93,7 +95,9 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], TWO], ids=["alone", "launched"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param([sys.executable], marks=pytest.mark.long), TWO], ids=["alone", "launched"]
+)
 def test_interrupt_in_training_saves_a_checkpoint(tmp_path, launcher):
     status, printed = stopped(tmp_path, TRAINING, launcher, interrupt)
     assert printed.count("Stopped by Ctrl-C at step ") == 1 and "; resume with: " in printed, printed
