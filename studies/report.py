@@ -19,6 +19,7 @@ from .settings import (
     ALPHAS,
     HIGH_DECAY,
     LADDERS,
+    LONG,
     NORMS,
     PILOT_ALPHAS,
     PILOTS,
@@ -155,8 +156,8 @@ KEYS = ("decay_time", "train_top1", "test_top1", "small_filters", "zeroed_filter
 
 def rescue(study: Study) -> list[str]:
     """The ladder's high weight decay again: what PGT does there, and what a plain run needs to do it."""
-    lines = header("network", "method", "batch", "lr", "wd", "seeds", "test top-1 (%)", "minus cross-entropy",
-                   "filters below 0.1", "at 0")  # fmt: skip
+    lines = header("network", "method", "batch", "epochs", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)",
+                   "minus cross-entropy", "filters below 0.1", "at 0")  # fmt: skip
     for group, setting, rate, baseline in _others(study):
         values = {key: study.values(group, setting, key) for key in KEYS}
         if not values["test_top1"]:
@@ -167,9 +168,11 @@ def rescue(study: Study) -> list[str]:
                 f"{setting.network}, {setting.optimizer}",
                 describe(setting),
                 str(setting.batch),
+                str(SCALES[setting.scale].epochs),
                 f"{rate:g}",
                 f"{setting.weight_decay:g}",
                 str(len(values["test_top1"])),
+                mean(values["train_top1"], 100),
                 accuracy(values["test_top1"]),
                 found,
                 mean(values["small_filters"]),
@@ -183,9 +186,9 @@ def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
     """Rows at fixed settings beside the ladder, each after cross-entropy and PGT at the same settings."""
     shown: set[Key] = set()
     for item in study.items:
-        if not isinstance(item, Row) or item.setting.scale != SCALE or item.group.startswith("ladder"):
+        if not isinstance(item, Row) or item.setting.scale not in (SCALE, LONG) or item.group.startswith("ladder"):
             continue
-        own = item.group.startswith(("batch", "adamw"))  # groups with a baseline of their own
+        own = item.group.startswith(("batch", "adamw", "long"))  # groups with a baseline of their own
         plain = replace(item.setting, alpha=1.0, method="pgt", parts=(), clip=None)
         baseline = (item.group if own else f"ladder/{item.setting.network}", plain)
         if not own and baseline not in shown:

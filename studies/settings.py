@@ -93,6 +93,7 @@ TEST_RESNET = "test_resnet"  # timm's smallest ResNet: 4 stages of one block, 32
 SMALL = Scale(classes=40, images=160, side=28, crop=24, network=TEST_RESNET, epochs=30)
 SOURCE = "source"  # what fine-tuning starts from: classes that the other small scales do not have
 FINE_TUNING = replace(SMALL, epochs=15, start=SOURCE)
+LONG = "long"  # the rows that decide, trained for twice as many epochs
 PILOTS: dict[str, Scale | TextScale] = {
     "noise-20": replace(FINE_TUNING, noise=0.2),
     "noise-40": replace(FINE_TUNING, noise=0.4),
@@ -103,6 +104,7 @@ PILOTS: dict[str, Scale | TextScale] = {
 }
 SCALES: dict[str, Scale | TextScale] = {
     "small": SMALL,
+    LONG: replace(SMALL, epochs=60),
     "medium": replace(SMALL, classes=100, side=36, crop=32),
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
     SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
@@ -203,6 +205,9 @@ def plan(scale: str) -> Iterator[Row | Search]:
     """All of a scale, what decides most first."""
     if scale in PILOTS:
         yield from _pilot(scale)
+    elif scale == LONG:  # where the searches of the small scale ended, for three of four alphas
+        setting = Setting("tiny-imagenet", "bn", scale=scale, weight_decay=4e-3)
+        yield from (Row("long/bn", replace(setting, alpha=alpha), 0.2) for alpha in (1.0, 0.3, 0.5))
     elif scale != SOURCE:
         yield from _study(scale)
 
