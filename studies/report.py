@@ -16,6 +16,8 @@ from pgt_hf.analysis import Comparison, History, compare, new_figure, save
 
 from .run import HERE, finalists, read_rows, trials, winner
 from .settings import (
+    AGAIN,
+    AGAIN_SEEDS,
     ALPHAS,
     HIGH_DECAY,
     LADDERS,
@@ -58,13 +60,13 @@ def main() -> None:
 
 
 class Study:
-    """The lines by what the plan says of them.
+    """The lines by what the plan says of them; tables show those of some seeds.
 
     Raises:
         ValueError: A line does not agree with the plan, or with the search that is to have chosen it.
     """
 
-    def __init__(self, lines: list[Line]) -> None:
+    def __init__(self, lines: list[Line], seeds: tuple[int, ...] = SEEDS) -> None:
         self.lines = lines
         self.items = [item for name in SCALES for item in plan(name)]
         self.searches = {item.name: item for item in self.items if isinstance(item, Search)}
@@ -79,7 +81,7 @@ class Study:
                 agrees = by in self.searches and self._agrees(self.searches[by], each)
             if not agrees:
                 raise ValueError(f"{by} did not choose learning rate {rate} for {setting}, seed {each['seed']}")
-            if each["seed"] in SEEDS:
+            if each["seed"] in seeds:
                 key = setting if by == "plan" else self.searches[by].setting
                 self.trained.setdefault((each["group"], key), {})[each["seed"]] = each
 
@@ -313,6 +315,33 @@ def pilots(study: Study) -> list[str]:
     return lines
 
 
+def again(study: Study) -> list[str]:
+    """The pilot that looked like a gain, on new seeds, against a baseline that was searched for longer."""
+    study = Study(study.lines, AGAIN_SEEDS)
+    plain = study.searches[f"{AGAIN}/again/1"]
+    lines = header("alpha", "trials", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)",
+                   "minus alpha = 1, 24 trials")  # fmt: skip
+    for search in (plain, *(study.searches[f"{AGAIN}/pilot/{alpha:g}"] for alpha in PILOT_ALPHAS)):
+        values = study.values(search.group, search.setting, "test_top1")
+        chosen = study.chosen[search.name]
+        if not values or chosen is None:
+            continue
+        found = study.versus((search.group, search.setting), (plain.group, plain.setting))
+        lines.append(
+            line(
+                f"{search.setting.alpha:g}",
+                str(search.trials),
+                f"{chosen[1]:.3g}",
+                f"{chosen[0].weight_decay:.2g}",
+                str(len(values)),
+                mean(study.values(search.group, search.setting, "train_top1"), 100),
+                accuracy(values),
+                "" if search is plain else difference(found),
+            )
+        )
+    return lines
+
+
 def evidence(study: Study) -> list[str]:
     """The table of docs/evidence.md: one line for each weight decay, and one for what was searched."""
     lines = header("network", "weight decay", "lr wd T", "seeds", *(f"alpha {alpha:g}" for alpha in ALPHAS))
@@ -350,6 +379,7 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
     "searches": searches,
     "tuned": tuned,
     "pilots": pilots,
+    "again": again,
     "evidence": evidence,
 }
 

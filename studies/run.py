@@ -4,6 +4,7 @@
     python -m studies.run --tiny-imagenet FOLDER            # from a folder
     python -m studies.run --only ladder/bn --seeds 2        # a part of it
     python -m studies.run --scale noise-40 --seeds 3        # a pilot: fine-tuning with wrong labels
+    python -m studies.run --scale noise-40 --again          # what looked like a gain, on other seeds
     python -m studies.run --scale large --device cuda       # ResNet-18
     python -m studies.report                                # tables and figures
 
@@ -25,7 +26,20 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from . import images, language
-from .settings import HIGH_DECAY, PILOTS, SCALES, SEARCH_SEEDS, SEEDS, SOURCE, Row, Search, Setting, TextScale, plan
+from .settings import (
+    AGAIN_SEEDS,
+    HIGH_DECAY,
+    PILOTS,
+    SCALES,
+    SEARCH_SEEDS,
+    SEEDS,
+    SOURCE,
+    Row,
+    Search,
+    Setting,
+    TextScale,
+    plan,
+)
 from .train import Stop, Task, never, train
 
 __all__ = ["Lab", "main", "read_rows", "winner"]
@@ -50,7 +64,7 @@ def main() -> None:
         if f"{item.group}/{item.setting.alpha:g}/{item.setting.weight_decay:g}".startswith(args.only):
             groups.setdefault(item.group, []).append(item)
     for items in groups.values():
-        for seed in SEEDS[: args.seeds]:  # so that all have one before any has two
+        for seed in (AGAIN_SEEDS if args.again else SEEDS)[: args.seeds]:  # so that all have one before any has two
             for item in items:
                 lab.carry_out(item, seed)
 
@@ -66,6 +80,7 @@ def parse() -> Namespace:
     add("--results", type=Path, default=RESULTS, help="the file that gets the lines")
     add("--only", default="", help="the beginning of GROUP/ALPHA/DECAY, such as search/sgd/bn/0.3")
     add("--seeds", type=int, default=len(SEEDS), help="trainings of each setting of the tables")
+    add("--again", action="store_true", help="train on other seeds than the tables do")
     return parser.parse_args()
 
 
