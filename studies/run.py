@@ -167,7 +167,7 @@ class Lab:
         for other in read_rows(self.results):
             if all(other.get(key) == value for key, value in row.items()):
                 return other
-        high = setting.weight_decay == HIGH_DECAY[setting.network] and group.startswith(("ladder", "agc"))
+        high = setting.weight_decay == HIGH_DECAY.get(setting.network) and group.startswith(("ladder", "agc"))
         watched = seed == SEEDS[0] and (high or chosen_by != "plan") and setting.scale not in PILOTS
         name = f"{setting.scale}_{group.replace('/', '_')}_{setting.alpha:g}.npz"
         watch = self.results.parent / "diagnostics" / name if watched else None

@@ -334,7 +334,7 @@ def test_start_gives_all_but_the_head_and_a_teacher_half_of_the_target(short, sp
     assert taught.item() == pytest.approx(((alone + from_teacher) / 2).item(), rel=1e-5) and taught != alone
 
 
-def test_language_model_is_scored_folded_and_learns():
+def test_language_model_is_scored_folded_and_learns(tmp_path):
     scale = replace(PILOTS["language"], vocabulary=300, context=16, width=32, layers=1, epoch_steps=20, epochs=3)
     (setting,) = (search.setting for search in plan("language") if search.setting.alpha == 0.3)
     draws = torch.Generator().manual_seed(0)
@@ -344,7 +344,7 @@ def test_language_model_is_scored_folded_and_learns():
     assert task.score(model, setting) == pytest.approx(1 / 300, rel=0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCALES, "language", scale)
-        row = training.train(setting, 0.01, 1, task)
+        row = run.Lab(task, tmp_path / "results.jsonl").fetch(setting, 0.01, 1, "pilot", "language/pilot/0.3")
     assert len(row["curve"]) == 3 and row["curve"][-1] == pytest.approx(1 / 8, rel=0.2)  # eight tokens at random
     assert row["curve"][-1] == pytest.approx(np.exp(-row["select_loss"]))
     assert row["raw_test_loss"] != row["test_loss"]
