@@ -342,6 +342,30 @@ def again(study: Study) -> list[str]:
     return lines
 
 
+def carried_over(study: Study) -> list[str]:
+    """The same on other classes, at the settings that were found; of those of the baseline, the best one counts."""
+    lines = header("alpha", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)", "minus the best of alpha = 1")
+    rows = [item for item in study.items if isinstance(item, Row) and item.group.startswith("carried over")]
+    tops = {row: study.values(row.group, row.setting, "test_top1") for row in rows}
+    best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: statistics.fmean(tops[row] or [0.0]))
+    for row in rows:
+        if not tops[row]:
+            continue
+        found = study.versus((row.group, row.setting), (best.group, best.setting))
+        lines.append(
+            line(
+                f"{row.setting.alpha:g}",
+                f"{row.learning_rate:g}",
+                f"{row.setting.weight_decay:g}",
+                str(len(tops[row])),
+                mean(study.values(row.group, row.setting, "train_top1"), 100),
+                accuracy(tops[row]),
+                "" if row is best else difference(found),
+            )
+        )
+    return lines
+
+
 def evidence(study: Study) -> list[str]:
     """The table of docs/evidence.md: one line for each weight decay, and one for what was searched."""
     lines = header("network", "weight decay", "lr wd T", "seeds", *(f"alpha {alpha:g}" for alpha in ALPHAS))
@@ -380,6 +404,7 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
     "tuned": tuned,
     "pilots": pilots,
     "again": again,
+    "carried over": carried_over,
     "evidence": evidence,
 }
 

@@ -9,6 +9,7 @@ __all__ = [
     "AGAIN",
     "AGAIN_SEEDS",
     "ALPHAS",
+    "CARRIED_OVER",
     "PARTS",
     "PILOTS",
     "PILOT_ALPHAS",
@@ -106,6 +107,14 @@ PILOTS: dict[str, Scale | TextScale] = {
     "language": TextScale(vocabulary=2048, context=64, width=128, layers=2, epoch_steps=50, epochs=12),
 }
 AGAIN = "noise-40"
+OTHER_CLASSES = "noise-40-other"  # and once more, on other classes, at the settings that were found
+CARRIED_OVER = (
+    (1.0, 0.05, 5e-4),
+    (1.0, 0.015, 5e-4),
+    (1.0, 0.0213, 1.9e-3),
+    (0.5, 0.015, 5e-4),
+    (0.3, 0.0213, 1.9e-3),
+)
 SCALES: dict[str, Scale | TextScale] = {
     "small": SMALL,
     LONG: replace(SMALL, epochs=60),
@@ -113,6 +122,7 @@ SCALES: dict[str, Scale | TextScale] = {
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
     SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
     **PILOTS,
+    OTHER_CLASSES: replace(FINE_TUNING, noise=0.4, first=40),
 }
 
 
@@ -212,6 +222,10 @@ def plan(scale: str) -> Iterator[Row | Search]:
     elif scale == LONG:  # where the searches of the small scale ended, for three of four alphas
         setting = Setting("tiny-imagenet", "bn", scale=scale, weight_decay=4e-3)
         yield from (Row("long/bn", replace(setting, alpha=alpha), 0.2) for alpha in (1.0, 0.3, 0.5))
+    elif scale == OTHER_CLASSES:
+        setting = Setting("tiny-imagenet", "bn", scale=scale)
+        for alpha, rate, decay in CARRIED_OVER:
+            yield Row(f"carried over/{rate:g}", replace(setting, alpha=alpha, weight_decay=decay), rate)
     elif scale != SOURCE:
         yield from _study(scale)
 
