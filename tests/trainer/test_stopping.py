@@ -115,7 +115,8 @@ def test_interrupt_before_training_ends_the_program_and_a_second_one_ends_the_tr
         time.sleep(0.2)
         interrupt(process)
 
-    status, printed = stopped(tmp_path, TRAINING, [sys.executable], twice)
+    endless = TRAINING.replace("time.sleep(0.5)", "time.sleep(60)")  # no step ends between the two
+    status, printed = stopped(tmp_path, endless, [sys.executable], twice)
     assert status == -signal.SIGINT and "KeyboardInterrupt" in printed
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
