@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Images:
 
     def create(self, setting: Setting) -> nn.Module:
         """A ResNet; from the given weights, but for the head, where the scale has a start."""
-        model = self._network(int(self.splits["train"].labels.max()) + 1, setting.network == "norm-free")
+        model = self._network(setting.network == "norm-free")
         if self.scale.start and self.given:
             (head,) = last_linear(model)
             name = next(name for name, module in model.named_modules() if module is head)
@@ -145,8 +146,8 @@ class Images:
             model.load_state_dict(model.state_dict() | backbone)
         return model
 
-    def _network(self, classes: int, norm_free: bool) -> nn.Module:
-        names = [str(label) for label in range(classes)]
+    def _network(self, norm_free: bool = False) -> nn.Module:
+        names = [str(label) for label in range(int(self.splits["train"].labels.max()) + 1)]
         model = create_model(self.scale.network, names, image_size=self.scale.crop, norm_free=norm_free)
         return model.to(memory_format=torch.channels_last)
 
@@ -157,7 +158,7 @@ class Images:
     def losses(self, model: nn.Module, setting: Setting, seed: int, epoch: int) -> Iterator[Tensor]:
         """Cross-entropy on random crops, with the labels or with the mean of the labels and a teacher's shares."""
         images, crop = self.splits["train"], self.scale.crop
-        teacher = self._teacher() if self.scale.teacher else None
+        teacher = self._teacher if self.scale.teacher else None
         for index, draws in images.batches(setting.batch, crop, seed, epoch):
             pixels = normalize(images.crops(index, draws, crop), MEAN, STD)
             logits = self._logits(model, pixels)
@@ -168,10 +169,10 @@ class Images:
                 target = (shares + nn.functional.one_hot(target, shares.size(1))) / 2
             yield nn.functional.cross_entropy(logits, target, label_smoothing=setting.label_smoothing)
 
+    @cached_property
     def _teacher(self) -> nn.Module:
         assert self.given is not None
-        (classes,) = {value.size(0) for key, value in self.given.items() if key.endswith("fc.bias")}
-        teacher = self._network(classes, norm_free=False)
+        teacher = self._network()
         teacher.load_state_dict(self.given)
         return teacher.to(self.device).eval()
 

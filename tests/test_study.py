@@ -27,6 +27,7 @@ from studies.settings import (
     SEEDS,
     SOURCE,
     Row,
+    Scale,
     Search,
     Setting,
     plan,
@@ -266,19 +267,27 @@ def test_splits_are_disjoint_and_one_command_trains_a_part_of_the_plan(folder, t
         images.prepare(replace(tiny, images=5), str(folder), tmp_path / "other.npz")
 
 
-@pytest.mark.parametrize("scale", [name for name in SCALES if name in ("small", "medium", "large")])
-def test_plan_names_each_row_once_and_searches_every_alpha_with_one_budget(scale):
+@pytest.mark.parametrize("scale", SCALES)
+def test_plan_names_each_row_and_each_search_once(scale):
     items = list(plan(scale))
     rows = [item for item in items if isinstance(item, Row)]
     searches = [item for item in items if isinstance(item, Search)]
     assert len({(row.group, row.setting, row.learning_rate) for row in rows}) == len(rows)
     assert len({search.name for search in searches}) == len(searches)
+    assert {item.setting.scale for item in items} == ({scale} if scale != SOURCE else set())
+
+
+@pytest.mark.parametrize("scale", ["small", "medium", "large"])
+def test_plan_searches_every_alpha_with_one_budget(scale):
+    rows = [item for item in plan(scale) if isinstance(item, Row)]
+    searches = [item for item in plan(scale) if isinstance(item, Search)]
     for name in report.SEARCHES:
         of_group = [search for search in searches if search.group == f"search/{name}"]
         assert [search.setting.alpha for search in of_group] == list(ALPHAS)
         assert len({(search.rates, search.decays, search.anchors, search.trials) for search in of_group}) == 1
     assert {part for row in rows for part in row.setting.parts} <= set(PARTS) | set(NORMS)
     assert not set(SEARCH_SEEDS) & set(SEEDS) and len(SEEDS) == 5
+    assert isinstance(SCALES[scale], Scale)
 
 
 @pytest.mark.parametrize("scale", PILOTS)
