@@ -1,10 +1,13 @@
 """How the tests start a program: as a user would, in a process of its own or two, on the CPU and without a network."""
 
 import importlib.util
+import logging
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -34,12 +37,29 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
+@contextmanager
+def as_program(*argv: str) -> Iterator[pytest.MonkeyPatch]:
+    """A program's arguments; afterwards, what programs change for their whole process is as it was before."""
+    from transformers import trainer
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "optuna", "pgt_hf", "pgt_hf.search")]
+    levels = [logger.level for logger in loggers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr(trainer, "DEFAULT_PROGRESS_CALLBACK", trainer.DEFAULT_PROGRESS_CALLBACK)
+        try:
+            yield patch
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def run_here(recipe: str, *arguments: str, cwd: Path) -> None:
     """Runs a recipe as a program, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
+    with as_program(recipe, *arguments) as patch:
         patch.chdir(cwd)
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [recipe, *arguments])
         runpy.run_path(recipe, run_name="__main__")
 
 

@@ -1,12 +1,10 @@
 """Every benchmark in small: what is measured by hand now and then must still run."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
+from launch import ROOT, as_program
 
-ROOT = Path(__file__).parents[1]
 REHEARSALS = {
     "large_vocabulary": "--tokens 16 --features 8 --rounds 1",
     "loss": "--rounds 1",
@@ -33,8 +31,8 @@ def test_rehearsal_prints_a_table(name, monkeypatch, capsys):
         monkeypatch.setattr(benchmark, "VOCABULARIES", (300,))
     if name == "step":
         monkeypatch.setattr(benchmark, "NETWORKS", {"one block": benchmark.smallest})
-    monkeypatch.setattr(sys, "argv", [name, *REHEARSALS[name].split()])
-    benchmark.main()
+    with as_program(name, *REHEARSALS[name].split()):
+        benchmark.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) > 2 and lines[1].startswith("|---")
     columns = {line.count("|") for line in lines}

@@ -5,7 +5,7 @@ import sys
 
 import optuna
 import pytest
-from launch import ROOT, TWO, run
+from launch import ROOT, TWO, as_program, run
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -19,11 +19,10 @@ pytestmark = pytest.mark.slow
 RECIPE = str(ROOT / "recipes" / "alpha_search.py")
 
 
-def call(monkeypatch, *arguments):
+def call(*arguments):
     """In this process, which has everything imported."""
-    monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])
-    monkeypatch.setattr(alpha_search, "quieten", lambda: None)  # the other tests of this process read the logs
-    alpha_search.main()
+    with as_program(RECIPE, *arguments):
+        alpha_search.main()
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +81,13 @@ def test_a_finished_search_trains_nothing_when_it_is_started_again(searched, mon
         raise AssertionError("it trained again")
 
     monkeypatch.setattr(alpha_search, "train", trained)
-    call(monkeypatch, "--smoke", "--output-dir", str(searched[0]))
+    call("--smoke", "--output-dir", str(searched[0]))
     assert (searched[0] / "results.md").read_text().splitlines()[0] in capsys.readouterr().out
 
 
-def test_a_search_with_other_settings_is_not_mixed_into_the_storage(searched, monkeypatch):
+def test_a_search_with_other_settings_is_not_mixed_into_the_storage(searched):
     with pytest.raises(SystemExit, match=r"the storage holds another search, with epochs=1; give another"):
-        call(monkeypatch, "--smoke", "--output-dir", str(searched[0]), "--epochs", "2")
+        call("--smoke", "--output-dir", str(searched[0]), "--epochs", "2")
 
 
 def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_path, monkeypatch):
@@ -97,15 +96,15 @@ def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_p
     monkeypatch.setattr(shared_study, "_SILENT_SECONDS", 3)
     journal = ["--smoke", "--output-dir", str(tmp_path), "--storage", f"journal:{tmp_path / 'journal.log'}"]
     storage = alpha_search.open_storage(journal[-1], str(tmp_path))
-    monkeypatch.setattr(sys, "argv", [RECIPE, *journal])
-    args, _ = alpha_search.parse(
-        alpha_search.SearchArguments, description="", defaults=alpha_search.DEFAULTS, smoke=alpha_search.SMOKE
-    )
+    with as_program(RECIPE, *journal):
+        args, _ = alpha_search.parse(
+            alpha_search.SearchArguments, description="", defaults=alpha_search.DEFAULTS, smoke=alpha_search.SMOKE
+        )
     study = alpha_search.open_side(storage, "pgt", args.load(), args)
     for setting in alpha_search.grid_of("pgt", args):
         study.enqueue_trial(setting)
     killed = study.ask()
-    call(monkeypatch, *journal)
+    call(*journal)
     assert study.trials[killed.number].state == TrialState.FAIL
     assert {trial.params["alpha"] for trial in trained(study)} == {0.1, 0.5}
     assert len(trained(study)) == 2
@@ -115,7 +114,7 @@ def test_what_a_killed_worker_left_is_trained_by_another_through_a_journal(tmp_p
 def test_a_smaller_number_of_seeds_is_confirmed_with_just_those(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(alpha_search, "train", lambda setting, seed, *args: (0.5 + setting["alpha"] + seed % 7) / 10)
     for seeds in ("4", "3"):
-        call(monkeypatch, "--smoke", "--output-dir", str(tmp_path), "--confirm-seeds", seeds)
+        call("--smoke", "--output-dir", str(tmp_path), "--confirm-seeds", seeds)
         with open(tmp_path / "results.csv", newline="") as file:
             assert [row["seeds"] for row in csv.DictReader(file)][:2] == [seeds, seeds]
 
@@ -123,7 +122,7 @@ def test_a_smaller_number_of_seeds_is_confirmed_with_just_those(tmp_path, monkey
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_path, monkeypatch, sampler):
     monkeypatch.setattr(alpha_search, "train", lambda setting, seed, *args: setting["alpha"] + seed / 1e4)
-    call(monkeypatch, "--smoke", "--sampler", sampler, "--trials", "12", "--output-dir", str(tmp_path))
+    call("--smoke", "--sampler", sampler, "--trials", "12", "--output-dir", str(tmp_path))
     with open(tmp_path / "results.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] == "search"]
     alphas = [float(row["alpha"]) for row in rows if row["side"] == "pgt"]
@@ -154,13 +153,13 @@ def test_other_samplers_draw_alpha_and_learning_rate_within_their_bounds(tmp_pat
         (["--seeds", "0"], r"--seeds must be a whole number in \[1, 10000\], got 0"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):
+def test_bad_options_are_named_before_anything_is_trained(tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        call(monkeypatch, "--output-dir", str(tmp_path / "out"), *arguments)
+        call("--output-dir", str(tmp_path / "out"), *arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_help_keeps_its_examples(monkeypatch, capsys):
+def test_help_keeps_its_examples(capsys):
     with pytest.raises(SystemExit):
-        call(monkeypatch, "--help")
+        call("--help")
     assert "accelerate launch recipes/alpha_search.py --sampler tpe --trials 40" in capsys.readouterr().out

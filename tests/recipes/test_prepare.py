@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from filelock import FileLock
-from launch import PYTHON, ROOT, load_recipe
+from launch import PYTHON, ROOT, as_program, load_recipe
 from launch import run as start
 from PIL import Image as Pictures
 
@@ -53,8 +53,7 @@ def options(name: str, output: Path, *more: str, processes: int = 1) -> list[str
 def run(arguments: list[str], check: bool = True) -> tuple[str, str]:
     """The program in this process: what it printed, and what it said when it stopped with an error."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [PREPARE, *arguments])
+    with as_program(PREPARE, *arguments), redirect_stdout(out), redirect_stderr(err):
         if check:
             load_recipe("prepare").main()
             return out.getvalue(), err.getvalue()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, TWO, run
+from launch import ROOT, TWO, as_program, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pgt_hf import fold_powergrad
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 CLASSIFY, MODEL = (str(ROOT / "recipes" / name) for name in ("text_classification.py", "language_modeling.py"))
 
 
-def call(recipe, monkeypatch, *arguments):
+def call(recipe, *arguments):
     """In this process, which has everything imported."""
-    monkeypatch.setattr(sys, "argv", [recipe.__file__, *arguments])
-    recipe.main()
+    with as_program(recipe.__file__, *arguments):
+        recipe.main()
 
 
 def metrics_of(folder):
@@ -81,8 +81,8 @@ def test_classification_takes_a_file_and_names_a_column_that_is_missing(tmp_path
     same = ["--smoke", "--dataset-name", "rows.csv", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"no text column among .*; name it with --text-column"):
-        call(text_classification, monkeypatch, *same)
-    call(text_classification, monkeypatch, *same, "--text-column", "body", "--max-steps", "20", "--warmup-steps", "0")
+        call(text_classification, *same)
+    call(text_classification, *same, "--text-column", "body", "--max-steps", "20", "--warmup-steps", "0")
     metrics = metrics_of(tmp_path / "runs" / "text")
     assert metrics["eval_texts"] == 6
     assert metrics["top1"] == 1.0
@@ -97,7 +97,7 @@ def modelled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         larger = ["--per-device-train-batch-size", "32", "--use_cpu"]
-        call(language_modeling, patch, *same, *larger, "--fused-loss", "false", "--output-dir", "logits")
+        call(language_modeling, *same, *larger, "--fused-loss", "false", "--output-dir", "logits")
     return folder
 
 
@@ -132,13 +132,13 @@ def test_the_fused_loss_in_two_processes_trains_the_model_of_the_logits_in_one(m
 def test_the_fused_loss_refuses_an_optimizer_that_brings_pgt_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="error: the fused loss brings PGT with it"):
-        call(language_modeling, monkeypatch, "--smoke", "--fused-loss", "true", "--optim", "powergrad_adamw")
+        call(language_modeling, "--smoke", "--fused-loss", "true", "--optim", "powergrad_adamw")
 
 
 @pytest.mark.parametrize("recipe", [text_classification, language_modeling])
-def test_help_keeps_its_examples_and_explains_the_options(recipe, monkeypatch, capsys):
+def test_help_keeps_its_examples_and_explains_the_options(recipe, capsys):
     with pytest.raises(SystemExit):
-        call(recipe, monkeypatch, "--help")
+        call(recipe, "--help")
     text = capsys.readouterr().out
     assert f"accelerate launch recipes/{Path(recipe.__file__).name} --smoke" in text
     for option in ("--dataset-name", "--alpha", "--learning-rate", "--smoke"):
