@@ -1,4 +1,4 @@
-"""Tiny-ImageNet in memory, decoded once, on any device; ``Images`` is a network trained and measured on it."""
+"""A data set in memory, decoded once, on any device; ``Images`` is a network trained and measured on it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +21,7 @@ from .train import in_bfloat16
 
 __all__ = ["Images", "Split", "prepare", "read"]
 
-HUB = "zh-plus/tiny-imagenet"
-SELECT = 40  # images of a class for the search: the training images after those that are trained on
+HUB = {"tiny-imagenet": "zh-plus/tiny-imagenet", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_NORM = 0.1  # a tenth of a fresh filter's norm: on its way to zero
 TRAIN_PROBE = 2_000  # training images, without augmentation, that the training accuracy is measured on
@@ -81,15 +80,15 @@ def prepare(scale: Scale, source: str | None, path: Path) -> None:
     """
     if path.is_file():
         return
-    splits = load_image_dataset(source or HUB)
+    splits = load_image_dataset(source or HUB[scale.data])
     (pixels, labels), test = (_decoded(splits[name], scale) for name in ("train", "validation"))
     rank = np.zeros(len(labels), dtype=int)  # how many images of its class come before each one
     for label in range(scale.classes):
         rank[labels == label] = np.arange((labels == label).sum())
-    if scale.images + SELECT > rank.max() + 1:
-        raise ValueError(f"images must leave {SELECT} of {rank.max() + 1} for the search, got {scale.images}")
+    if scale.images + scale.select > rank.max() + 1:
+        raise ValueError(f"images must leave {scale.select} of {rank.max() + 1} for the search, got {scale.images}")
     kept = np.round(scale.images * scale.imbalance ** (-labels / (scale.classes - 1)))
-    chosen = {"train": rank < kept, "select": (rank >= scale.images) & (rank < scale.images + SELECT)}
+    chosen = {"train": rank < kept, "select": (rank >= scale.images) & (rank < scale.images + scale.select)}
     arrays = {"test_x": test[0], "test_y": test[1]}
     for name, mask in chosen.items():
         arrays |= {f"{name}_x": pixels[mask], f"{name}_y": labels[mask]}

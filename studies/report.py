@@ -29,6 +29,7 @@ from .settings import (
     SCALES,
     SEARCH_SEEDS,
     SEEDS,
+    Key,
     Row,
     Search,
     Setting,
@@ -42,8 +43,8 @@ __all__ = ["Study", "main"]
 SCALE = "small"  # that of the page's tables
 NETWORKS = ("norm-free", "bn")
 SEARCHES = ("sgd/norm-free", "sgd/bn", "adamw/bn")
+ELSEWHERE = {"medium": "100 classes", "fashion": "Fashion-MNIST"}
 Line = dict[str, Any]
-Key = tuple[str, Setting]  # group and setting
 
 
 def main() -> None:
@@ -127,64 +128,59 @@ def ladder(network: str) -> Callable[[Study], list[str]]:
 
     def table(study: Study) -> list[str]:
         group = f"ladder/{network}"
-        lines = header("wd", "lr wd T", "alpha", "seeds", "train top-1 (%)", "test top-1 (%)", "minus alpha = 1",
-                       "filters below 0.1", "at 0")  # fmt: skip
-        for decay in LADDERS[network]:
-            for alpha in ALPHAS:
-                setting, plain = rung(network, alpha, decay), rung(network, 1.0, decay)
-                values = {key: study.values(group, setting, key) for key in KEYS}
-                if not values["test_top1"]:
-                    continue
-                lines.append(
-                    line(
-                        f"{decay:g}",
-                        mean(values["decay_time"]),
-                        f"{alpha:g}",
-                        str(len(values["test_top1"])),
-                        mean(values["train_top1"], 100),
-                        accuracy(values["test_top1"]),
-                        "" if alpha == 1 else difference(study.versus((group, setting), (group, plain))),
-                        mean(values["small_filters"]),
-                        mean(values["zeroed_filters"]),
-                    )
-                )
+        lines = header("wd", "lr wd T", "alpha", *OUTCOME, "minus alpha = 1", *DYING)
+        for decay, alpha in product(LADDERS[network], ALPHAS):
+            key, plain = (group, rung(network, alpha, decay)), (group, rung(network, 1.0, decay))
+            if cells := outcome(study, key, plain):
+                time = mean(study.values(*key, "decay_time"))
+                lines.append(line(f"{decay:g}", time, f"{alpha:g}", *cells, *dying(study, key)))
         return lines
 
     return table
 
 
-KEYS = ("decay_time", "train_top1", "test_top1", "small_filters", "zeroed_filters")
+OUTCOME = ("seeds", "train top-1 (%)", "test top-1 (%)")
+DYING = ("filters below 0.1", "at 0")
+
+
+def outcome(study: Study, key: Key, baseline: Key, measured: str = "test_top1") -> list[str]:
+    """The cells below ``OUTCOME`` and the difference to the baseline; none where nothing was trained."""
+    values = study.values(*key, measured)
+    if not values:
+        return []
+    of_loss = measured.endswith("loss")
+    found = "" if key == baseline else difference(study.versus(key, baseline, measured), 1 if of_loss else 100)
+    train = mean(study.values(*key, "train_top1"), 100)
+    return [str(len(values)), train, (loss if of_loss else accuracy)(values), found]
+
+
+def dying(study: Study, key: Key) -> list[str]:
+    """The cells below ``DYING``."""
+    return [mean(study.values(*key, name)) for name in ("small_filters", "zeroed_filters")]
 
 
 def rescue(study: Study) -> list[str]:
     """The ladder's high weight decay again: what PGT does there, and what a plain run needs to do it."""
-    lines = header("network", "method", "batch", "epochs", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)",
-                   "minus cross-entropy", "filters below 0.1", "at 0")  # fmt: skip
-    for group, setting, rate, baseline in _others(study):
-        values = {key: study.values(group, setting, key) for key in KEYS}
-        if not values["test_top1"]:
-            continue
-        found = "" if setting == baseline[1] else difference(study.versus((group, setting), baseline))
-        lines.append(
-            line(
-                f"{setting.network}, {setting.optimizer}",
-                describe(setting),
-                str(setting.batch),
-                str(SCALES[setting.scale].epochs),
-                f"{rate:g}",
-                f"{setting.weight_decay:g}",
-                str(len(values["test_top1"])),
-                mean(values["train_top1"], 100),
-                accuracy(values["test_top1"]),
-                found,
-                mean(values["small_filters"]),
-                mean(values["zeroed_filters"]),
+    lines = header("network", "method", "batch", "epochs", "lr", "wd", *OUTCOME, "minus cross-entropy", *DYING)
+    for key, rate, baseline in _others(study):
+        if cells := outcome(study, key, baseline):
+            setting = key[1]
+            lines.append(
+                line(
+                    f"{setting.network}, {setting.optimizer}",
+                    describe(setting),
+                    str(setting.batch),
+                    str(SCALES[setting.scale].epochs),
+                    f"{rate:g}",
+                    f"{setting.weight_decay:g}",
+                    *cells,
+                    *dying(study, key),
+                )
             )
-        )
     return lines
 
 
-def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
+def _others(study: Study) -> Iterable[tuple[Key, float, Key]]:
     """Rows at fixed settings beside the ladder, each after cross-entropy and PGT at the same settings."""
     shown: set[Key] = set()
     for item in study.items:
@@ -196,8 +192,8 @@ def _others(study: Study) -> Iterable[tuple[str, Setting, float, Key]]:
         if not own and baseline not in shown:
             shown.add(baseline)
             for alpha in ALPHAS:
-                yield baseline[0], replace(plain, alpha=alpha), item.learning_rate, baseline
-        yield item.group, item.setting, item.learning_rate, baseline
+                yield (baseline[0], replace(plain, alpha=alpha)), item.learning_rate, baseline
+        yield (item.group, item.setting), item.learning_rate, baseline
 
 
 def describe(setting: Setting) -> str:
@@ -216,28 +212,27 @@ def searches(study: Study) -> list[str]:
     """Where each search is, and what it found."""
     lines = header("network", "alpha", "trials", "pruned", "lr", "wd", "lr wd T",
                    "top-1 on the search's images, seed 0 (%)", "second best")  # fmt: skip
-    for name in SEARCHES:
-        for alpha in ALPHAS:
-            search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
-            done = trials(search, study.lines)
-            best = finalists(done)
-            if not best:
-                continue
-            chosen = study.chosen[search.name]
-            top = next((row for row in best if chosen and row["learning_rate"] == chosen[1]), best[0])
-            lines.append(
-                line(
-                    _network(name),
-                    f"{alpha:g}",
-                    f"{len(done)} of {search.trials}",
-                    str(sum(row["verdict"] == "pruned" for row in done)),
-                    f"{top['learning_rate']:.3g}",
-                    f"{top['weight_decay']:.2g}",
-                    f"{top['decay_time']:.2g}",
-                    f"{100 * top['select_top1']:.2f}",
-                    f"{100 * best[1]['select_top1']:.2f}" if len(best) > 1 else "-",
-                )
+    for name, alpha in product(SEARCHES, ALPHAS):
+        search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
+        done = trials(search, study.lines)
+        best = finalists(done)
+        if not best:
+            continue
+        chosen = study.chosen[search.name]
+        top = next((row for row in best if chosen and row["learning_rate"] == chosen[1]), best[0])
+        lines.append(
+            line(
+                _network(name),
+                f"{alpha:g}",
+                f"{len(done)} of {search.trials}",
+                str(sum(row["verdict"] == "pruned" for row in done)),
+                f"{top['learning_rate']:.3g}",
+                f"{top['weight_decay']:.2g}",
+                f"{top['decay_time']:.2g}",
+                f"{100 * top['select_top1']:.2f}",
+                f"{100 * best[1]['select_top1']:.2f}" if len(best) > 1 else "-",
             )
+        )
     return lines
 
 
@@ -248,37 +243,30 @@ def _network(name: str) -> str:
 
 def tuned(study: Study) -> list[str]:
     """Each alpha at the learning rate and weight decay of its own search."""
-    lines = header("network", "alpha", "lr", "wd", "lr wd T", "seeds", "train top-1 (%)", "test top-1 (%)",
-                   "minus alpha = 1", "filters below 0.1", "epochs to alpha 1's last")  # fmt: skip
-    for name in SEARCHES:
-        group = f"search/{name}"
-        plain = study.searches[f"{SCALE}/{group}/1"].setting
-        for alpha in ALPHAS:
-            setting = replace(plain, alpha=alpha)
-            values = {key: study.values(group, setting, key) for key in (*KEYS, "learning_rate", "weight_decay")}
-            if not values["test_top1"]:
-                continue
+    lines = header("network", "alpha", "lr", "wd", "lr wd T", *OUTCOME, "minus alpha = 1", DYING[0],
+                   "epochs to alpha 1's last")  # fmt: skip
+    for name, alpha in product(SEARCHES, ALPHAS):
+        search, plain = (study.searches[f"{SCALE}/search/{name}/{value:g}"] for value in (alpha, 1.0))
+        if cells := outcome(study, search.key, plain.key):
+            time = mean(study.values(*search.key, "decay_time"))
+            reached = epochs_to(study, search.key, plain.key)
+            found = found_by(study, search)
             lines.append(
-                line(
-                    _network(name),
-                    f"{alpha:g}",
-                    mean(values["learning_rate"]),
-                    f"{values['weight_decay'][0]:.2g}",
-                    mean(values["decay_time"]),
-                    str(len(values["test_top1"])),
-                    mean(values["train_top1"], 100),
-                    accuracy(values["test_top1"]),
-                    "" if alpha == 1 else difference(study.versus((group, setting), (group, plain))),
-                    mean(values["small_filters"]),
-                    epochs_to(study, group, setting, plain),
-                )
+                line(_network(name), f"{alpha:g}", *found, time, *cells, dying(study, search.key)[0], reached)
             )
     return lines
 
 
-def epochs_to(study: Study, group: str, setting: Setting, baseline: Setting) -> str:
+def found_by(study: Study, search: Search) -> list[str]:
+    """The learning rate and the weight decay that a search has chosen."""
+    chosen = study.chosen[search.name]
+    assert chosen is not None  # or no seed of the tables would have been trained
+    return [f"{chosen[1]:.3g}", f"{chosen[0].weight_decay:.2g}"]
+
+
+def epochs_to(study: Study, key: Key, baseline: Key) -> str:
     """The first epoch at which the mean curve is at the last point of the baseline's, over the seeds of both."""
-    ours, theirs = (study.trained.get((group, which), {}) for which in (setting, baseline))
+    ours, theirs = (study.trained.get(which, {}) for which in (key, baseline))
     seeds = set(ours) & set(theirs)
     if not seeds:
         return "-"
@@ -288,30 +276,26 @@ def epochs_to(study: Study, group: str, setting: Setting, baseline: Setting) -> 
     return str(int(reached[0]) + 1) if len(reached) else "not"
 
 
+def elsewhere(study: Study) -> list[str]:
+    """The same on more classes, and on another data set."""
+    lines = header("images", "network", "alpha", "lr", "wd", "lr wd T", *OUTCOME, "minus alpha = 1", DYING[0])
+    for (scale, images), name, alpha in product(ELSEWHERE.items(), ("sgd/bn", "sgd/norm-free"), ALPHAS):
+        search, plain = (study.searches[f"{scale}/search/{name}/{value:g}"] for value in (alpha, 1.0))
+        if cells := outcome(study, search.key, plain.key):
+            time, small = mean(study.values(*search.key, "decay_time")), dying(study, search.key)[0]
+            found = found_by(study, search)
+            lines.append(line(images, _network(name), f"{alpha:g}", *found, time, *cells, small))
+    return lines
+
+
 def pilots(study: Study) -> list[str]:
     """Where else it could pay: each alpha at the learning rate and weight decay of its own search."""
-    lines = header("pilot", "alpha", "trials", "lr", "wd", "seeds", "test top-1 (%) or loss", "minus alpha = 1")
+    lines = header("pilot", "alpha", "trials", "lr", "wd", *OUTCOME[:2], "test top-1 (%) or loss", "minus alpha = 1")
     for scale, alpha in product(PILOTS, PILOT_ALPHAS):
-        search = study.searches[f"{scale}/pilot/{alpha:g}"]
-        plain = replace(search.setting, alpha=1.0)
-        key, show = ("test_loss", loss) if isinstance(PILOTS[scale], TextScale) else ("test_top1", accuracy)
-        values = study.values("pilot", search.setting, key)
-        chosen = study.chosen[search.name]
-        if not values or chosen is None:
-            continue
-        found = study.versus(("pilot", search.setting), ("pilot", plain), key) if alpha != 1 else None
-        lines.append(
-            line(
-                scale,
-                f"{alpha:g}",
-                str(search.trials),
-                f"{chosen[1]:.3g}",
-                f"{chosen[0].weight_decay:.2g}",
-                str(len(values)),
-                show(values),
-                "" if alpha == 1 else difference(found, 1 if show is loss else 100),
-            )
-        )
+        search, plain = (study.searches[f"{scale}/pilot/{value:g}"] for value in (alpha, 1.0))
+        measured = "test_loss" if isinstance(PILOTS[scale], TextScale) else "test_top1"
+        if cells := outcome(study, search.key, plain.key, measured):
+            lines.append(line(scale, f"{alpha:g}", str(search.trials), *found_by(study, search), *cells))
     return lines
 
 
@@ -319,50 +303,24 @@ def again(study: Study) -> list[str]:
     """The pilot that looked like a gain, on new seeds, against a baseline that was searched for longer."""
     study = Study(study.lines, AGAIN_SEEDS)
     plain = study.searches[f"{AGAIN}/again/1"]
-    lines = header("alpha", "trials", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)",
-                   "minus alpha = 1, 24 trials")  # fmt: skip
+    lines = header("alpha", "trials", "lr", "wd", *OUTCOME, f"minus alpha = 1, {plain.trials} trials")
     for search in (plain, *(study.searches[f"{AGAIN}/pilot/{alpha:g}"] for alpha in PILOT_ALPHAS)):
-        values = study.values(search.group, search.setting, "test_top1")
-        chosen = study.chosen[search.name]
-        if not values or chosen is None:
-            continue
-        found = study.versus((search.group, search.setting), (plain.group, plain.setting))
-        lines.append(
-            line(
-                f"{search.setting.alpha:g}",
-                str(search.trials),
-                f"{chosen[1]:.3g}",
-                f"{chosen[0].weight_decay:.2g}",
-                str(len(values)),
-                mean(study.values(search.group, search.setting, "train_top1"), 100),
-                accuracy(values),
-                "" if search is plain else difference(found),
-            )
-        )
+        if cells := outcome(study, search.key, plain.key):
+            alpha = f"{search.setting.alpha:g}"
+            lines.append(line(alpha, str(search.trials), *found_by(study, search), *cells))
     return lines
 
 
 def carried_over(study: Study) -> list[str]:
     """The same on other classes, at the settings that were found; of those of the baseline, the best one counts."""
-    lines = header("alpha", "lr", "wd", "seeds", "train top-1 (%)", "test top-1 (%)", "minus the best of alpha = 1")
+    lines = header("alpha", "lr", "wd", *OUTCOME, "minus the best of alpha = 1")
     rows = [item for item in study.items if isinstance(item, Row) and item.group.startswith("carried over")]
-    tops = {row: study.values(row.group, row.setting, "test_top1") for row in rows}
-    best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: statistics.fmean(tops[row] or [0.0]))
+    tops = {row: statistics.fmean(study.values(*row.key, "test_top1") or [0.0]) for row in rows}
+    best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: tops[row])
     for row in rows:
-        if not tops[row]:
-            continue
-        found = study.versus((row.group, row.setting), (best.group, best.setting))
-        lines.append(
-            line(
-                f"{row.setting.alpha:g}",
-                f"{row.learning_rate:g}",
-                f"{row.setting.weight_decay:g}",
-                str(len(tops[row])),
-                mean(study.values(row.group, row.setting, "train_top1"), 100),
-                accuracy(tops[row]),
-                "" if row is best else difference(found),
-            )
-        )
+        if cells := outcome(study, row.key, best.key):
+            settings = row.setting.alpha, row.learning_rate, row.setting.weight_decay
+            lines.append(line(*(f"{value:g}" for value in settings), *cells))
     return lines
 
 
@@ -402,6 +360,7 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
     "rescue": rescue,
     "searches": searches,
     "tuned": tuned,
+    "elsewhere": elsewhere,
     "pilots": pilots,
     "again": again,
     "carried over": carried_over,

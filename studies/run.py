@@ -1,10 +1,11 @@
 """Trains everything that the study's tables need; started again, it goes on with what is missing.
 
     python -m studies.run                                   # the small scale, in its order, from the Hub
-    python -m studies.run --tiny-imagenet FOLDER            # from a folder
+    python -m studies.run --source FOLDER                   # from a folder
     python -m studies.run --only ladder/bn --seeds 2        # a part of it
     python -m studies.run --scale noise-40 --seeds 3        # a pilot: fine-tuning with wrong labels
     python -m studies.run --scale noise-40 --again          # what looked like a gain, on other seeds
+    python -m studies.run --scale fashion                   # another data set
     python -m studies.run --scale large --device cuda       # ResNet-18
     python -m studies.report                                # tables and figures
 
@@ -75,7 +76,7 @@ def parse() -> Namespace:
     scales = [name for name in SCALES if name != SOURCE]
     add("--scale", choices=scales, default="small", help="data, network and epochs")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--tiny-imagenet", help="a folder that load_dataset reads; by default the Hub's")
+    add("--source", help="a folder to read the data set from; by default the Hub's")
     add("--cache", type=Path, default=Path("runs/study"), help="where the decoded images go: one file for each scale")
     add("--results", type=Path, default=RESULTS, help="the file that gets the lines")
     add("--only", default="", help="the beginning of GROUP/ALPHA/DECAY, such as search/sgd/bn/0.3")
@@ -89,8 +90,8 @@ def task_of(name: str, args: Namespace) -> Task:
     scale = SCALES[name]
     if isinstance(scale, TextScale):
         return language.Text(scale, language.read(scale, args.device))
-    path = args.cache / f"tiny-imagenet_{name}.npz"
-    images.prepare(scale, args.tiny_imagenet, path)
+    path = args.cache / f"{scale.data}_{name}.npz"
+    images.prepare(scale, args.source, path)
     given = scale.start or scale.teacher
     weights = _given(given, args) if given else None
     return images.Images(scale, images.read(path, args.device), weights)

@@ -16,6 +16,7 @@ __all__ = [
     "SCALES",
     "SEARCH_SEEDS",
     "SEEDS",
+    "Key",
     "Row",
     "Scale",
     "Search",
@@ -46,12 +47,15 @@ class Scale:
     """Data, network and length of a training.
 
     Args:
-        classes: The first so many classes of Tiny-ImageNet.
-        images: Training images of a class; the next 40 are for the search, the validation images for the tables.
+        classes: The first so many classes of the data set.
+        images: Training images of a class; the images after them are for the search, the evaluation split's for the
+            tables.
         side: Pixels of the stored images.
         crop: Pixels of the random crops.
         network: A ResNet of timm's.
         epochs: Passes over the training images.
+        data: A key of ``images.HUB``.
+        select: Images of a class for the search.
         first: The number of the first class.
         noise: The share of the training images whose label is that of another class, drawn once.
         imbalance: How many times as many training images the first class has as the last, falling geometrically.
@@ -65,6 +69,8 @@ class Scale:
     crop: int
     network: str
     epochs: int
+    data: str = "tiny-imagenet"
+    select: int = 40
     first: int = 0
     noise: float = 0.0
     imbalance: float = 1.0
@@ -119,6 +125,7 @@ SCALES: dict[str, Scale | TextScale] = {
     "small": SMALL,
     LONG: replace(SMALL, epochs=60),
     "medium": replace(SMALL, classes=100, side=36, crop=32),
+    "fashion": replace(SMALL, data="fashion-mnist", classes=10, images=640, select=200),
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
     SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
     **PILOTS,
@@ -131,7 +138,7 @@ class Setting:
     """One way to train, up to its learning rate and seed. Rows of the first study lack the last three fields.
 
     Args:
-        data: "tiny-imagenet" or "text"; in the first study also "fashion-mnist".
+        data: "tiny-imagenet", "fashion-mnist" or "text".
         network: "bn" or "norm-free"; "llama" of text.
         alpha: PGT's exponent, the inverse temperature, or the alpha of the parts.
         method: "pgt" (which is cross-entropy at alpha 1), "temperature" (trained and tested on alpha * z), or "parts".
@@ -166,6 +173,9 @@ class Setting:
         return cls(**fields | {"parts": tuple(row["parts"])})
 
 
+Key = tuple[str, Setting]  # group and setting
+
+
 @dataclass(frozen=True)
 class Row:
     """A training at settings that the plan fixes, on ``SEEDS``."""
@@ -173,6 +183,11 @@ class Row:
     group: str
     setting: Setting
     learning_rate: float
+
+    @property
+    def key(self) -> Key:
+        """What its lines are found by."""
+        return self.group, self.setting
 
 
 @dataclass(frozen=True)
@@ -194,6 +209,11 @@ class Search:
     decays: tuple[float, float]
     anchors: tuple[tuple[float, float], ...] = field(repr=False)
     trials: int = 16
+
+    @property
+    def key(self) -> Key:
+        """What the lines of its tables are found by."""
+        return self.group, self.setting
 
     @property
     def name(self) -> str:
@@ -226,6 +246,10 @@ def plan(scale: str) -> Iterator[Row | Search]:
         setting = Setting("tiny-imagenet", "bn", scale=scale)
         for alpha, rate, decay in CARRIED_OVER:
             yield Row(f"carried over/{rate:g}", replace(setting, alpha=alpha, weight_decay=decay), rate)
+    elif scale == "fashion":
+        plain = Setting("fashion-mnist", "bn", scale=scale)
+        yield from _searches(plain, *SGD_BN)
+        yield from _searches(replace(plain, network="norm-free"), *SGD_NORM_FREE)
     elif scale != SOURCE:
         yield from _study(scale)
 

@@ -246,12 +246,11 @@ def folder(tmp_path) -> Path:
 
 
 def test_splits_are_disjoint_and_one_command_trains_a_part_of_the_plan(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "SELECT", 2)
-    tiny = replace(SCALES["small"], classes=5, images=4, epochs=1)
+    tiny = replace(SCALES["small"], classes=5, images=4, select=2, epochs=1)
     monkeypatch.setitem(SCALES, "small", tiny)
     monkeypatch.setattr(settings, "LADDERS", {"norm-free": (1e-3,), "bn": (1e-3,)})
     monkeypatch.setattr(settings, "PLAIN_BATCH", 8)
-    command = ["run", "--tiny-imagenet", folder, "--cache", tmp_path, "--results", tmp_path / "results.jsonl"]
+    command = ["run", "--source", folder, "--cache", tmp_path, "--results", tmp_path / "results.jsonl"]
     monkeypatch.setattr("sys.argv", [*map(str, command), "--only", "ladder/bn/0", "--seeds", "2"])
     run.main()
     rows = run.read_rows(tmp_path / "results.jsonl")
@@ -277,17 +276,19 @@ def test_plan_names_each_row_and_each_search_once(scale):
     assert {item.setting.scale for item in items} == ({scale} if scale != SOURCE else set())
 
 
-@pytest.mark.parametrize("scale", ["small", "medium", "large"])
+@pytest.mark.parametrize("scale", ["small", "medium", "large", "fashion"])
 def test_plan_searches_every_alpha_with_one_budget(scale):
     rows = [item for item in plan(scale) if isinstance(item, Row)]
     searches = [item for item in plan(scale) if isinstance(item, Search)]
-    for name in report.SEARCHES:
+    for name in report.SEARCHES if rows else ("sgd/bn", "sgd/norm-free"):
         of_group = [search for search in searches if search.group == f"search/{name}"]
         assert [search.setting.alpha for search in of_group] == list(ALPHAS)
         assert len({(search.rates, search.decays, search.anchors, search.trials) for search in of_group}) == 1
     assert {part for row in rows for part in row.setting.parts} <= set(PARTS) | set(NORMS)
     assert not set(SEARCH_SEEDS) & set(SEEDS) and len(SEEDS) == 5
-    assert isinstance(SCALES[scale], Scale)
+    scale_of_images = SCALES[scale]
+    assert isinstance(scale_of_images, Scale) and {item.setting.data for item in plan(scale)} == {scale_of_images.data}
+    assert scale_of_images.data in images.HUB
 
 
 @pytest.mark.parametrize("scale", PILOTS)
@@ -299,8 +300,7 @@ def test_pilot_searches_every_alpha_with_one_budget(scale):
 
 
 def test_pilots_move_the_labels_they_say_thin_classes_out_and_take_other_classes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "SELECT", 2)
-    tiny = replace(SCALES["small"], classes=5, images=4)
+    tiny = replace(SCALES["small"], classes=5, images=4, select=2)
 
     def read(name: str, **changes: float) -> dict[str, Split]:
         images.prepare(replace(tiny, **changes), str(folder), tmp_path / f"{name}.npz")
