@@ -90,7 +90,6 @@ def main() -> None:
             with np.load(file) as saved:
                 refuse_other_settings(folder, json.loads(str(saved["settings"])), settings)
         if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             claim_folder(folder)
 
     rows, predicted = [], {}

@@ -205,7 +205,6 @@ def begin(folder: Path, arguments: dict[str, Any], accelerator: Accelerator) -> 
             for alpha, seed, target, method, *accuracies in list(csv.reader(file))[1:]:
                 rows[float(alpha), int(seed), target, method] = [float(accuracy) for accuracy in accuracies]
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         claim_folder(folder)
         made = {"code": describe_code(), "environment": describe_environment(accelerator.num_processes)}
         add_to_record(folder, {"arguments": arguments} | made)

@@ -447,8 +447,9 @@ class _Kind(Rule):
     types: tuple[type, ...]
 
     def __str__(self) -> str:
-        names = [kind.__name__ for kind in self.types]
-        return " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
+        names = [{"Callable": "function"}.get(kind.__name__, kind.__name__) for kind in self.types]
+        words = ["None" if name == "NoneType" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 class _Flag(Rule):

@@ -53,6 +53,10 @@ WRONG: dict[str, list[Any]] = {
     "scores": [None, 5, "ab", [], ["a"], [NAN, 1.0], [True, 0.5]],
     "pair_or_none": [0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
     "pair": [None, 0.5, "ab", ("a", "b"), (0.1,), (NAN, 1.0), (0.5, 0.1), (-1.0, 0.5)],
+    "function": [5, "top1", [len]],
+    "callbacks": [5, "early", trainer.DivergenceCallback],
+    "optimizers": [5, torch.optim.SGD, (None,), [None, None, None]],
+    "no_examples": [[]],
     "shape": ["cosin", "", 5, None, ["step"]],
 }  # fmt: skip
 # Values that are right although their types are unusual.
@@ -402,7 +406,11 @@ def _more_rows() -> Iterator[Row]:
     yield "get_alpha", scheduler().get_alpha, lambda: {"step": 3}, {"step": "integer"}
     yield "handle.alpha", _set_alpha, lambda: {"alpha": 0.5}, {"alpha": "alpha"}
     yield "param group", _set_group, lambda: {"alpha": 0.5}, {"alpha": "alpha"}
-    yield "PowerGradTrainer", _trainer, dict, {"model": "module", "args": "path_or_none"}
+    yield "PowerGradTrainer", _trainer, dict, {
+        "model": "module", "args": "path_or_none", "data_collator": "function", "compute_metrics": "function",
+        "preprocess_logits_for_metrics": "function", "callbacks": "callbacks", "optimizers": "optimizers",
+        "train_dataset": "no_examples",
+    }  # fmt: skip
     yield "ImageTrainer", _image_trainer, dict, {
         "model": "module", "args": "path", "class_weights": "tensor_or_none",
     }  # fmt: skip

@@ -90,7 +90,6 @@ class RunFolder(TrainerCallback):
                 self._begin(args, state)
 
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         claim_folder(self.path)
         known = {"code": describe_code(), "environment": describe_environment(args.world_size)}
         before = {}
@@ -225,8 +224,13 @@ class RunFolder(TrainerCallback):
 
 
 def claim_folder(path: str | os.PathLike[str]) -> None:
-    """Locks an existing folder until this process ends, in whatever way; RuntimeError if another one holds it."""
+    """Locks a folder until this process ends, in whatever way; it is created where there is none.
+
+    Raises:
+        RuntimeError: Another process holds it.
+    """
     folder = Path(path).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     if folder in _claimed:
         return
     lock = FileLock(folder / _LOCK)

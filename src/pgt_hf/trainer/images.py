@@ -78,8 +78,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
         class_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, ImageTrainingArguments):
-            raise TypeError(f"args must be an ImageTrainingArguments, got a {type(args).__name__}")
+        check_type("args", args, ImageTrainingArguments)
         check_type("model", model, nn.Module)
         classes = getattr(getattr(model, "config", None), "num_labels", None)
         if classes is None:

@@ -1,8 +1,10 @@
 """``PowerGradTrainer``: Trainer with PGT on the model's logits, for any optimizer, and its quantities in the logs."""
 
-from collections.abc import Sized
+import inspect
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from functools import wraps
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from .alpha_callback import AlphaScheduleCallback
 from .arguments import PowerGradTrainingArguments
 from .hp_space import powergrad_hp_space
 from .process_group import end_group_at_exit
+
+_FUNCTIONS = ("data_collator", "model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+_PAIRS = {"optimizers": "(optimizer, scheduler)", "optimizer_cls_and_kwargs": "(class, its arguments)"}
 
 
 class PowerGradTrainer(Trainer):
@@ -49,10 +54,11 @@ class PowerGradTrainer(Trainer):
         **named: Any,
     ) -> None:
         args = PowerGradTrainingArguments("trainer_output") if args is None else args
-        if not isinstance(args, PowerGradTrainingArguments):
-            raise TypeError(f"args must be a PowerGradTrainingArguments, got a {type(args).__name__}")
-        if model is not None or (named.get("model_init") is None and len(others) < 3):
+        check_type("args", args, PowerGradTrainingArguments)
+        given = inspect.signature(Trainer).bind(model, args, data_collator, train_dataset, *others, **named).arguments
+        if model is not None or given.get("model_init") is None:
             check_type("model", model, nn.Module)
+        _check(given)
         if args.powergrad_head is not None and model is not None:
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
         counted = isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset)
@@ -193,6 +199,20 @@ class PowerGradTrainer(Trainer):
         norms = elem_of(logits).detach().float().flatten(0, -2).norm(dim=-1)
         self._logit_norm = norms.sum() if self._logit_norm is None else self._logit_norm + norms.sum()
         self._logit_rows += norms.numel()
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for what Trainer would stumble over later, or without naming it."""
+    for name in _FUNCTIONS:
+        check_type(name, given.get(name), Callable, NoneType)  # type: ignore[arg-type]
+    check_type("callbacks", given.get("callbacks"), list, tuple, NoneType)
+    for name, content in _PAIRS.items():
+        pair = given.get(name)
+        if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise TypeError(f"{name} must be a pair {content}, got {pair!r:.200}")
+    dataset = given.get("train_dataset")
+    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise ValueError("train_dataset must have at least one example, got none")
 
 
 def _broadcast(buffers: list[Tensor]) -> None:
