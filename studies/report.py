@@ -23,12 +23,15 @@ from .settings import (
     LADDERS,
     LONG,
     NORMS,
+    OTHER_CLASSES,
     PILOT_ALPHAS,
     PILOTS,
     RATES,
+    SCALE,
     SCALES,
     SEARCH_SEEDS,
     SEEDS,
+    WIDE,
     Key,
     Row,
     Search,
@@ -40,7 +43,6 @@ from .tables import accuracy, difference, header, line, loss, mean, place
 
 __all__ = ["Study", "main"]
 
-SCALE = "small"  # that of the page's tables
 NETWORKS = ("norm-free", "bn")
 SEARCHES = ("sgd/norm-free", "sgd/bn", "adamw/bn")
 ELSEWHERE = {"medium": "100 classes", "fashion": "Fashion-MNIST"}
@@ -311,17 +313,21 @@ def again(study: Study) -> list[str]:
     return lines
 
 
-def carried_over(study: Study) -> list[str]:
-    """The same on other classes, at the settings that were found; of those of the baseline, the best one counts."""
-    lines = header("alpha", "lr", "wd", *OUTCOME, "minus the best of alpha = 1")
-    rows = [item for item in study.items if isinstance(item, Row) and item.group.startswith("carried over")]
-    tops = {row: statistics.fmean(study.values(*row.key, "test_top1") or [0.0]) for row in rows}
-    best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: tops[row])
-    for row in rows:
-        if cells := outcome(study, row.key, best.key):
-            settings = row.setting.alpha, row.learning_rate, row.setting.weight_decay
-            lines.append(line(*(f"{value:g}" for value in settings), *cells))
-    return lines
+def carried_over(scale: str) -> Callable[[Study], list[str]]:
+    """Other classes at the settings that were found before; of those of the baseline, the best one counts."""
+
+    def table(study: Study) -> list[str]:
+        lines = header("alpha", "lr", "wd", *OUTCOME, "minus the best of alpha = 1")
+        rows = [item for item in plan(scale) if isinstance(item, Row)]
+        tops = {row: statistics.fmean(study.values(*row.key, "test_top1") or [0.0]) for row in rows}
+        best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: tops[row])
+        for row in rows:
+            if cells := outcome(study, row.key, best.key):
+                settings = row.setting.alpha, row.learning_rate, row.setting.weight_decay
+                lines.append(line(*(f"{value:g}" for value in settings), *cells))
+        return lines
+
+    return table
 
 
 def evidence(study: Study) -> list[str]:
@@ -363,7 +369,8 @@ TABLES: dict[str, Callable[[Study], list[str]]] = {
     "elsewhere": elsewhere,
     "pilots": pilots,
     "again": again,
-    "carried over": carried_over,
+    "carried over": carried_over(OTHER_CLASSES),
+    "200 classes": carried_over(WIDE),
     "evidence": evidence,
 }
 

@@ -30,7 +30,7 @@ from . import images, language
 from .settings import (
     AGAIN_SEEDS,
     HIGH_DECAY,
-    PILOTS,
+    SCALE,
     SCALES,
     SEARCH_SEEDS,
     SEEDS,
@@ -74,7 +74,7 @@ def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     scales = [name for name in SCALES if name != SOURCE]
-    add("--scale", choices=scales, default="small", help="data, network and epochs")
+    add("--scale", choices=scales, default=SCALE, help="data, network and epochs")
     add("--device", default="cpu", help="cpu or cuda")
     add("--source", help="a folder to read the data set from; by default the Hub's")
     add("--cache", type=Path, default=Path("runs/study"), help="where the decoded images go: one file for each scale")
@@ -169,7 +169,7 @@ class Lab:
             if all(other.get(key) == value for key, value in row.items()):
                 return other
         high = setting.weight_decay == HIGH_DECAY.get(setting.network) and group.startswith(("ladder", "agc"))
-        watched = seed == SEEDS[0] and (high or chosen_by != "plan") and setting.scale not in PILOTS
+        watched = seed == SEEDS[0] and (high or chosen_by != "plan") and setting.scale == SCALE
         name = f"{setting.scale}_{group.replace('/', '_')}_{setting.alpha:g}.npz"
         watch = self.results.parent / "diagnostics" / name if watched else None
         row |= train(setting, learning_rate, seed, self.task, stop, watch)

@@ -10,12 +10,15 @@ __all__ = [
     "AGAIN_SEEDS",
     "ALPHAS",
     "CARRIED_OVER",
+    "OTHER_CLASSES",
     "PARTS",
     "PILOTS",
     "PILOT_ALPHAS",
+    "SCALE",
     "SCALES",
     "SEARCH_SEEDS",
     "SEEDS",
+    "WIDE",
     "Key",
     "Row",
     "Scale",
@@ -25,6 +28,7 @@ __all__ = [
     "plan",
 ]
 
+SCALE = "small"  # that of most tables and of the figures
 ALPHAS = (1.0, 0.5, 0.3, 0.1)
 PILOT_ALPHAS = (1.0, 0.5, 0.3)
 SEARCH_SEEDS = (0, 9)
@@ -109,22 +113,27 @@ PILOTS: dict[str, Scale | TextScale] = {
     "noise-40": replace(FINE_TUNING, noise=0.4),
     "few": replace(FINE_TUNING, images=20, epochs=60),
     "long-tail": replace(FINE_TUNING, imbalance=50.0),
-    "distilled": replace(SMALL, teacher="small"),
+    "distilled": replace(SMALL, teacher=SCALE),
     "language": TextScale(vocabulary=2048, context=64, width=128, layers=2, epoch_steps=50, epochs=12),
 }
 AGAIN = "noise-40"
 OTHER_CLASSES = "noise-40-other"  # and once more, on other classes, at the settings that were found
-CARRIED_OVER = (
-    (1.0, 0.05, 5e-4),
-    (1.0, 0.015, 5e-4),
-    (1.0, 0.0213, 1.9e-3),
-    (0.5, 0.015, 5e-4),
-    (0.3, 0.0213, 1.9e-3),
-)
+WIDE = "wide"  # all classes, at the settings that were found on 100 of them
+CARRIED_OVER = {  # (alpha, learning rate, weight decay), those of the other alphas for alpha 1 too
+    OTHER_CLASSES: (
+        (1.0, 0.05, 5e-4),
+        (1.0, 0.015, 5e-4),
+        (1.0, 0.0213, 1.9e-3),
+        (0.5, 0.015, 5e-4),
+        (0.3, 0.0213, 1.9e-3),
+    ),
+    WIDE: ((1.0, 0.06, 4e-3), (0.3, 0.06, 4e-3)),
+}
 SCALES: dict[str, Scale | TextScale] = {
-    "small": SMALL,
+    SCALE: SMALL,
     LONG: replace(SMALL, epochs=60),
     "medium": replace(SMALL, classes=100, side=36, crop=32),
+    WIDE: replace(SMALL, classes=200, images=80, side=36, crop=32),
     "fashion": replace(SMALL, data="fashion-mnist", classes=10, images=640, select=200),
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
     SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
@@ -242,9 +251,9 @@ def plan(scale: str) -> Iterator[Row | Search]:
     elif scale == LONG:  # where the searches of the small scale ended, for three of four alphas
         setting = Setting("tiny-imagenet", "bn", scale=scale, weight_decay=4e-3)
         yield from (Row("long/bn", replace(setting, alpha=alpha), 0.2) for alpha in (1.0, 0.3, 0.5))
-    elif scale == OTHER_CLASSES:
+    elif scale in CARRIED_OVER:
         setting = Setting("tiny-imagenet", "bn", scale=scale)
-        for alpha, rate, decay in CARRIED_OVER:
+        for alpha, rate, decay in CARRIED_OVER[scale]:
             yield Row(f"carried over/{rate:g}", replace(setting, alpha=alpha, weight_decay=decay), rate)
     elif scale == "fashion":
         plain = Setting("fashion-mnist", "bn", scale=scale)
