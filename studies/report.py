@@ -363,6 +363,7 @@ def _cell(study: Study, group: str, setting: Setting, plain: Setting) -> str:
 TABLES: dict[str, Callable[[Study], list[str]]] = {
     "ladder norm-free": ladder("norm-free"),
     "ladder bn": ladder("bn"),
+    "ladder bn again": lambda study: ladder("bn")(Study(study.lines, AGAIN_SEEDS)),
     "rescue": rescue,
     "searches": searches,
     "tuned": tuned,
