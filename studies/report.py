@@ -188,7 +188,7 @@ def _others(study: Study) -> Iterable[tuple[Key, float, Key]]:
     for item in study.items:
         if not isinstance(item, Row) or item.setting.scale not in (SCALE, LONG) or item.group.startswith("ladder"):
             continue
-        own = item.group.startswith(("batch", "adamw", "long"))  # groups with a baseline of their own
+        own = item.group.startswith(("batch", "rate", "adamw", "long"))  # groups with a baseline of their own
         plain = replace(item.setting, alpha=1.0, method="pgt", parts=(), clip=None)
         baseline = (item.group if own else f"ladder/{item.setting.network}", plain)
         if not own and baseline not in shown:

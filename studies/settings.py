@@ -287,6 +287,8 @@ def _study(scale: str) -> Iterator[Row | Search]:
         setting = replace(plain, alpha=alpha, batch=batch, weight_decay=HIGH_DECAY["norm-free"])
         yield Row("batch/norm-free", setting, RATES["norm-free"] * batch / PLAIN_BATCH)
     yield from _searches(bn, *SGD_BN)
+    for rate, alpha in product((0.1, 0.4), (1.0, 0.5)):  # where alpha 0.5 gained: does the learning rate as well?
+        yield Row(f"rate/bn/{rate:g}", replace(bn, alpha=alpha), rate)
     adamw = replace(bn, optimizer="adamw", weight_decay=0.1)
     for alpha in ALPHAS:
         yield Row("adamw/bn", replace(adamw, alpha=alpha), 3e-3)
