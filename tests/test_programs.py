@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
-from launch import ROOT
+from launch import ROOT, as_program
 
 from pgt_hf import ImageTrainingArguments
 from pgt_hf.atomic import WriteError
@@ -23,6 +23,13 @@ class Numbers:
     name: str | None = None
     far_end: Annotated[Count | None, Needs("name", ("b",))] = None
     folder: Annotated[str, WritableFolder()] = "."
+
+
+@pytest.fixture(autouse=True)
+def program():
+    """``parse`` changes what holds for the whole process; the tests after this file start as without it."""
+    with as_program("program.py"):
+        yield
 
 
 def read(monkeypatch, *words, **options):

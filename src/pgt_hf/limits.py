@@ -447,9 +447,10 @@ class _Kind(Rule):
     types: tuple[type, ...]
 
     def __str__(self) -> str:
-        names = [{"Callable": "function"}.get(kind.__name__, kind.__name__) for kind in self.types]
-        words = ["None" if name == "NoneType" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names]
-        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+        plain = {"Callable": "a function", "NoneType": "None"}
+        names = [kind.__name__ for kind in self.types]
+        *others, last = (plain.get(name, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}") for name in names)
+        return f"{', '.join(others)} or {last}" if others else last
 
 
 class _Flag(Rule):

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from launch import ROOT, as_program
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 CLEAR, UNCLEAR, SILENT, TRACEBACK, LEFT, REFUSED = (
     "clear",
     "unclear",
@@ -66,16 +67,10 @@ class Command:
 
 def run_command(command: Command) -> Verdict:
     """Calls the program's ``main`` here, in an empty folder, so that a start of Python is not paid for each."""
-    before, argv = os.getcwd(), sys.argv
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        sys.argv = [command.program, *command.words]
-        try:
-            with _quiet(), _limit():
-                message, kind = _message(_program(command.program))
-        finally:
-            sys.argv = argv
-            os.chdir(before)
+        with as_program(command.program, *command.words) as patch, _quiet(), _limit():
+            patch.chdir(folder)
+            message, kind = _message(_program(command.program))
         if kind == CLEAR and not command.late and any(Path(folder).rglob("*")):
             kind = LEFT
     if kind == CLEAR and not _is_clear(message, command.named, command.value):

@@ -62,6 +62,8 @@ class PowerGradTrainer(Trainer):
         if args.powergrad_head is not None and model is not None:
             find_heads(model, args.powergrad_head)  # an error before training, not at its first step
         counted = isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset)
+        if counted and not len(train_dataset):
+            raise ValueError("train_dataset must have at least one example, got none")
         if args.dataloader_drop_last and counted:
             each = len(train_dataset) // args.world_size
             if each < args.train_batch_size:
@@ -202,7 +204,7 @@ class PowerGradTrainer(Trainer):
 
 
 def _check(given: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError for what Trainer would stumble over later, or without naming it."""
+    """Raises TypeError for what Trainer would stumble over later, or without naming it."""
     for name in _FUNCTIONS:
         check_type(name, given.get(name), Callable, NoneType)  # type: ignore[arg-type]
     check_type("callbacks", given.get("callbacks"), list, tuple, NoneType)
@@ -210,9 +212,6 @@ def _check(given: Mapping[str, Any]) -> None:
         pair = given.get(name)
         if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise TypeError(f"{name} must be a pair {content}, got {pair!r:.200}")
-    dataset = given.get("train_dataset")
-    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and not len(dataset):
-        raise ValueError("train_dataset must have at least one example, got none")
 
 
 def _broadcast(buffers: list[Tensor]) -> None:
