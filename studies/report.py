@@ -6,6 +6,7 @@ python -m studies.report
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -44,7 +45,8 @@ from .tables import accuracy, difference, header, line, loss, mean, place
 __all__ = ["Study", "main"]
 
 NETWORKS = ("norm-free", "bn")
-SEARCHES = ("sgd/norm-free", "sgd/bn", "adamw/bn")
+SGD_SEARCHES = ("sgd/norm-free", "sgd/bn")
+SEARCHES = (*SGD_SEARCHES, "adamw/bn")
 ELSEWHERE = {"medium": "100 classes", "fashion": "Fashion-MNIST"}
 Line = dict[str, Any]
 
@@ -75,7 +77,7 @@ class Study:
         self.searches = {item.name: item for item in self.items if isinstance(item, Search)}
         rows = {(item.group, item.setting, item.learning_rate) for item in self.items if isinstance(item, Row)}
         self.chosen = {name: winner(search, lines) for name, search in self.searches.items()}
-        self.trained: dict[tuple[str, Setting], dict[int, Line]] = {}
+        self.trained: dict[Key, dict[int, Line]] = {}
         for each in lines:
             setting, rate, by = Setting.from_row(each), each["learning_rate"], each["chosen_by"]
             if by == "plan":
@@ -87,6 +89,15 @@ class Study:
             if each["seed"] in seeds:
                 key = setting if by == "plan" else self.searches[by].setting
                 self.trained.setdefault((each["group"], key), {})[each["seed"]] = each
+
+    @cached_property
+    def again(self) -> "Study":
+        """The same, of the seeds that try to break a result."""
+        return Study(self.lines, AGAIN_SEEDS)
+
+    def with_plain(self, group: str, alpha: float) -> tuple[Search, Search]:
+        """The search of a scale's group for one alpha, and that for alpha 1."""
+        return self.searches[f"{group}/{alpha:g}"], self.searches[f"{group}/1"]
 
     def _agrees(self, search: Search, each: Line) -> bool:
         setting, rate, seed = Setting.from_row(each), each["learning_rate"], each["seed"]
@@ -195,7 +206,7 @@ def _others(study: Study) -> Iterable[tuple[Key, float, Key]]:
             shown.add(baseline)
             for alpha in ALPHAS:
                 yield (baseline[0], replace(plain, alpha=alpha)), item.learning_rate, baseline
-        yield (item.group, item.setting), item.learning_rate, baseline
+        yield item.key, item.learning_rate, baseline
 
 
 def describe(setting: Setting) -> str:
@@ -245,18 +256,25 @@ def _network(name: str) -> str:
 
 def tuned(study: Study) -> list[str]:
     """Each alpha at the learning rate and weight decay of its own search."""
-    lines = header("network", "alpha", "lr", "wd", "lr wd T", *OUTCOME, "minus alpha = 1", DYING[0],
-                   "epochs to alpha 1's last")  # fmt: skip
+    lines = header(*SEARCHED, "epochs to alpha 1's last")
     for name, alpha in product(SEARCHES, ALPHAS):
-        search, plain = (study.searches[f"{SCALE}/search/{name}/{value:g}"] for value in (alpha, 1.0))
-        if cells := outcome(study, search.key, plain.key):
-            time = mean(study.values(*search.key, "decay_time"))
-            reached = epochs_to(study, search.key, plain.key)
-            found = found_by(study, search)
-            lines.append(
-                line(_network(name), f"{alpha:g}", *found, time, *cells, dying(study, search.key)[0], reached)
-            )
+        search, plain = study.with_plain(f"{SCALE}/search/{name}", alpha)
+        if cells := searched(study, search, plain):
+            lines.append(line(*cells, epochs_to(study, search.key, plain.key)))
     return lines
+
+
+SEARCHED = ("network", "alpha", "lr", "wd", "lr wd T", *OUTCOME, "minus alpha = 1", DYING[0])
+
+
+def searched(study: Study, search: Search, plain: Search) -> list[str]:
+    """The cells below ``SEARCHED``; none where nothing was trained."""
+    cells = outcome(study, search.key, plain.key)
+    if not cells:
+        return []
+    setting, time = search.setting, mean(study.values(*search.key, "decay_time"))
+    network = f"{setting.network}, {setting.optimizer}"
+    return [network, f"{setting.alpha:g}", *found_by(study, search), time, *cells, dying(study, search.key)[0]]
 
 
 def found_by(study: Study, search: Search) -> list[str]:
@@ -280,13 +298,10 @@ def epochs_to(study: Study, key: Key, baseline: Key) -> str:
 
 def elsewhere(study: Study) -> list[str]:
     """The same on more classes, and on another data set."""
-    lines = header("images", "network", "alpha", "lr", "wd", "lr wd T", *OUTCOME, "minus alpha = 1", DYING[0])
-    for (scale, images), name, alpha in product(ELSEWHERE.items(), ("sgd/bn", "sgd/norm-free"), ALPHAS):
-        search, plain = (study.searches[f"{scale}/search/{name}/{value:g}"] for value in (alpha, 1.0))
-        if cells := outcome(study, search.key, plain.key):
-            time, small = mean(study.values(*search.key, "decay_time")), dying(study, search.key)[0]
-            found = found_by(study, search)
-            lines.append(line(images, _network(name), f"{alpha:g}", *found, time, *cells, small))
+    lines = header("images", *SEARCHED)
+    for (scale, images), name, alpha in product(ELSEWHERE.items(), SGD_SEARCHES, ALPHAS):
+        if cells := searched(study, *study.with_plain(f"{scale}/search/{name}", alpha)):
+            lines.append(line(images, *cells))
     return lines
 
 
@@ -294,7 +309,7 @@ def pilots(study: Study) -> list[str]:
     """Where else it could pay: each alpha at the learning rate and weight decay of its own search."""
     lines = header("pilot", "alpha", "trials", "lr", "wd", *OUTCOME[:2], "test top-1 (%) or loss", "minus alpha = 1")
     for scale, alpha in product(PILOTS, PILOT_ALPHAS):
-        search, plain = (study.searches[f"{scale}/pilot/{value:g}"] for value in (alpha, 1.0))
+        search, plain = study.with_plain(f"{scale}/pilot", alpha)
         measured = "test_loss" if isinstance(PILOTS[scale], TextScale) else "test_top1"
         if cells := outcome(study, search.key, plain.key, measured):
             lines.append(line(scale, f"{alpha:g}", str(search.trials), *found_by(study, search), *cells))
@@ -303,7 +318,7 @@ def pilots(study: Study) -> list[str]:
 
 def again(study: Study) -> list[str]:
     """The pilot that looked like a gain, on new seeds, against a baseline that was searched for longer."""
-    study = Study(study.lines, AGAIN_SEEDS)
+    study = study.again
     plain = study.searches[f"{AGAIN}/again/1"]
     lines = header("alpha", "trials", "lr", "wd", *OUTCOME, f"minus alpha = 1, {plain.trials} trials")
     for search in (plain, *(study.searches[f"{AGAIN}/pilot/{alpha:g}"] for alpha in PILOT_ALPHAS)):
@@ -363,7 +378,7 @@ def _cell(study: Study, group: str, setting: Setting, plain: Setting) -> str:
 TABLES: dict[str, Callable[[Study], list[str]]] = {
     "ladder norm-free": ladder("norm-free"),
     "ladder bn": ladder("bn"),
-    "ladder bn again": lambda study: ladder("bn")(Study(study.lines, AGAIN_SEEDS)),
+    "ladder bn again": lambda study: ladder("bn")(study.again),
     "rescue": rescue,
     "searches": searches,
     "tuned": tuned,

@@ -129,11 +129,12 @@ CARRIED_OVER = {  # (alpha, learning rate, weight decay), those of the other alp
     ),
     WIDE: ((1.0, 0.06, 4e-3), (0.3, 0.06, 4e-3)),
 }
+MEDIUM = replace(SMALL, classes=100, side=36, crop=32)
 SCALES: dict[str, Scale | TextScale] = {
     SCALE: SMALL,
     LONG: replace(SMALL, epochs=60),
-    "medium": replace(SMALL, classes=100, side=36, crop=32),
-    WIDE: replace(SMALL, classes=200, images=80, side=36, crop=32),
+    "medium": MEDIUM,
+    WIDE: replace(MEDIUM, classes=200, images=80),
     "fashion": replace(SMALL, data="fashion-mnist", classes=10, images=640, select=200),
     "large": Scale(classes=200, images=450, side=64, crop=56, network="resnet18", epochs=60),  # for a GPU
     SOURCE: replace(SMALL, first=100, classes=100, epochs=20),
