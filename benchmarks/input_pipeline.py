@@ -2,6 +2,7 @@
 
     python -m benchmarks.input_pipeline                       # one process, one thread, photos and prepared data
     python -m benchmarks.input_pipeline --workers 1 2         # the DataLoader's processes instead
+    python -m benchmarks.input_pipeline --rows 1281167        # a data set of so many rows beside a small one
     python -m benchmarks.input_pipeline --profile             # where the time of one image goes
 
 All sides do the recipe's augmentation (crop of 0.08 to 1 of the area, flip, bicubic where they have it; with and
@@ -26,11 +27,11 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from PIL import Image as Pictures
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks import peers
 from benchmarks.peers import Batches, Setting
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", help="some of the sides; ours is always one")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, nargs="+", help="read from data sets of so many rows, and stop")
     parser.add_argument("--profile", action="store_true", help="print the parts of one image's time, and stop")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,6 +80,9 @@ def main() -> None:
     if args.profile:
         for size in args.sizes:
             profile(files, size)
+        return
+    if args.rows:
+        growth(files, Setting(args.sizes[0], args.jitter[0], False, args.batch_size, 0, SCALE), args.rows, args.rounds)
         return
 
     data = {"photos": files} | {
@@ -150,17 +155,27 @@ def compare(sides: dict[str, Batches], workers: int, images: int, rounds: int) -
         yield name, images / statistics.median(taken), ratio
 
 
-def our_batches(files: list[bytes], setting: Setting, folder: Path) -> Batches:
-    """From Arrow files on the disk, as a data set in the cache of ``datasets`` is."""
+def growth(files: list[bytes], setting: Setting, rows: list[int], rounds: int) -> None:
+    """As many random images from each data set; the large ones hold the same files over and over, in many chunks."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"ours": our_batches(files, setting, Path(folder, "ours"))}
+        sides |= {f"{number:,}": our_batches(files, setting, Path(folder, str(number)), number) for number in rows}
+        print("| rows | images/s | time of an image |\n|---|---|---|")
+        for name, rate, ratio in compare(sides, setting.workers, len(files), rounds):
+            print(f"| {len(files) if name == 'ours' else name} | {rate:.0f} | {ratio:.2f} |")
+
+
+def our_batches(files: list[bytes], setting: Setting, folder: Path, rows: int = 0) -> Batches:
+    """From Arrow files on the disk, as a data set in the cache of ``datasets`` is; repeated up to ``rows`` rows."""
     cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0] * len(files)}
     folder.mkdir()
     write_arrow(Dataset.from_dict(cells, features=FEATURES).data.table, folder / "train-0.arrow")
-    split = map_arrow(folder)["train"]
+    split = concatenate_datasets([map_arrow(folder)["train"]] * max(1, rows // len(files)))
     transform = our_transform(setting.size, setting.color_jitter, on_device=setting.on_device)
     loader = DataLoader(
         ImageDataset(split, transform),
         setting.batch_size,
-        shuffle=True,
+        sampler=torch.randint(len(split), (len(files),)).tolist() if rows else RandomSampler(split),
         collate_fn=collate,
         num_workers=setting.workers,
         persistent_workers=setting.workers > 0,

@@ -9,7 +9,9 @@ times are CPU times of a thread, which other work on the machine does not stretc
 
 import argparse
 import cProfile
+import itertools
 import math
+import operator
 import pstats
 import statistics
 import sys
@@ -31,7 +33,7 @@ from pgt_hf import ImageTrainer, ImageTrainingArguments, PowerGradTrainer, Power
 from pgt_hf.images import create_model
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm
 
-BATCH, SIDE, CLASSES, WARM_UP, SNAPSHOT = 8, 32, 10, 20, 25
+BATCH, SIDE, CLASSES, WARM_UP = 8, 32, 10, 20
 COMMON = {
     "max_grad_norm": 0.0, "logging_steps": 10**6, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "per_device_train_batch_size": BATCH, "logging_nan_inf_filter": False, "learning_rate": 1e-3, "use_cpu": True,
@@ -119,13 +121,13 @@ def trained(
     trainer: Any,
     arguments: Any,
     optim: str,
-    callbacks: tuple[Callable[[], TrainerCallback], ...] = (),
+    callback: Callable[[], TrainerCallback] | None = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = None if optim == "sgd" else "momentum=0,nesterov=false"  # as torch's SGD, which Trainer uses
         args = arguments(folder, max_steps=steps, optim=optim, optim_args=options, **COMMON)
-        made = [callback() for callback in callbacks]
-        trainer(make(), args, train_dataset=Images(), callbacks=[*made, clock]).train()
+        callbacks = [callback(), clock] if callback else [clock]
+        trainer(make(), args, train_dataset=Images(), callbacks=callbacks).train()
 
 
 SIDES: dict[str, Callable[[Callable[[], Any], int, Clock], None]] = {
@@ -136,14 +138,14 @@ SIDES: dict[str, Callable[[Callable[[], Any], int, Clock], None]] = {
         trained, trainer=PowerGradTrainer, arguments=PowerGradTrainingArguments, optim="powergrad_sgd"
     ),
     "ImageTrainer": partial(trained, trainer=ImageTrainer, arguments=ImageTrainingArguments, optim="powergrad_sgd"),
-    "ImageTrainer and its callbacks": partial(
-        trained,
-        trainer=ImageTrainer,
-        arguments=ImageTrainingArguments,
-        optim="powergrad_sgd",
-        callbacks=(DivergenceCallback, partial(DiagnosticsCallback, SNAPSHOT), StopOnSigterm),
-    ),
 }
+# The recipes' callbacks; the steps from one on which they look at the network to the next, here and by default.
+CALLBACKS: dict[str, tuple[Callable[[], TrainerCallback], int, int]] = {
+    "DiagnosticsCallback": (partial(DiagnosticsCallback, 25), 25, 100),
+    "DivergenceCallback": (DivergenceCallback, 10, 10),
+    "StopOnSigterm": (StopOnSigterm, 0, 0),
+}
+SIDES |= {name: partial(SIDES["ImageTrainer"], callback=made) for name, (made, _, _) in CALLBACKS.items()}
 
 
 def in_turns(make: Callable[[], Any], steps: int) -> dict[str, list[float]]:
@@ -179,16 +181,27 @@ def main() -> None:
     for network, make in NETWORKS.items():
         found = in_turns(make, given.steps)
         print(f"\n| {network} | microseconds a step | over Trainer |\n|---|---|---|")
-        for side, seconds in found.items():
-            more = sorted((mine - base) * 1e6 for mine, base in zip(seconds, found["Trainer"], strict=True))
+        for side in [side for side in SIDES if side not in CALLBACKS]:
+            more = sorted(differences(found, side, "Trainer"))
             reach = round(0.98 * math.sqrt(len(more)))  # of a sign test
             low, high = more[len(more) // 2 - reach], more[len(more) // 2 + reach]
-            took, median = statistics.median(seconds) * 1e6, statistics.median(more)
+            took, median = statistics.median(found[side]) * 1e6, statistics.median(more)
             print(f"| {side} | {took:,.0f} | {median:+,.0f} ({low:+,.0f} to {high:+,.0f}) |")
-        with_snapshots = found["ImageTrainer and its callbacks"]
-        snapshots = [took for number, took in enumerate(with_snapshots, WARM_UP) if number % SNAPSHOT == 0]
-        difference = (statistics.median(snapshots) - statistics.median(with_snapshots)) * 1e6
-        print(f"\nA step with a snapshot of DiagnosticsCallback (by default every 100th) takes {difference:,.0f} more")
+        print("\n| microseconds over ImageTrainer | a step | more where it looks | in all |\n|---|---|---|---|")
+        for side, (_, every, usual) in CALLBACKS.items():
+            more = differences(found, side, "ImageTrainer")
+            looks = [every > 0 and number % every == 0 for number in range(WARM_UP, given.steps)]
+            each = statistics.median(itertools.compress(more, map(operator.not_, looks)))
+            if not every:
+                print(f"| {side} | {each:+,.0f} | - | {each:+,.0f} |")
+                continue
+            look = statistics.median(itertools.compress(more, looks)) - each
+            print(f"| {side} | {each:+,.0f} | {look:+,.0f}, every {usual} | {each + look / usual:+,.0f} |")
+
+
+def differences(found: dict[str, list[float]], side: str, base: str) -> list[float]:
+    """Microseconds by which a side's steps took longer than the next ones of another side."""
+    return [(mine - other) * 1e6 for mine, other in zip(found[side], found[base], strict=True)]
 
 
 if __name__ == "__main__":
