@@ -6,19 +6,18 @@ python -m studies.report
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
 from itertools import product
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from pgt_hf.analysis import Comparison, History, compare, new_figure, save
+from pgt_hf.analysis import History, new_figure, save
 
-from .run import HERE, finalists, read_rows, trials, winner
+from .results import Study
+from .run import HERE, finalists, read_rows, trials
 from .settings import (
     AGAIN,
-    AGAIN_SEEDS,
     ALPHAS,
     HIGH_DECAY,
     LADDERS,
@@ -30,8 +29,6 @@ from .settings import (
     RATES,
     SCALE,
     SCALES,
-    SEARCH_SEEDS,
-    SEEDS,
     WIDE,
     Key,
     Row,
@@ -42,13 +39,12 @@ from .settings import (
 )
 from .tables import accuracy, difference, header, line, loss, mean, place
 
-__all__ = ["Study", "main"]
+__all__ = ["main"]
 
 NETWORKS = ("norm-free", "bn")
 SGD_SEARCHES = ("sgd/norm-free", "sgd/bn")
 SEARCHES = (*SGD_SEARCHES, "adamw/bn")
 ELSEWHERE = {"medium": "100 classes", "fashion": "Fashion-MNIST"}
-Line = dict[str, Any]
 
 
 def main() -> None:
@@ -62,73 +58,6 @@ def main() -> None:
         for axes in figure.axes:
             axes.set_visible(axes.has_data())  # there may be no rows yet
         save(figure, HERE / "figures" / f"{name}.png", None)
-
-
-class Study:
-    """The lines by what the plan says of them; tables show those of some seeds.
-
-    Raises:
-        ValueError: A line does not agree with the plan, or with the search that is to have chosen it.
-    """
-
-    def __init__(self, lines: list[Line], seeds: tuple[int, ...] = SEEDS) -> None:
-        self.lines = lines
-        self.items = [item for name in SCALES for item in plan(name)]
-        self.searches = {item.name: item for item in self.items if isinstance(item, Search)}
-        rows = {(item.group, item.setting, item.learning_rate) for item in self.items if isinstance(item, Row)}
-        self.chosen = {name: winner(search, lines) for name, search in self.searches.items()}
-        self.trained: dict[Key, dict[int, Line]] = {}
-        for each in lines:
-            setting, rate, by = Setting.from_row(each), each["learning_rate"], each["chosen_by"]
-            if by == "plan":
-                agrees = (each["group"], setting, rate) in rows
-            else:
-                agrees = by in self.searches and self._agrees(self.searches[by], each)
-            if not agrees:
-                raise ValueError(f"{by} did not choose learning rate {rate} for {setting}, seed {each['seed']}")
-            if each["seed"] in seeds:
-                key = setting if by == "plan" else self.searches[by].setting
-                self.trained.setdefault((each["group"], key), {})[each["seed"]] = each
-
-    @cached_property
-    def again(self) -> "Study":
-        """The same, of the seeds that try to break a result."""
-        return Study(self.lines, AGAIN_SEEDS)
-
-    def with_plain(self, group: str, alpha: float) -> tuple[Search, Search]:
-        """The search of a scale's group for one alpha, and that for alpha 1."""
-        return self.searches[f"{group}/{alpha:g}"], self.searches[f"{group}/1"]
-
-    def _agrees(self, search: Search, each: Line) -> bool:
-        setting, rate, seed = Setting.from_row(each), each["learning_rate"], each["seed"]
-        if replace(setting, weight_decay=search.setting.weight_decay) != search.setting:
-            return False
-        if seed == SEARCH_SEEDS[0]:
-            inside = [search.rates[0] <= rate <= search.rates[1]]
-            inside += [search.decays[0] <= setting.weight_decay <= search.decays[1]]
-            return all(inside)
-        if seed == SEARCH_SEEDS[1]:
-            tried = trials(search, self.lines)
-            return any((rate, setting.weight_decay) == (row["learning_rate"], row["weight_decay"]) for row in tried)
-        return (setting, rate) == self.chosen[search.name]
-
-    def values(self, group: str, setting: Setting, key: str | Callable[[Line], float]) -> list[float]:
-        """One for each seed, in their order, without those of runs that have none."""
-        lines = [each for _, each in sorted(self.trained.get((group, setting), {}).items())]
-        found = (key(each) if callable(key) else each.get(key) for each in lines)
-        return [value for value in found if value is not None]
-
-    def versus(self, ours: Key, theirs: Key, key: str = "test_top1") -> Comparison | None:
-        """The paired difference of a value over the seeds that both have, in the same precision."""
-        left, right = self.trained.get(ours, {}), self.trained.get(theirs, {})
-        both = sorted(left.keys() & right.keys())
-        seeds = [seed for seed in both if precision(left[seed]) == precision(right[seed])]
-        return compare(*([of[seed][key] for seed in seeds] for of in (left, right))) if len(seeds) > 1 else None
-
-
-def precision(line: Line) -> str:
-    """Of the training; the first lines do not say it."""
-    return line.get("precision", "bfloat16")
 
 
 def rung(network: str, alpha: float, decay: float) -> Setting:
@@ -228,11 +157,11 @@ def searches(study: Study) -> list[str]:
     for name, alpha in product(SEARCHES, ALPHAS):
         search = study.searches[f"{SCALE}/search/{name}/{alpha:g}"]
         done = trials(search, study.lines)
-        best = finalists(done)
+        chosen = study.chosen[search.name]
+        best = sorted(finalists(done), key=lambda row: (Setting.from_row(row), row["learning_rate"]) != chosen)
         if not best:
             continue
-        chosen = study.chosen[search.name]
-        top = next((row for row in best if chosen and row["learning_rate"] == chosen[1]), best[0])
+        top = best[0]
         lines.append(
             line(
                 _network(name),
@@ -317,32 +246,31 @@ def pilots(study: Study) -> list[str]:
 
 
 def again(study: Study) -> list[str]:
-    """The pilot that looked like a gain, on new seeds, against a baseline that was searched for longer."""
-    study = study.again
-    plain = study.searches[f"{AGAIN}/again/1"]
-    lines = header("alpha", "trials", "lr", "wd", *OUTCOME, f"minus alpha = 1, {plain.trials} trials")
-    for search in (plain, *(study.searches[f"{AGAIN}/pilot/{alpha:g}"] for alpha in PILOT_ALPHAS)):
-        if cells := outcome(study, search.key, plain.key):
-            alpha = f"{search.setting.alpha:g}"
-            lines.append(line(alpha, str(search.trials), *found_by(study, search), *cells))
-    return lines
+    """The pilot that looked like a gain, on other seeds too, and cross-entropy at what PGT's searches found."""
+    found = [study.searches[f"{AGAIN}/pilot/{alpha:g}"] for alpha in PILOT_ALPHAS]
+    searched = [(search.key, *(study.chosen[search.name] or (search.setting, 0.0))) for search in found]
+    return against_the_best(study.all_seeds, [*searched, *_rows(AGAIN)])
 
 
 def carried_over(scale: str) -> Callable[[Study], list[str]]:
-    """Other classes at the settings that were found before; of those of the baseline, the best one counts."""
+    """Other classes at the settings that were found before."""
+    return lambda study: against_the_best(study, _rows(scale))
 
-    def table(study: Study) -> list[str]:
-        lines = header("alpha", "lr", "wd", *OUTCOME, "minus the best of alpha = 1")
-        rows = [item for item in plan(scale) if isinstance(item, Row)]
-        tops = {row: statistics.fmean(study.values(*row.key, "test_top1") or [0.0]) for row in rows}
-        best = max((row for row in rows if row.setting.alpha == 1), key=lambda row: tops[row])
-        for row in rows:
-            if cells := outcome(study, row.key, best.key):
-                settings = row.setting.alpha, row.learning_rate, row.setting.weight_decay
-                lines.append(line(*(f"{value:g}" for value in settings), *cells))
-        return lines
 
-    return table
+def _rows(scale: str) -> list[tuple[Key, Setting, float]]:
+    return [(item.key, item.setting, item.learning_rate) for item in plan(scale) if isinstance(item, Row)]
+
+
+def against_the_best(study: Study, rows: list[tuple[Key, Setting, float]]) -> list[str]:
+    """Several settings of each alpha; of the baseline's, the one counts that is best on the search's images."""
+    lines = header("alpha", "lr", "wd", *OUTCOME, "minus the best of alpha = 1")
+    tops = {key: statistics.fmean(study.values(*key, "select_top1") or [0.0]) for key, _, _ in rows}
+    best = max((key for key in tops if key[1].alpha == 1), key=lambda key: tops[key])
+    for key, setting, rate in rows:
+        if cells := outcome(study, key, best):
+            settings = setting.alpha, rate, setting.weight_decay
+            lines.append(line(*(f"{value:.3g}" for value in settings), *cells))
+    return lines
 
 
 def evidence(study: Study) -> list[str]:

@@ -167,6 +167,8 @@ class Lab:
         row = setting.as_row() | {"learning_rate": learning_rate, "seed": seed, "group": group, "chosen_by": chosen_by}
         for other in read_rows(self.results):
             if all(other.get(key) == value for key, value in row.items()):
+                if other["device"] != self.task.device:
+                    raise ValueError(f"{self.results} holds trainings on {other['device']}: give others a --results")
                 return other
         high = setting.weight_decay == HIGH_DECAY.get(setting.network) and group.startswith(("ladder", "agc"))
         watched = seed == SEEDS[0] and (high or chosen_by != "plan") and setting.scale == SCALE

@@ -119,14 +119,11 @@ PILOTS: dict[str, Scale | TextScale] = {
 AGAIN = "noise-40"
 OTHER_CLASSES = "noise-40-other"  # and once more, on other classes, at the settings that were found
 WIDE = "wide"  # all classes, at the settings that were found on 100 of them
-CARRIED_OVER = {  # (alpha, learning rate, weight decay), those of the other alphas for alpha 1 too
-    OTHER_CLASSES: (
-        (1.0, 0.05, 5e-4),
-        (1.0, 0.015, 5e-4),
-        (1.0, 0.0213, 1.9e-3),
-        (0.5, 0.015, 5e-4),
-        (0.3, 0.0213, 1.9e-3),
-    ),
+FOUND = {0.5: (0.015, 5e-4), 0.3: (0.0213, 1.9e-3)}  # learning rate and weight decay, by the searches of ``AGAIN``
+PLAIN_AT_FOUND = tuple((1.0, *found) for found in FOUND.values())
+CARRIED_OVER = {  # (alpha, learning rate, weight decay)
+    AGAIN: PLAIN_AT_FOUND,
+    OTHER_CLASSES: ((1.0, 0.05, 5e-4), *PLAIN_AT_FOUND, *((alpha, *found) for alpha, found in FOUND.items())),
     WIDE: ((1.0, 0.06, 4e-3), (0.3, 0.06, 4e-3)),
 }
 MEDIUM = replace(SMALL, classes=100, side=36, crop=32)
@@ -252,16 +249,15 @@ def plan(scale: str) -> Iterator[Row | Search]:
     elif scale == LONG:  # where the searches of the small scale ended, for three of four alphas
         setting = Setting("tiny-imagenet", "bn", scale=scale, weight_decay=4e-3)
         yield from (Row("long/bn", replace(setting, alpha=alpha), 0.2) for alpha in (1.0, 0.3, 0.5))
-    elif scale in CARRIED_OVER:
-        setting = Setting("tiny-imagenet", "bn", scale=scale)
-        for alpha, rate, decay in CARRIED_OVER[scale]:
-            yield Row(f"carried over/{rate:g}", replace(setting, alpha=alpha, weight_decay=decay), rate)
     elif scale == "fashion":
         plain = Setting("fashion-mnist", "bn", scale=scale)
         yield from _searches(plain, *SGD_BN)
         yield from _searches(replace(plain, network="norm-free"), *SGD_NORM_FREE)
-    elif scale != SOURCE:
+    elif scale not in (SOURCE, *CARRIED_OVER):
         yield from _study(scale)
+    for alpha, rate, decay in CARRIED_OVER.get(scale, ()):
+        setting = Setting("tiny-imagenet", "bn", alpha, weight_decay=decay, scale=scale)
+        yield Row(f"carried over/{rate:g}", setting, rate)
 
 
 def _study(scale: str) -> Iterator[Row | Search]:

@@ -16,6 +16,7 @@ from studies import first, images, language, report, run, settings
 from studies import train as training
 from studies.first import report as first_report
 from studies.images import Images, Split
+from studies.results import Study
 from studies.settings import (
     ALPHAS,
     NORMS,
@@ -191,20 +192,65 @@ def test_hopeless_trial_is_pruned_and_stays_so_when_the_search_is_rebuilt(splits
     assert rebuilt.state == optuna.trial.TrialState.PRUNED and list(rebuilt.intermediate_values) == [1, 2]
 
 
-def test_report_refuses_a_line_that_its_plan_or_search_did_not_choose():
+def test_a_line_that_its_plan_or_search_did_not_choose_is_refused():
     lines = run.read_rows()
-    report.Study(lines)
+    Study(lines)
     seen = set()
     for number, line in enumerate(lines):
         kind = line["chosen_by"] == "plan", line["seed"] if line["seed"] in SEARCH_SEEDS else "table"
         if kind in seen:
             continue
         seen.add(kind)
-        for change in ({"learning_rate": 7.0}, {"weight_decay": 0.7}, {"clip": "norm"}, {"chosen_by": "nothing"}):
-            changed = [*lines[:number], line | change, *lines[number + 1 :]]
+        for change in (
+            {"learning_rate": 7.0}, {"weight_decay": 0.7}, {"clip": "norm"}, {"chosen_by": "nothing"},
+            {"chosen_by": None}, {"group": "pilot/other"},
+        ):  # fmt: skip
             with pytest.raises(ValueError, match="did not choose learning rate"):
-                report.Study(changed)
+                Study([*lines[:number], line | change, *lines[number + 1 :]])
     assert (True, "table") in seen
+
+
+SEARCHED = "small/search/sgd/bn/0.3"
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        ({"group": "ladder/bn", "seed": 2}, {"seed": 77}, r"seed must be one of \(1, 2, .* 15\)"),
+        ({"group": "ladder/bn", "seed": 2}, {"seed": 1}, "two lines of one training"),
+        ({"chosen_by": SEARCHED, "seed": 2}, {"seed": 3}, "two lines of one training"),
+        ({"chosen_by": SEARCHED, "seed": 2}, {"precision": "float32"}, "precision and device must be"),
+        ({"chosen_by": SEARCHED, "seed": 2}, {"device": "cuda"}, "precision and device must be"),
+        ({"chosen_by": SEARCHED, "seed": 2}, {"verdict": "pruned"}, "only a search's trials may be pruned"),
+        ({"group": "ladder/bn", "seed": 2}, {"decay_time": 9.0}, "decay_time must be learning rate .* got 9.0"),
+        ({"group": "ladder/bn", "seed": 2}, {"steps": 500, "decay_time": 0.05}, "steps must be .* got 500"),
+    ],
+)
+def test_a_line_that_differs_from_its_like_is_refused(which, change, message):
+    lines = run.read_rows()
+    number = next(i for i, row in enumerate(lines) if which.items() <= row.items() and row["weight_decay"] <= 5e-3)
+    lines[number] = lines[number] | change
+    with pytest.raises(ValueError, match=message):
+        Study(lines)
+
+
+def test_a_search_with_other_trials_than_its_plan_is_refused():
+    lines = run.read_rows()
+    first, *_, last = [row for row in lines if row["chosen_by"] == SEARCHED and row["seed"] == SEARCH_SEEDS[0]]
+    one_more = last | {"learning_rate": last["learning_rate"] / 2, "decay_time": last["decay_time"] / 2}
+    with pytest.raises(ValueError, match=f"{SEARCHED} has 16 trials, got 17"):
+        Study([*lines, one_more])
+    with pytest.raises(ValueError, match=f"{SEARCHED} must begin with .*, began with"):
+        Study([*(row for row in lines if row is not first), first])
+
+
+def test_lines_of_another_device_are_not_taken_for_new_trainings(short, splits, tmp_path):
+    lab = run.Lab(Images(SCALES["small"], splits), tmp_path / "results.jsonl")
+    lab.fetch(PGT, 0.05, 1, "ladder/norm-free", "plan")
+    (row,) = run.read_rows(lab.results)
+    lab.results.write_text(json.dumps(row | {"device": "cuda"}))
+    with pytest.raises(ValueError, match="holds trainings on cuda"):
+        lab.fetch(PGT, 0.05, 1, "ladder/norm-free", "plan")
 
 
 def test_first_studys_report_refuses_a_learning_rate_that_its_search_did_not_choose():
@@ -360,7 +406,7 @@ def test_language_model_is_scored_folded_and_learns(tmp_path):
 
 
 def test_pages_show_what_the_results_say(tmp_path):
-    study = report.Study(run.read_rows())
+    study = Study(run.read_rows())
     earlier = first_report.Study(first_report.read_rows())
     readme, evidence = report.HERE / "README.md", report.HERE.parent / "docs" / "evidence.md"
     pages = {
