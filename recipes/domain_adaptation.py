@@ -30,6 +30,7 @@ from typing import Annotated, Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import ClassLabel
 from tqdm.auto import tqdm
 
 from pgt_hf.analysis import plot_adaptation, require_matplotlib
@@ -47,6 +48,7 @@ from pgt_hf.images import (
     TimmModel,
     check_methods,
     class_names,
+    relabelled,
     timm_network,
 )
 from pgt_hf.limits import Count, Folder, Needs, Number, OneOf, Positive, Rate, Seed, Share, Text, Workers
@@ -182,7 +184,8 @@ def load(
     if names is not None and sorted(found) != sorted(names):
         raise ValueError(f"targets must have the classes of {source}, {names[:5]}, got {target!r} with {found[:5]}")
     if names is not None and found != names:
-        splits = splits.map(lambda label: {"label": names.index(found[label])}, input_columns="label")
+        codes = {label: names.index(name) for label, name in enumerate(found)}
+        splits = {key: relabelled(split, ClassLabel(names=names), codes) for key, split in splits.items()}
     size = {"input_size": (3, data_args.image_size, data_args.image_size), "crop_pct": 1.0}
     transforms = {
         "train": data_args.augmentation(size, normalize=True),

@@ -15,11 +15,14 @@ is right, and writes the others again.
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from filelock import FileLock, Timeout
@@ -40,7 +43,8 @@ from pgt_hf.manifest import MANIFEST, compare_file, describe_file
 from pgt_hf.programs import errors_in_one_line, parse, refuse_other_settings
 from pgt_hf.trainer import StopOnSigterm
 
-LOCK, ROW_GROUP = ".lock", 100
+LOCK = ".lock"
+ROW_GROUP, GROUP_BYTES = 100, 2**28  # images that are written at a time; Arrow's binary columns end at 2 GiB
 SMOKE = {"dataset_name": DIGITS, "output_dir": "runs/prepared-digits", "size": 6, "images_per_shard": 200}
 SOURCE = tuple(ImageSourceArguments.__dataclass_fields__)
 WRITING = ("size", "format", "quality", "images_per_shard", "num_proc", "seed", *SOURCE)
@@ -133,31 +137,56 @@ def ensure_shard(
     if found is not None and compare_file(path, found["shard"], path.name) is None:
         return row
     start = row["shard"] * settings["images_per_shard"]
-    images, labels, bad, resized = [], [], [], 0
-    for index in range(start, min(start + settings["images_per_shard"], split.num_rows)):
+    rows = range(start, min(start + settings["images_per_shard"], split.num_rows))
+    shard: dict[str, Any] = {"name": path.name, "split": key, "images": 0, "resized": 0, "bad": []}
+    with replacing(path) as draft:
+        groups = prepared(split, rows, settings, shard)
+        (write_arrow if raw else write_parquet)(groups, draft)
+        write_json(record(path), {"settings": settings, "shard": shard | describe_file(draft)})
+    return row
+
+
+def prepared(split: Dataset, rows: range, settings: dict[str, Any], shard: dict[str, Any]) -> Iterator[pa.Table]:
+    """The images of a shard, a table at a time, at least one; they are counted in ``shard``."""
+    features = split.features.copy()
+    features["image"] = Image()
+
+    def table() -> pa.Table:
+        made = Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
+        return made.cast(features.arrow_schema)
+
+    images, labels, taken = [], [], 0
+    for index in rows:
         example = split[index]
         try:
             before = read_image(example["image"])
             after = shrink(before, settings["size"], settings["quality"])
         except BadImageError as error:
             if settings["on_bad_image"] != "skip":
-                raise BadImageError(f"image {index} of {key}: {error}; --on-bad-image skip leaves it out") from error
-            bad.append(index)
+                raise BadImageError(
+                    f"image {index} of {shard['split']}: {error}; --on-bad-image skip leaves it out"
+                ) from error
+            shard["bad"].append(index)
             continue
-        resized += after is not before
+        shard["images"] += 1
+        shard["resized"] += after is not before
         images.append({"bytes": after, "path": name_of(example["image"]["path"])})
         labels.append(example["label"])
+        taken += len(after)
+        if len(images) == ROW_GROUP or taken > GROUP_BYTES:
+            yield table()
+            images, labels, taken = [], [], 0
+    if images or not shard["images"]:
+        yield table()
 
-    features = split.features.copy()
-    features["image"] = Image()
-    with replacing(path) as draft:
-        table = Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
-        # Small row groups, as the Hub's image sets have them: a stream reads one at a time.
-        (write_arrow if raw else pq.write_table)(table.cast(features.arrow_schema), draft, ROW_GROUP)
-        shard = {"name": path.name, "split": key, "images": len(labels), "resized": resized, "bad": bad}
-        shard |= describe_file(draft)
-        write_json(record(path), {"settings": settings, "shard": shard})
-    return row
+
+def write_parquet(tables: Iterator[pa.Table], path: Path) -> None:
+    """Small row groups, as the Hub's image sets have them: a stream reads one at a time, and none may be empty."""
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for table in chain([first], tables):
+            if table.num_rows:
+                writer.write_table(table)
 
 
 def check(folder: Path, advice: str) -> None:
@@ -175,7 +204,10 @@ def verify(folder: Path) -> list[str]:
     compared = (compare_file(folder / name, shard, name) for name, shard in known.items())
     problems = [found for found in compared if found is not None]
     tables = [file.name for file in folder.iterdir() if file.suffix in (".parquet", ".arrow")]
-    problems += [f"{name} does not belong here" for name in tables if name not in known]
+    of_datasets = "cache-"  # what its map or sort keep beside the data
+    problems += [
+        f"{name} does not belong here" for name in tables if name not in known and not name.startswith(of_datasets)
+    ]
     for split, rows in manifest["rows"].items():
         found = sum(shard["images"] + len(shard["bad"]) for shard in manifest["shards"] if shard["split"] == split)
         if found != rows:

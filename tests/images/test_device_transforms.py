@@ -70,6 +70,13 @@ def test_a_black_image_can_be_in_the_batch():
     assert augment(both["pixel_values"], both["augmentation"])[1].unique().tolist() == [0]
 
 
+def test_a_black_image_draws_no_random_numbers():
+    transform = ImageTransform(config(), training=True, on_device=True)
+    before = torch.get_rng_state()
+    transform.blank()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_batch_of_floats_comes_out_normalised_as_each_image_does():
     transform = ImageTransform(config(), training=True, on_device=True)
     left = batch(transform, [photo()])

@@ -184,6 +184,17 @@ def test_what_cannot_be_decoded_is_a_bad_image(file, training):
         ImageTransform(config(), training)(file)
 
 
+def test_normalising_leaves_its_argument_alone_and_lets_gradients_through():
+    constants = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    images = torch.full((1, 3, 4, 4), 100.0, requires_grad=True)
+    with torch.inference_mode():
+        first = normalize(images.detach(), **constants).clone()
+    second = normalize(images, **constants)
+    second.square().sum().backward()  # which saves the constants that the first call made
+    assert torch.equal(first, second.detach()) and images.grad is not None
+    assert images.detach().unique().tolist() == [100.0]
+
+
 def test_bytes_to_normalise_on_the_device_are_the_normalised_image(device):
     for training in (True, False):
         with seeded(0, 0, 1):

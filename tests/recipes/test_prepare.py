@@ -218,6 +218,29 @@ def test_bad_image_stops_the_run_or_is_left_out_and_named(tmp_path):
     assert labels == [number % 3 for number in range(20) if number not in (4, 17)]
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_bad_images_alone_is_empty_and_the_others_can_be_read(kind, streaming, tmp_path):
+    name = source(tmp_path / "source", train=20, bad=tuple(range(8)))
+    run(options(name, tmp_path / "out", "--on-bad-image", "skip", "--format", kind))
+    splits = load_image_dataset(str(tmp_path / "out"), streaming=streaming)
+    assert [row["label"] for row in splits["train"]] == [number % 3 for number in range(8, 20)]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+def test_images_are_written_a_few_at_a_time(kind, tmp_path):
+    recipe = load_recipe("prepare")
+    recipe.ROW_GROUP, recipe.GROUP_BYTES = 3, 3500  # less than one raw image has
+    split = load_image_dataset(source(tmp_path / "source", train=10))["train"].cast_column(
+        "image", Image(decode=False)
+    )
+    settings = {"size": 30, "quality": None if kind == "raw" else 90, "on_bad_image": "stop"}
+    shard = {"split": "train", "images": 0, "resized": 0, "bad": []}
+    sizes = [table.num_rows for table in recipe.prepared(split, range(10), settings, shard)]
+    assert sizes == ([1] * 10 if kind == "raw" else [3, 3, 3, 1])
+    assert (shard["images"], shard["resized"]) == (10, 10 if kind == "raw" else 8)
+
+
 @pytest.mark.parametrize(("option", "says"), [("--size", "in [1, 65500]"), ("--quality", "in [1, 95]")])
 def test_option_out_of_range_stops_the_program_before_anything_is_written(option, says, tmp_path):
     error = run(options("digits", tmp_path / "out", option, "0"), check=False)[1]

@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "find_column",
     "is_labelled",
     "labelled_rows",
+    "relabelled",
     "sorted_classes",
     "split_of",
     "train_and_validation",
@@ -109,7 +110,9 @@ def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
     """At most ``size`` random examples; all if ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
-    return split.shuffle(seed=seed).select(range(size))
+    return split.shuffle(seed=seed, keep_in_memory=True).select(
+        range(size)
+    )  # else the order is written beside the data
 
 
 def class_names(dataset: Any) -> list[str]:
@@ -148,6 +151,19 @@ def labelled_rows(split: Dataset, where: str) -> Dataset:
     return split.select(np.flatnonzero(labels != -1))
 
 
+def relabelled(split: Dataset, feature: ClassLabel, codes: Mapping[Any, int]) -> Dataset:
+    """The split with other labels, the ``codes`` of the present ones; ``map`` would copy the images.
+
+    Example:
+        >>> digits = load_image_dataset("digits")["train"]
+        >>> parity = ClassLabel(names=["even", "odd"])
+        >>> class_names(relabelled(digits, parity, {digit: digit % 2 for digit in range(10)}))
+        ['even', 'odd']
+    """
+    column = [codes[label] for label in split["label"][:]]
+    return split.remove_columns("label").add_column("label", column, feature=feature)
+
+
 def _is_blank(label: Any) -> bool:
     if isinstance(label, float):
         return not math.isfinite(label)
@@ -175,9 +191,7 @@ def _same_classes(both: DatasetDict, name: str) -> DatasetDict:
         )
     for key, split in both.items():
         if split.features["label"] != feature:
-            codes = {label: numbers[its_class] for label, its_class in found[key].items()}
-            column = [codes[label] for label in split["label"][:]]
-            both[key] = split.remove_columns("label").add_column("label", column, feature=feature)
+            both[key] = relabelled(split, feature, {label: numbers[name] for label, name in found[key].items()})
     return both
 
 
@@ -224,8 +238,14 @@ def _hold_out(train: Dataset, name: str, seed: int, labelled: bool) -> DatasetDi
                 f"{name!r} is too small to hold out a validation split: each class needs 2 examples, and {rare[:5]} "
                 "have one"
             )
+    # Of row numbers: of the data set itself, datasets would write its two orders into the folder that it is in.
+    rows = Dataset.from_dict({"row": range(train.num_rows)})
+    if labelled:
+        rows = rows.add_column("label", train["label"][:], feature=train.features["label"])
     try:
-        halves = train.train_test_split(size, seed=seed, stratify_by_column="label" if labelled else None)
+        halves = rows.train_test_split(size, seed=seed, stratify_by_column="label" if labelled else None)
     except ValueError as error:
         raise ValueError(f"{name!r} is too small to hold out a validation split: {error}") from error
-    return DatasetDict({"train": halves["train"], "validation": halves["test"]})
+    return DatasetDict(
+        train=train.select(halves["train"]["row"][:]), validation=train.select(halves["test"]["row"][:])
+    )

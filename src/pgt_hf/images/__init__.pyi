@@ -1,4 +1,5 @@
 from ..data.splits import class_names as class_names
+from ..data.splits import relabelled as relabelled
 from ..data.workers import worker_options as worker_options
 from .adaptation import METHODS as METHODS
 from .adaptation import AdaptationRun as AdaptationRun
@@ -8,6 +9,9 @@ from .arguments import MODES as MODES
 from .arguments import FinetuningArguments as FinetuningArguments
 from .arguments import ImageDataArguments as ImageDataArguments
 from .arguments import ImageSourceArguments as ImageSourceArguments
+from .arrow import arrow_files as arrow_files
+from .arrow import map_arrow as map_arrow
+from .arrow import write_arrow as write_arrow
 from .classifiers import load_classifier as load_classifier
 from .classifiers import load_weights as load_weights
 from .classifiers import match_labels as match_labels
@@ -36,8 +40,6 @@ from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .presets import preset_table as preset_table
 from .presets import published_top1 as published_top1
-from .raw import map_arrow as map_arrow
-from .raw import write_arrow as write_arrow
 from .rules import CropPct as CropPct
 from .rules import DataSetName as DataSetName
 from .rules import OnBadImage as OnBadImage

@@ -28,11 +28,11 @@ from ..data.splits import EVALUATION_SPLITS, draw, find_column, labelled_rows, t
 from ..data.tables import in_words
 from ..extras import require
 from ..limits import Count, DataSet, Seed, checked
+from .arrow import arrow_files, map_arrow
 from .dataset import read_image, undecoded
 from .decoding import BadImageError, read_upright
 from .folders import read_local
 from .indexed_stream import IndexedStream
-from .raw import map_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,12 @@ def load_image_dataset(
         outside=allow_outside_files,
     )
     limits = {"train": max_train_samples, "validation": max_eval_samples}
+    # Arrow files alone, without what save_to_disk adds.
+    arrow = {} if Path(name, "state.json").is_file() else arrow_files(Path(name))
     if local is None and streaming:
         return _stream(name, config, select, limits, seed)
     if local is None:
-        # Arrow files alone, without what save_to_disk adds, are mapped: load_dataset would copy them.
-        is_arrow = any(Path(name).glob("*.arrow")) and not Path(name, "state.json").is_file()
-        local = (map_arrow(Path(name)) if is_arrow else load_dataset(name, config)), {}
+        local = (map_arrow(arrow) if arrow else load_dataset(name, config)), {}
     splits, folders = local
     optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
     splits = DatasetDict(

@@ -23,6 +23,7 @@ from ..limits import Number, OneOf, Positive, Whole, checked
 from .decoding import Box, Size, check_pixels, decode
 from .device_transforms import LUMA
 from .rules import AutoAugment
+from .seeding import preserve_rng
 
 # What timm's transforms can do and this one does not.
 _ELSEWHERE = dict.fromkeys(("naflex", "patchify", "separate", "tf_preprocessing", "use_prefetcher"), "not here")
@@ -162,7 +163,8 @@ class ImageTransform:
         pixels = torch.zeros(3, *self.size, dtype=torch.float32 if self.normalize else torch.uint8)
         if self._on_device is None:
             return pixels
-        return {"pixel_values": pixels, "augmentation": torch.zeros_like(_draw(self._on_device))}
+        with preserve_rng():
+            return {"pixel_values": pixels, "augmentation": torch.zeros_like(_draw(self._on_device))}
 
     def _plan(self, width: int, height: int) -> tuple[Box, Size | None]:
         """For ``decode``; no size where PIL does all that follows."""
@@ -259,13 +261,14 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[Positive]) ->
     if not len(mean) == len(std) == images.size(-3):
         raise ValueError(f"mean and std must have {images.size(-3)} numbers each, got {mean} and {std}")
     shift, scale = (_constant(tuple(values), images.device) for values in (mean, std))
-    return images.float().sub_(shift).div_(scale)
+    return (images - shift).float().div_(scale)
 
 
 @lru_cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Made once: Python numbers that become a tensor on a device wait for it."""
-    return (255 * torch.tensor(values)).to(device).view(-1, 1, 1)
+    with torch.inference_mode(False):  # for training, whoever asks first
+        return (255 * torch.tensor(values)).to(device).view(-1, 1, 1)
 
 
 @checked
