@@ -127,6 +127,7 @@ def main() -> None:
     guard.leave(trainer)
     if model_args.mode == "lora":
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    trainer.use_ema()
     if model_args.fold:
         fold_powergrad(trainer.model, args.alpha)
         metrics.alpha = None  # the model's probabilities are the folded ones
@@ -138,7 +139,8 @@ def main() -> None:
     # report
     if trainer.is_world_process_zero():
         evaluation = None
-        top1 = {entry["epoch"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
+        key = "eval_top1" if args.ema_decay is None else "eval_ema_top1"
+        top1 = {entry["epoch"]: entry[key] for entry in trainer.state.log_history if key in entry}
         more = {"model": model_args.model_name, "weights": model_args.weights, "mode": model_args.mode}
         more |= {"train_images": data["train"]["images"], "eval_images": data["validation"]["images"]}
         more |= {"best_epoch": max(top1, key=top1.__getitem__, default=None), "folded": model_args.fold}
@@ -160,6 +162,8 @@ def choose_defaults(early: Namespace) -> dict[str, Any]:
 
 
 def check(settings: Namespace, given: set[str]) -> None:
+    if settings.ema_decay is not None and "metric_for_best_model" not in given:
+        settings.metric_for_best_model = "ema_top1"
     if not settings.optim.startswith("powergrad_"):
         raise ValueError(f"optim must begin with 'powergrad_', as powergrad_adamw, got {settings.optim!r}")
     if settings.mode == "lora" and settings.ema_decay is not None:

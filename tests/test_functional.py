@@ -168,6 +168,34 @@ def test_all_targets_ignored_gives_torchs_value_and_a_zero_gradient(smoothing):
     assert value.isnan() and F.cross_entropy(logits, target).isnan() and torch.equal(grad, torch.zeros(4, 5))
 
 
+def test_bytes_name_classes_up_to_255():
+    logits, target = torch.randn(3, 200), torch.tensor([156, 3, 199])  # 156 is -100 in uint8
+    expected, _ = gradient_of(lambda z: powergrad_cross_entropy(z, target, alpha=0.3), logits)
+    grad, _ = gradient_of(lambda z: powergrad_cross_entropy(z, target.to(torch.uint8), alpha=0.3), logits)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("alpha", [1e-46, 1e-30])
+def test_masked_classes_have_no_gradient_at_an_alpha_that_rounds_to_zero(alpha):
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]])
+    grad, _ = gradient_of(lambda z: powergrad_cross_entropy(z, torch.tensor([0]), alpha=alpha), logits)
+    torch.testing.assert_close(grad, torch.tensor([[-0.5, 0.5, 0.0]]))
+
+
+def test_what_a_hook_keeps_of_the_graph_stays_as_it_was():
+    kept = []
+
+    def keep(tensor):
+        kept.append((tensor, tensor.clone()))
+        return tensor
+
+    logits = torch.randn(4, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = powergrad_cross_entropy(logits, torch.arange(4), alpha=0.3)
+    loss.backward()
+    assert kept and all(torch.equal(tensor, before) for tensor, before in kept)
+
+
 def test_empty_and_non_contiguous_inputs_work():
     empty = torch.randn(0, 5)
     grad, value = gradient_of(
@@ -232,6 +260,21 @@ def test_one_compilation_serves_every_alpha():
     assert len(compilations) == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_alpha_that_is_a_number_may_change_in_a_compiled_function(dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda z, y, alpha: powergrad_cross_entropy(z, y, alpha=alpha),
+        fullgraph=True, dynamic=dynamic, backend="aot_eager",
+    )  # fmt: skip
+    logits, target = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
+    for alpha in (0.1, 0.2, 0.3, 1.5):
+        grad, _ = gradient_of(lambda z: compiled(z, target, alpha), logits)
+        torch.testing.assert_close(grad, powergrad_gradient(logits, target, alpha), rtol=0, atol=1e-12)
+    with pytest.raises(Exception, match=r"alpha must lie in \[0, 1\], got -0.5"):
+        compiled(logits, target, -0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_float32_as_for_cross_entropy(dtype):
     logits, target = torch.randn(6, 5).to(dtype), torch.randint(5, (6,))
@@ -280,6 +323,18 @@ def test_linear_cross_entropy_gives_the_same_gradients_and_the_value_of_scaled_l
     theirs = powergrad_cross_entropy(F.linear(h, w, b), target, alpha=0.3, **options)
     for a, e in zip(ours, torch.autograd.grad(theirs.sum(), leaves), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@needs_linear_cross_entropy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [0.3, 0.01, 1e-3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropys_value_is_torchs_bit_for_bit(dtype, alpha, reduction):
+    features, weight = torch.randn(30, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
+    target = torch.randint(20, (30,))
+    options = {"reduction": reduction, "options": None}
+    value = powergrad_linear_cross_entropy(features, weight, target, alpha=alpha, **options)
+    assert torch.equal(value, F.linear_cross_entropy(features * alpha, weight, target, **options))
 
 
 @needs_linear_cross_entropy

@@ -293,6 +293,31 @@ def test_an_in_place_change_of_what_the_head_has_saved_raises_as_in_torch():
         F.cross_entropy(model(inputs).mul_(2), target).backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, lambda z, y: F.nll_loss(F.log_softmax(z, -1), y)], ids=["ce", "log"]
+)
+def test_a_change_through_detached_logits_never_changes_the_gradient(loss, dtype):
+    model, (inputs, target) = network().to(dtype), data()
+
+    def gradient(edited):
+        model.zero_grad()
+        logits = model(inputs.to(dtype))
+        value = loss(logits, target)
+        if edited:
+            logits.detach()[:, 0] = -torch.inf
+        value.backward()
+        return gradients(model)
+
+    attach_powergrad(model, ALPHA)
+    expected = gradient(edited=False)
+    if loss is F.cross_entropy and dtype.itemsize > 2:  # which keeps the log-probabilities
+        assert_same(gradient(edited=True), expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(edited=True)
+
+
 def test_the_address_of_logits_is_refused():
     model, (inputs, _) = network(), data()
     attach_powergrad(model, ALPHA)

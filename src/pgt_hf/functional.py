@@ -20,6 +20,7 @@ from .limits import Number, Whole, check_type
 
 __all__ = ["check_alpha", "powergrad_cross_entropy", "powergrad_linear_cross_entropy", "powergrad_log_softmax"]
 
+_ROUNDED_TO_0 = 1e-44  # an alpha that float32 may not tell from 0
 IGNORED = -100  # the label of what counts nowhere, torch's ignore_index
 
 
@@ -164,8 +165,7 @@ def powergrad_linear_cross_entropy(
         return F.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **kwargs)
     linear_bias = None if linear_bias is None else linear_bias * alpha
     loss = F.linear_cross_entropy(input * alpha, linear_weight, target, linear_bias=linear_bias, **kwargs)
-    scaled = loss / alpha
-    return scaled + (loss - scaled).detach()  # the value of the one, the gradient of the other
+    return _DividedGradient.apply(loss, alpha)
 
 
 def check_alpha(alpha: float | Tensor, name: str = "alpha") -> float | Tensor:
@@ -188,8 +188,10 @@ def check_alpha(alpha: float | Tensor, name: str = "alpha") -> float | Tensor:
         number = alpha.item()
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         Number("[0, inf)").check(name, alpha)
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must lie in [0, 1], got {number!r}")
+    if is_compiling():  # it may be a symbol
+        return number
     if number > 1:
         warnings.warn(
             f"{name} = {number} lies above 1: this sharpens p', the opposite of the paper's use", stacklevel=3
@@ -239,7 +241,7 @@ def _is_flat(dtype: torch.dtype, alpha: float | Tensor) -> bool:
 def _scaled(input: Tensor, alpha: float | Tensor, may_be_masked: bool) -> Tensor:
     """alpha z. At alpha = 0, masked logits (-inf) would become nan; they stay masked."""
     if not isinstance(alpha, Tensor):
-        scaled, may_be_masked = input * alpha, alpha == 0
+        scaled, may_be_masked = input * alpha, alpha < _ROUNDED_TO_0
     else:
         scaled = input * alpha.to(input.dtype)
     return torch.where(input == -torch.inf, input, scaled) if may_be_masked else scaled
@@ -300,7 +302,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.alpha, ctx.options = alpha, options
+        ctx.alpha, ctx.options, ctx.kept_by_hook = alpha, options, _are_hooks_active()
         ctx.set_materialize_grads(False)
         log_probs = F.log_softmax(input, _class_dim(input))
         ctx.save_for_backward(_kept(input, log_probs), target, weight)
@@ -324,7 +326,8 @@ class CrossEntropy(torch.autograd.Function):
             if torch.is_grad_enabled() or _is_batched(grad_output):
                 powered = _powered_softmax(wide, ctx.alpha, dim)
             else:
-                out = wide.clone() if wide is kept and _graph_is_kept() else wide.detach()
+                shared = wide is kept and (ctx.kept_by_hook or _graph_is_kept())
+                out = wide.clone() if shared else wide.detach()
                 powered = torch.softmax(out.mul_(ctx.alpha), dim, out=out)
             of_value = _gradient(grad_output, powered, out, target, weight, *ctx.options)
             grad = of_value if grad is None else grad + of_value
@@ -353,9 +356,27 @@ class _TracedCrossEntropy(torch.autograd.Function):
         return grad.to(kept.dtype), None, None, None, None, None, None
 
 
+class _DividedGradient(torch.autograd.Function):
+    """A tensor whose gradient is divided by ``alpha``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, alpha: float | Tensor) -> Tensor:
+        return input.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.alpha = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad / ctx.alpha, None
+
+
 def is_fast(target: Tensor, weight: Tensor | None, label_smoothing: float, alpha: float | Tensor) -> bool:
     """Whether ``CrossEntropy``, or ``_TracedCrossEntropy`` in a compiler, takes it: the usual arguments."""
-    if is_functorch() or not (is_compiling() or (isinstance(alpha, float) and alpha > 0)):
+    if is_functorch() or not (is_compiling() or (isinstance(alpha, float) and alpha >= _ROUNDED_TO_0)):
         return False
     weighted = weight is not None and (target.is_floating_point() or label_smoothing > 0 or weight.requires_grad)
     return not (weighted or target.requires_grad)
@@ -387,7 +408,8 @@ def _nll(
     valid = target != ignore_index
     spread = torch.where(valid, spread, 0)
     if reduction == "mean":
-        count = valid.sum() if weight is None else torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
+        index = torch.where(valid, target, 0).long()
+        count = valid.sum() if weight is None else torch.where(valid, weight.take(index), 0).sum()
         spread = spread.sum() / count
     elif reduction == "sum":
         spread = spread.sum()
@@ -415,9 +437,10 @@ def _gradient(
             mass = mass * (1 - label_smoothing) + label_smoothing
         grad = torch.mul(powered, mass * scale, out=out).addcmul_(target, scale * (label_smoothing - 1))
     else:
-        valid = target != ignore_index
-        index = torch.where(valid, target, 0).long()
-        share: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype)[index], 0)
+        index = target.long()  # in uint8, -100 would be 156
+        valid = index != ignore_index
+        index = torch.where(valid, index, 0)
+        share: Tensor = valid if weight is None else torch.where(valid, weight.to(scale.dtype).take(index), 0)
         scale = scale / share.sum() if reduction == "mean" else scale
         # An ignored row gets 0 even where the mean is over nothing and the scale infinite.
         scale = torch.where(valid, scale if weight is None else scale * share, 0).unsqueeze(dim)
@@ -432,6 +455,11 @@ def _gradient(
 def _graph_is_kept() -> bool:
     """Whether ``retain_graph=True`` may ask for this gradient once more."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _are_hooks_active() -> bool:
+    """Whether hooks see, and may keep, what is saved for the backward pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _is_batched(grad: Tensor) -> bool:

@@ -7,6 +7,7 @@ result is a ``StampedGradient`` and stays one on its way up to the head's gate (
 """
 
 import collections
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -223,12 +224,13 @@ class _FastCrossEntropy(CrossEntropy):
         outputs = CrossEntropy.forward(ctx, logits.elem, *args)
         if logits.elem.dtype.itemsize == 2:
             ctx.save_for_backward(logits, *args[:2])
+            _note_version(ctx, logits.elem)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         logits, *rest = ctx.saved_tensors
-        grad = CrossEntropy.gradient(ctx, grads, _open(logits), *rest)
+        grad = CrossEntropy.gradient(ctx, grads, _open(ctx, logits), *rest)
         return _stamp(grad), None, None, None, None, None, None
 
 
@@ -237,11 +239,12 @@ class _FastLogSoftmax(LogSoftmax):
     def forward(ctx: Any, logits: PowerGradLogits, alpha: float, dim: int) -> PowerGradLogits:  # type: ignore[override]
         log_probs = PowerGradLogits(LogSoftmax.forward(ctx, logits.elem, alpha, dim), logits.alpha, logits.regime)
         ctx.save_for_backward(logits)
+        _note_version(ctx, logits.elem)
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input = _open(*ctx.saved_tensors)
+        input = _open(ctx, *ctx.saved_tensors)
         grad = log_softmax_backward(unwrap(grad), input, ctx.alpha, ctx.dim)
         return _stamp(grad.to(input.dtype)), None, None
 
@@ -300,10 +303,20 @@ def unwrap(tensor: Tensor) -> Tensor:
     return _Convert.apply(tensor, elem_of, lambda grad: grad) if torch.is_grad_enabled() else tensor.elem
 
 
-def _open(tensor: Tensor) -> Tensor:
+def _note_version(ctx: Any, elem: Tensor) -> None:
+    """So that ``_open`` notices a change: through ``logits.detach()``, which is ``elem``, autograd would not."""
+    ctx.saved, ctx.version = weakref.ref(elem), elem._version
+
+
+def _open(ctx: Any, tensor: Tensor) -> Tensor:
     """What the forward pass has saved, plain; the derivative of a gradient made from logits is PGT's as well."""
     if not isinstance(tensor, PowerGradLogits):
         return tensor
+    if tensor.elem is ctx.saved() and tensor.elem._version != ctx.version:
+        raise RuntimeError(
+            "PGT: one of the variables needed for gradient computation has been modified by an inplace operation: the "
+            "logits were changed after the loss, perhaps through logits.detach(); use logits.detach().clone()"
+        )
     return (
         _Convert.apply(tensor, elem_of, lambda grad: _stamp(unwrap(grad))) if torch.is_grad_enabled() else tensor.elem
     )

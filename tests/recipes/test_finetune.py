@@ -26,11 +26,13 @@ from transformers import (
 from pgt_hf import ImageTrainer, ImageTrainingArguments, attach_powergrad
 from pgt_hf.analysis import plot_confusion, plot_images
 from pgt_hf.images import (
+    ImageTransform,
     add_lora,
     class_names,
     class_weights,
     create_model,
     freeze_backbone,
+    load_classifier,
     load_image_dataset,
     parameter_groups,
     replace_head,
@@ -317,6 +319,26 @@ def test_best_epoch_is_the_one_that_is_saved(here, tmp_path):
     metrics = read(tmp_path / "run" / "metrics.json")
     assert metrics["top1"] == max(accuracies) and metrics["last_epoch_top1"] == accuracies[-1]
     assert metrics["best_epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+@pytest.mark.parametrize("fold", ["true", "false"])
+def test_the_averaged_model_is_the_one_that_is_measured_folded_and_saved(here, tmp_path, fold):
+    options = ["--ema-decay", "0.5", "--num-train-epochs", "3", "--learning-rate", "0.003", "--save-total-limit", "5"]
+    options += ["--max-eval-samples", "60", "--seed", "0"]
+    here("--smoke", "--mode", "full", *options, "--fold", fold, "--output-dir", "run")
+    folder = tmp_path / "run"
+    metrics = read(folder / "metrics.json")
+    validation = load_image_dataset("digits", max_eval_samples=60, seed=0)["validation"]
+    model = load_classifier(folder)
+    transform = ImageTransform(model.config.pretrained_cfg, training=False)
+    with torch.no_grad():
+        said = model(torch.stack([transform(row["image"]) for row in validation])).logits.argmax(1)
+    assert (said == torch.tensor(validation["label"][:])).double().mean().item() == pytest.approx(metrics["top1"])
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    averaged = [entry["eval_ema_top1"] for entry in history if "eval_ema_top1" in entry]
+    assert metrics["top1"] == max(averaged) and metrics["best_epoch"] == 1 + averaged.index(max(averaged))
+    assert read(folder / "config.json").get("powergrad_folded", False) == (fold == "true")
+    assert not (folder / "ema").exists()
 
 
 SHORT = ["--smoke", "--max-train-samples", "64", "--max-eval-samples", "20", "--output-dir", "run"]

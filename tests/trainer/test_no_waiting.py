@@ -3,6 +3,7 @@
 import traceback
 
 import pytest
+import torch
 from small import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -23,7 +24,10 @@ class Asked(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func) in VALUES:
+        masks = func is torch.ops.aten.index.Tensor and any(
+            place is not None and place.dtype in (torch.bool, torch.uint8) for place in args[1]
+        )
+        if masks or str(func) in VALUES:
             stack = "".join(traceback.format_stack(limit=8)[:-1])
             if not any(place in stack for place in ON_THE_CPU):
                 self.found.append(stack)
@@ -63,8 +67,9 @@ SETTINGS = {
 def test_step_asks_for_no_value(tmp_path, settings):
     asked, steps = Asked(), range(2, 4)
     guards = (Begin(asked, steps), DivergenceCallback(interval=50), DiagnosticsCallback(interval=50), StopOnSigterm())
-    defaults = {"logging_steps": 50, "logging_nan_inf_filter": False, "max_steps": 5}
+    defaults = {"logging_steps": 50, "max_steps": 5}
     trainer = build(tmp_path, callbacks=guards, **defaults | settings)
     trainer.add_callback(End(asked, steps))
+    assert trainer.accelerator.non_blocking  # a batch is copied to the device while the step goes on
     trainer.train()
     assert not asked.found, f"{len(asked.found)} times, first from\n{asked.found[0]}"

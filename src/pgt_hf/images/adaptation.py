@@ -5,7 +5,7 @@ a threshold) takes those of ``alpha * logits``: PGT trains ``softmax(alpha z)``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -161,7 +161,7 @@ class AdaptationRun:
         loader = self._loader(images, shuffle=True)  # in order, a batch could be of one class
         network.requires_grad_(False)
         with torch.no_grad():
-            update_bn((_readable(batch)[0] for batch in loader), network)
+            update_bn((batch["pixel_values"] for batch in loader), network)
         self._average_statistics(network)
 
     def _average_statistics(self, network: nn.Module) -> None:
@@ -171,9 +171,9 @@ class AdaptationRun:
                 buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
     def _loader(self, images: ImageDataset, shuffle: bool) -> Any:
-        workers = worker_options(self.settings.num_workers)
+        options = worker_options(self.settings.num_workers) | {"collate_fn": _readable if shuffle else collate}
         loader: DataLoader[Any] = DataLoader(
-            images, self.settings.batch, shuffle=shuffle, drop_last=shuffle, collate_fn=collate, **workers
+            images, self.settings.batch, shuffle=shuffle, drop_last=shuffle, **options
         )
         return self.accelerator.prepare(loader)
 
@@ -243,10 +243,11 @@ def train_norms_alone(network: nn.Module) -> None:
 def _endless(loader: Any) -> Iterator[_Batch]:
     while True:
         for batch in loader:
-            yield _readable(batch)
+            yield batch["pixel_values"], batch["labels"]
 
 
-def _readable(batch: dict[str, Tensor]) -> _Batch:
-    """Without the black images in place of bad ones: half of the losses read no labels."""
+def _readable(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch without the black images in place of bad ones: half of the losses read no labels."""
+    batch = collate(examples)
     read = batch["labels"] != IGNORED
-    return batch["pixel_values"][read], batch["labels"][read]
+    return {name: batch[name][read] for name in ("pixel_values", "labels")}

@@ -108,7 +108,11 @@ class ImageDataset(_Epochs, Dataset[dict[str, Any]]):
     @property
     def bad_images(self) -> int:
         """How many images of the present epoch could not be read so far, in this process and its workers."""
-        return int((self._bad_in_epoch == self.epoch).sum())
+        return int(self.bad_rows().sum())
+
+    def bad_rows(self) -> Tensor:
+        """Which they are: a bool for each row."""
+        return self._bad_in_epoch == self.epoch
 
     def _count(self, index: int, epoch: int) -> bool:
         known = bool(self._bad_in_epoch[index] == epoch)

@@ -45,7 +45,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "logging_steps": 0.02,  # as a share of the run, so that a short one also has a curve
     "logging_first_step": True,
-    "logging_nan_inf_filter": False,  # it waits for the device at every step, and hides nan from DivergenceCallback
     "report_to": "none",
     "ddp_find_unused_parameters": False,
 }

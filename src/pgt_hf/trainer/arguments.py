@@ -110,6 +110,10 @@ class PowerGradTrainingArguments(TrainingArguments):
     max_grad_norm: Annotated[float | None, Number("[0, inf)"), Needs("clip_mode", (None,))] = field(
         default=1.0, metadata={"help": "Clip gradients to this global norm; 0 is off."}
     )
+    # Trainer's default waits for the device at every step, and hides nan from DivergenceCallback.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log an average in place of a loss that is not finite."}
+    )
     alpha: Share | None = field(
         default=None, metadata={"help": f"PGT's exponent in [0, 1], default {DEFAULT_ALPHA}; 1 is plain training."}
     )
@@ -159,6 +163,8 @@ class PowerGradTrainingArguments(TrainingArguments):
         for name in self.include_for_metrics:
             OneOf(("inputs", "loss")).check("include_for_metrics", name)
         self._check_report_to()
+        if getattr(self, "accelerator_config", None) is None and self.dataloader_pin_memory:
+            self.accelerator_config = {"non_blocking": True}  # a step does not wait for its batch to be copied
         super().__post_init__()
         self._check_scheduler()
         if not optim.startswith(PREFIX):

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..data.workers import guard_workers, use_worker_server
 from ..functional import IGNORED
-from ..images.dataset import ImageStream
+from ..images.dataset import ImageDataset, ImageStream
 from ..images.device_transforms import augment
 from ..images.seeding import seed_step
 from ..images.transforms import check_channels, normalize
@@ -145,6 +145,7 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
+            non_blocking=self.accelerator.non_blocking,
         )
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
@@ -185,8 +186,15 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
 
     def bad_images(self) -> int:
         """How many images of the training and evaluation data could not be read so far, over all processes."""
-        counted = sum(getattr(dataset, "bad_images", 0) for dataset in (self.train_dataset, self.eval_dataset))
-        return int(self.accelerator.reduce(torch.tensor(counted, device=self.args.device), "sum").item())
+        return sum(self._bad_images_of(dataset) for dataset in (self.train_dataset, self.eval_dataset))
+
+    def _bad_images_of(self, dataset: Any) -> int:
+        """An image that evens out the batches of an evaluation may have been read by several processes."""
+        if isinstance(dataset, ImageDataset):
+            found = dataset.bad_rows().to(self.args.device, torch.int32)
+            return int((self.accelerator.reduce(found, "sum") > 0).sum())
+        count = torch.tensor(getattr(dataset, "bad_images", 0), device=self.args.device)
+        return int(self.accelerator.reduce(count, "sum"))
 
     # --- loss, schedule
 
@@ -259,7 +267,22 @@ class ImageTrainer(AtomicCheckpoints, PowerGradTrainer):
     def _start_ema(self) -> None:
         self.ema = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=self.args.ema_warmup)
         if self._resumed_from is not None:
-            load_model(self.ema.module, os.path.join(self._resumed_from, EMA, WEIGHTS))
+            self._load_ema(self._resumed_from)
+
+    def use_ema(self) -> None:
+        """After training, puts the averaged model, if there is one, in the place of the trained one."""
+        if self.ema is not None:
+            self.model = self.model_wrapped = self.ema.module
+            self.ema = None
+
+    def _load_ema(self, checkpoint: str) -> None:
+        assert self.ema is not None
+        load_model(self.ema.module, os.path.join(checkpoint, EMA, WEIGHTS))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self._load_ema(self.state.best_model_checkpoint)
 
 
 class _Steps(TrainerCallback):
