@@ -254,7 +254,7 @@ def again(study: Study) -> list[str]:
 
 def carried_over(scale: str) -> Callable[[Study], list[str]]:
     """Other classes at the settings that were found before."""
-    return lambda study: against_the_best(study, _rows(scale))
+    return lambda study: against_the_best(study.all_seeds, _rows(scale))
 
 
 def _rows(scale: str) -> list[tuple[Key, Setting, float]]:

@@ -110,9 +110,8 @@ def draw(split: Dataset, size: int | None, seed: int) -> Dataset:
     """At most ``size`` random examples; all if ``size`` is None."""
     if size is None or size >= split.num_rows:
         return split
-    return split.shuffle(seed=seed, keep_in_memory=True).select(
-        range(size)
-    )  # else the order is written beside the data
+    shuffled = split.shuffle(seed=seed, keep_in_memory=True)  # or datasets would write the order beside the data
+    return shuffled.select(range(size))
 
 
 def class_names(dataset: Any) -> list[str]:

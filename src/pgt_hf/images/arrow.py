@@ -31,17 +31,16 @@ def arrow_files(folder: Path) -> dict[str, list[Path]]:
     Raises:
         ValueError: A split lacks some of its files.
     """
-    found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.arrow")):
-        if name := _FILE.fullmatch(file.name):
-            found.setdefault(name["split"], []).append(file)
-    for split, files in found.items():
-        names = [match for file in files if (match := _FILE.fullmatch(file.name)) and match["count"]]
-        numbers = {int(name["number"]) for name in names}
-        count = max((int(name["count"]) for name in names), default=0)
-        if names and (numbers != set(range(count)) or len(files) != count):
-            raise ValueError(f"{folder} must have {count} files of its split {split!r}, it has {len(files)}")
-    return found
+    found: dict[str, list[re.Match[str]]] = {}
+    for file in sorted(file.name for file in folder.glob("*.arrow")):
+        if name := _FILE.fullmatch(file):
+            found.setdefault(name["split"].lower(), []).append(name)
+    for split, names in found.items():
+        counts = {int(name["count"] or 0) for name in names}  # 0 where the names do not say it
+        numbers = {int(name["number"] or 0) for name in names}
+        if counts != {0} and (counts != {len(names)} or numbers != set(range(len(names)))):
+            raise ValueError(f"{folder} must have {max(counts)} files of its split {split!r}, it has {len(names)}")
+    return {split: [folder / name[0] for name in names] for split, names in found.items()}
 
 
 def map_arrow(files: Mapping[str, Sequence[Path]]) -> DatasetDict:
