@@ -8,6 +8,7 @@ from small import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from pgt_hf import ImageTrainingArguments
 from pgt_hf.trainer import DiagnosticsCallback, DivergenceCallback, StopOnSigterm
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,14 @@ def test_step_asks_for_no_value(tmp_path, settings):
     defaults = {"logging_steps": 50, "max_steps": 5}
     trainer = build(tmp_path, callbacks=guards, **defaults | settings)
     trainer.add_callback(End(asked, steps))
-    assert trainer.accelerator.non_blocking  # a batch is copied to the device while the step goes on
     trainer.train()
     assert not asked.found, f"{len(asked.found)} times, first from\n{asked.found[0]}"
+
+
+def test_batches_are_copied_to_the_device_while_the_step_goes_on(tmp_path):
+    def copies(**options):
+        return ImageTrainingArguments(str(tmp_path), report_to="none", **options).accelerator_config.non_blocking
+
+    assert copies()
+    assert not copies(use_cpu=True)  # nothing is copied, and Trainer would warn that memory is not pinned
+    assert not copies(dataloader_pin_memory=False) and not copies(accelerator_config={"non_blocking": False})

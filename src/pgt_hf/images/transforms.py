@@ -261,7 +261,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[Positive]) ->
     if not len(mean) == len(std) == images.size(-3):
         raise ValueError(f"mean and std must have {images.size(-3)} numbers each, got {mean} and {std}")
     shift, scale = (_constant(tuple(values), images.device) for values in (mean, std))
-    return (images - shift).float().div_(scale)
+    return images.to(torch.float32, copy=True).sub_(shift).div_(scale)
 
 
 @lru_cache

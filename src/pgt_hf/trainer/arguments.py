@@ -163,9 +163,10 @@ class PowerGradTrainingArguments(TrainingArguments):
         for name in self.include_for_metrics:
             OneOf(("inputs", "loss")).check("include_for_metrics", name)
         self._check_report_to()
-        if getattr(self, "accelerator_config", None) is None and self.dataloader_pin_memory:
-            self.accelerator_config = {"non_blocking": True}  # a step does not wait for its batch to be copied
+        chosen = getattr(self, "accelerator_config", None) is not None
         super().__post_init__()
+        if not chosen:  # a step does not wait for its batch to be copied
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._check_scheduler()
         if not optim.startswith(PREFIX):
             self._check_installed(optim)
