@@ -170,7 +170,8 @@ def our_batches(files: list[bytes], setting: Setting, folder: Path, rows: int = 
     """From Arrow files on the disk, as a data set in the cache of ``datasets`` is; repeated up to ``rows`` rows."""
     cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0] * len(files)}
     folder.mkdir()
-    write_arrow([Dataset.from_dict(cells, features=FEATURES).data.table], folder / "train-0.arrow")
+    table = Dataset.from_dict(cells, features=FEATURES).data.table
+    write_arrow([table], table.schema, folder / "train-0.arrow")
     split = concatenate_datasets([map_arrow(arrow_files(folder))["train"]] * max(1, rows // len(files)))
     transform = our_transform(setting.size, setting.color_jitter, on_device=setting.on_device)
     loader = DataLoader(

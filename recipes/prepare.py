@@ -18,13 +18,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image
 from filelock import FileLock, Timeout
 
 from pgt_hf.atomic import replacing
@@ -138,18 +137,20 @@ def ensure_shard(
         return row
     start = row["shard"] * settings["images_per_shard"]
     rows = range(start, min(start + settings["images_per_shard"], split.num_rows))
+    features = split.features.copy()
+    features["image"] = Image()
     shard: dict[str, Any] = {"name": path.name, "split": key, "images": 0, "resized": 0, "bad": []}
     with replacing(path) as draft:
-        groups = prepared(split, rows, settings, shard)
-        (write_arrow if raw else write_parquet)(groups, draft)
+        groups = prepared(split, rows, features, settings, shard)
+        (write_arrow if raw else write_parquet)(groups, features.arrow_schema, draft)
         write_json(record(path), {"settings": settings, "shard": shard | describe_file(draft)})
     return row
 
 
-def prepared(split: Dataset, rows: range, settings: dict[str, Any], shard: dict[str, Any]) -> Iterator[pa.Table]:
-    """The images of a shard, a table at a time, at least one; they are counted in ``shard``."""
-    features = split.features.copy()
-    features["image"] = Image()
+def prepared(
+    split: Dataset, rows: range, features: Features, settings: dict[str, Any], shard: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """The images of a shard, a table at a time; they are counted in ``shard``."""
 
     def table() -> pa.Table:
         made = Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
@@ -176,17 +177,15 @@ def prepared(split: Dataset, rows: range, settings: dict[str, Any], shard: dict[
         if len(images) == ROW_GROUP or taken > GROUP_BYTES:
             yield table()
             images, labels, taken = [], [], 0
-    if images or not shard["images"]:
+    if images:
         yield table()
 
 
-def write_parquet(tables: Iterator[pa.Table], path: Path) -> None:
+def write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
     """Small row groups, as the Hub's image sets have them: a stream reads one at a time, and none may be empty."""
-    first = next(tables)
-    with pq.ParquetWriter(path, first.schema) as writer:
-        for table in chain([first], tables):
-            if table.num_rows:
-                writer.write_table(table)
+    with pq.ParquetWriter(path, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
 def check(folder: Path, advice: str) -> None:

@@ -35,7 +35,7 @@ def folder(tmp_path):
         files = [shrink(jpeg(photo(90, 70, seed=len(name) + number)), 60, None) for number in range(5)]
         cells = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0, 1, 0]}
         table = Dataset.from_dict(cells, features=features).data.table.cast(features.arrow_schema)
-        write_arrow([table[:2], table[2:4], table[4:]], tmp_path / f"{name}.arrow")
+        write_arrow([table[:2], table[2:4], table[4:]], table.schema, tmp_path / f"{name}.arrow")
     return tmp_path
 
 

@@ -236,7 +236,7 @@ def test_images_are_written_a_few_at_a_time(kind, tmp_path):
     )
     settings = {"size": 30, "quality": None if kind == "raw" else 90, "on_bad_image": "stop"}
     shard = {"split": "train", "images": 0, "resized": 0, "bad": []}
-    sizes = [table.num_rows for table in recipe.prepared(split, range(10), settings, shard)]
+    sizes = [table.num_rows for table in recipe.prepared(split, range(10), FEATURES, settings, shard)]
     assert sizes == ([1] * 10 if kind == "raw" else [3, 3, 3, 1])
     assert (shard["images"], shard["resized"]) == (10, 10 if kind == "raw" else 8)
 

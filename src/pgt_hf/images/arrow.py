@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +13,10 @@ _FILE = re.compile(
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream that was closed
 
 
-def write_arrow(tables: Iterable[pa.Table], path: Path) -> None:
-    """Writes tables of one schema, each a record batch, as a file that ``datasets.Dataset.from_file`` maps."""
-    tables = iter(tables)
-    first = next(tables)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-        for table in chain([first], tables):
+def write_arrow(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Writes tables of that schema, each a record batch, as a file that ``datasets.Dataset.from_file`` maps."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for table in tables:
             writer.write_table(table)
 
 

@@ -112,11 +112,11 @@ def load_image_dataset(
         outside=allow_outside_files,
     )
     limits = {"train": max_train_samples, "validation": max_eval_samples}
-    # Arrow files alone, without what save_to_disk adds.
-    arrow = {} if Path(name, "state.json").is_file() else arrow_files(Path(name))
-    if local is None and streaming:
-        return _stream(name, config, select, limits, seed)
     if local is None:
+        # Arrow files alone, without what save_to_disk adds.
+        arrow = {} if Path(name, "state.json").is_file() else arrow_files(Path(name))
+        if streaming:
+            return _stream(name, config, select, limits, seed)
         local = (map_arrow(arrow) if arrow else load_dataset(name, config)), {}
     splits, folders = local
     optional = {key: key != "train" and "train" in splits for key in splits}  # an evaluation split may have no labels
